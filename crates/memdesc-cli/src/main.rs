@@ -1,0 +1,2 @@
+//! The command `memdesc`.
+fn main() {}

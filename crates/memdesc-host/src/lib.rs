@@ -1,0 +1,1 @@
+//! memdesc hosted in a process.

@@ -1,0 +1,1 @@
+//! Reads what Linux tells of its memory.

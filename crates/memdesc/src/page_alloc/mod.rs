@@ -1,0 +1,3 @@
+//! The page allocator.
+mod types;
+pub use types::{MigrateType, ZoneType};
