@@ -20,11 +20,21 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut reader = Reader::open(path.as_ref())?;
     let mut events = Vec::new();
     while reader.next_batch(&mut events)? {}
-    speed("streamed", reader.parser().lines(), reader.parser().bytes(), start);
+    speed(
+        "streamed",
+        reader.parser().lines(),
+        reader.parser().bytes(),
+        start,
+    );
 
     let start = Instant::now();
     let recording = Recording::open(&path, &mut |_| ())?;
-    speed("read whole, with snapshots", recording.lines, recording.bytes, start);
+    speed(
+        "read whole, with snapshots",
+        recording.lines,
+        recording.bytes,
+        start,
+    );
     println!(
         "{} events, {} caches, {} out of order, {:?}, {:?}",
         recording.events.len(),
@@ -40,7 +50,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         decoder.window_log_max(31)?;
         let start = Instant::now();
         decoder.read_to_end(&mut text)?;
-        speed("decompressed alone", recording.lines, recording.bytes, start);
+        speed(
+            "decompressed alone",
+            recording.lines,
+            recording.bytes,
+            start,
+        );
     } else {
         std::fs::File::open(&path)?.read_to_end(&mut text)?;
     }
@@ -55,6 +70,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         events.clear();
         parser.feed(piece, &mut events);
     }
-    speed("parsed from memory, events dropped", parser.lines(), parser.bytes(), start);
+    speed(
+        "parsed from memory, events dropped",
+        parser.lines(),
+        parser.bytes(),
+        start,
+    );
     Ok(())
 }

@@ -45,7 +45,10 @@ impl CacheTable {
 
     /// The first cache with this name.
     pub fn find(&self, name: &str) -> Option<CacheId> {
-        self.0.iter().position(|c| c.name == name).map(|i| CacheId(i as u32))
+        self.0
+            .iter()
+            .position(|c| c.name == name)
+            .map(|i| CacheId(i as u32))
     }
 
     /// Adds a cache, for recordings that are made and not read.
@@ -57,7 +60,10 @@ impl CacheTable {
 
     /// All of them with their ids.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = (CacheId, &Cache)> {
-        self.0.iter().enumerate().map(|(i, c)| (CacheId(i as u32), c))
+        self.0
+            .iter()
+            .enumerate()
+            .map(|(i, c)| (CacheId(i as u32), c))
     }
 
     /// How many there are.
@@ -181,40 +187,95 @@ impl Event {
     pub fn new(time_ns: u64, cpu: u16, kind: EventKind) -> Event {
         let none = Flags::EMPTY;
         let (tag, address, first, second, gfp) = match kind {
-            EventKind::PageAlloc { pfn, order, migratetype, gfp } => {
-                (Tag::PageAlloc, pfn.into(), order.into(), migratetype.into(), gfp)
-            }
-            EventKind::PageAllocFailed { order, migratetype, gfp } => {
-                (Tag::PageAllocFailed, 0, order.into(), migratetype.into(), gfp)
-            }
+            EventKind::PageAlloc {
+                pfn,
+                order,
+                migratetype,
+                gfp,
+            } => (
+                Tag::PageAlloc,
+                pfn.into(),
+                order.into(),
+                migratetype.into(),
+                gfp,
+            ),
+            EventKind::PageAllocFailed {
+                order,
+                migratetype,
+                gfp,
+            } => (
+                Tag::PageAllocFailed,
+                0,
+                order.into(),
+                migratetype.into(),
+                gfp,
+            ),
             EventKind::PageFree { pfn, order } => {
                 (Tag::PageFree, pfn.into(), order.into(), 0, none)
             }
             EventKind::PageFreeBatched { pfn } => (Tag::PageFreeBatched, pfn.into(), 0, 0, none),
-            EventKind::Kmalloc { ptr, bytes_req, bytes_alloc, gfp } => {
-                (Tag::Kmalloc, ptr, bytes_req, bytes_alloc, gfp)
-            }
+            EventKind::Kmalloc {
+                ptr,
+                bytes_req,
+                bytes_alloc,
+                gfp,
+            } => (Tag::Kmalloc, ptr, bytes_req, bytes_alloc, gfp),
             EventKind::Kfree { ptr } => (Tag::Kfree, ptr, 0, 0, none),
             EventKind::CacheAlloc { cache, ptr, gfp } => (Tag::CacheAlloc, ptr, cache.0, 0, gfp),
             EventKind::CacheFree { cache, ptr } => (Tag::CacheFree, ptr, cache.0, 0, none),
         };
-        Event { time_ns, address, first, second, gfp, cpu, tag }
+        Event {
+            time_ns,
+            address,
+            first,
+            second,
+            gfp,
+            cpu,
+            tag,
+        }
     }
 
     /// What happened.
     #[inline]
     pub fn kind(&self) -> EventKind {
-        let &Event { address: ptr, first, second, gfp, .. } = self;
+        let &Event {
+            address: ptr,
+            first,
+            second,
+            gfp,
+            ..
+        } = self;
         let (pfn, order, migratetype) = (ptr as u32, first as u8, second as u8);
         match self.tag {
-            Tag::PageAlloc => EventKind::PageAlloc { pfn, order, migratetype, gfp },
-            Tag::PageAllocFailed => EventKind::PageAllocFailed { order, migratetype, gfp },
+            Tag::PageAlloc => EventKind::PageAlloc {
+                pfn,
+                order,
+                migratetype,
+                gfp,
+            },
+            Tag::PageAllocFailed => EventKind::PageAllocFailed {
+                order,
+                migratetype,
+                gfp,
+            },
             Tag::PageFree => EventKind::PageFree { pfn, order },
             Tag::PageFreeBatched => EventKind::PageFreeBatched { pfn },
-            Tag::Kmalloc => EventKind::Kmalloc { ptr, bytes_req: first, bytes_alloc: second, gfp },
+            Tag::Kmalloc => EventKind::Kmalloc {
+                ptr,
+                bytes_req: first,
+                bytes_alloc: second,
+                gfp,
+            },
             Tag::Kfree => EventKind::Kfree { ptr },
-            Tag::CacheAlloc => EventKind::CacheAlloc { cache: CacheId(first), ptr, gfp },
-            Tag::CacheFree => EventKind::CacheFree { cache: CacheId(first), ptr },
+            Tag::CacheAlloc => EventKind::CacheAlloc {
+                cache: CacheId(first),
+                ptr,
+                gfp,
+            },
+            Tag::CacheFree => EventKind::CacheFree {
+                cache: CacheId(first),
+                ptr,
+            },
         }
     }
 }

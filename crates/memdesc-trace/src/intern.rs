@@ -1,7 +1,7 @@
 //! Names seen before are not read again: gfp flag strings and cache names by their bytes.
 
-use std::hash::BuildHasherDefault;
 use std::collections::HashMap;
+use std::hash::BuildHasherDefault;
 
 use memdesc::gfp::Flags;
 use rustc_hash::FxHasher;
@@ -13,7 +13,9 @@ use crate::scan;
 #[inline]
 fn slot_of(name: &[u8]) -> usize {
     let word = |at: usize| {
-        name.get(at..at + 8).map_or(0, |w| u64::from_le_bytes(w.try_into().expect("eight bytes")))
+        name.get(at..at + 8).map_or(0, |w| {
+            u64::from_le_bytes(w.try_into().expect("eight bytes"))
+        })
     };
     let mixed = if name.len() >= 8 {
         word(0) ^ word(name.len() - 8).rotate_left(23) ^ word(name.len() / 2 - 4).rotate_left(41)
@@ -33,7 +35,9 @@ struct Recent<T> {
 
 impl<T: Copy> Recent<T> {
     fn new() -> Self {
-        Recent { slots: (0..SLOTS).map(|_| None).collect() }
+        Recent {
+            slots: (0..SLOTS).map(|_| None).collect(),
+        }
     }
 
     #[inline]
@@ -77,7 +81,10 @@ impl GfpNames {
 
     #[cold]
     fn read_new(&mut self, text: &[u8]) -> Option<Gfp> {
-        let mut gfp = Gfp { flags: Flags::EMPTY, unknown_name: false };
+        let mut gfp = Gfp {
+            flags: Flags::EMPTY,
+            unknown_name: false,
+        };
         for name in text.split(|&b| b == b'|') {
             gfp.flags |= match one_flag(name)? {
                 Some(flags) => flags,
@@ -98,14 +105,18 @@ fn one_flag(name: &[u8]) -> Option<Option<Flags>> {
         return Some(Some(Flags::EMPTY));
     }
     if let Some((bits, [])) = scan::number(name) {
-        return u32::try_from(bits).ok().map(|bits| Some(Flags::from_bits(bits)));
+        return u32::try_from(bits)
+            .ok()
+            .map(|bits| Some(Flags::from_bits(bits)));
     }
     let text = std::str::from_utf8(name).ok()?;
     if let Some(flags) = Flags::from_name(text) {
         return Some(Some(flags));
     }
     let plausible = text.trim_start_matches('_').starts_with("GFP_")
-        && name.iter().all(|b| b.is_ascii_uppercase() || b.is_ascii_digit() || *b == b'_');
+        && name
+            .iter()
+            .all(|b| b.is_ascii_uppercase() || b.is_ascii_digit() || *b == b'_');
     plausible.then_some(None)
 }
 
@@ -152,7 +163,9 @@ impl CacheNames {
         let ids = self.by_name.entry(name.into()).or_default();
         let known = ids.iter().copied().rev().find(|id| {
             let cache = &mut caches[id.0 as usize];
-            let Some((bytes_req, bytes_alloc)) = sizes else { return true };
+            let Some((bytes_req, bytes_alloc)) = sizes else {
+                return true;
+            };
             if (cache.bytes_req, cache.bytes_alloc) == (0, 0) {
                 (cache.bytes_req, cache.bytes_alloc) = (bytes_req, bytes_alloc);
             }
@@ -161,7 +174,11 @@ impl CacheNames {
         let id = known.unwrap_or_else(|| {
             let (bytes_req, bytes_alloc) = sizes.unwrap_or((0, 0));
             let name = String::from_utf8_lossy(name).into_owned();
-            caches.push(Cache { name, bytes_req, bytes_alloc });
+            caches.push(Cache {
+                name,
+                bytes_req,
+                bytes_alloc,
+            });
             CacheId(caches.len() as u32 - 1)
         });
         // The newest one last: frees go by name alone.
@@ -180,9 +197,17 @@ mod tests {
     #[test]
     fn gfp_strings() {
         let mut names = GfpNames::new();
-        let known = |flags| Some(Gfp { flags, unknown_name: false });
+        let known = |flags| {
+            Some(Gfp {
+                flags,
+                unknown_name: false,
+            })
+        };
         for _ in 0..2 {
-            assert_eq!(names.read(b"GFP_KERNEL|__GFP_ZERO"), known(GFP_KERNEL | __GFP_ZERO));
+            assert_eq!(
+                names.read(b"GFP_KERNEL|__GFP_ZERO"),
+                known(GFP_KERNEL | __GFP_ZERO)
+            );
             assert_eq!(names.read(b"none"), known(Flags::EMPTY));
             assert_eq!(
                 names.read(b"GFP_KERNEL|0x80000000"),
@@ -191,7 +216,10 @@ mod tests {
             assert_eq!(names.read(b"0xcc0"), known(GFP_KERNEL));
             assert_eq!(
                 names.read(b"GFP_KERNEL|__GFP_COLD"),
-                Some(Gfp { flags: GFP_KERNEL, unknown_name: true })
+                Some(Gfp {
+                    flags: GFP_KERNEL,
+                    unknown_name: true
+                })
             );
             assert_eq!(names.read(b"GFP_KERNEL|"), None);
             assert_eq!(names.read(b"gfp"), None);
@@ -204,10 +232,18 @@ mod tests {
     fn caches_by_name_and_size() {
         let mut names = CacheNames::new();
         let freed = names.of_free(b"filp");
-        assert_eq!(names.of_alloc(b"filp", 184, 192), freed, "the first allocation tells the size");
+        assert_eq!(
+            names.of_alloc(b"filp", 184, 192),
+            freed,
+            "the first allocation tells the size"
+        );
         let other = names.of_alloc(b"filp", 232, 256);
         assert_ne!(other, freed);
-        assert_eq!(names.of_free(b"filp"), other, "a free is of the cache used last");
+        assert_eq!(
+            names.of_free(b"filp"),
+            other,
+            "a free is of the cache used last"
+        );
         assert_eq!(names.of_alloc(b"filp", 184, 192), freed);
         assert_eq!(names.of_free(b"filp"), freed);
         assert_eq!(names.table.len(), 2);

@@ -36,7 +36,8 @@ pub(crate) fn parse(line: &[u8], names: &mut Names) -> Parsed<Line> {
     match line {
         [b'[', ..] => match prefix(line) {
             Ok((cpu, time_ns, event)) => body(cpu, time_ns, event, names),
-            Err(expected) => odd(line, expected),
+            // A task may be called `[x`.
+            Err(_) => with_task(line, names),
         },
         _ => with_task(line, names),
     }
@@ -74,7 +75,7 @@ fn with_task(line: &[u8], names: &mut Names) -> Parsed<Line> {
                     _ => return found,
                 }
             }
-            Err(wanted) if at > 0 && matches!(line[at - 1], b' ' | b'\t') => expected = wanted,
+            Err(wanted) if at == 0 || matches!(line[at - 1], b' ' | b'\t') => expected = wanted,
             Err(_) => {}
         }
     }
@@ -100,10 +101,13 @@ fn odd(line: &[u8], expected: Expected) -> Parsed<Line> {
     // `        ffffffff813c1d2e kmem_cache_alloc+0x1ae ([kernel.kallsyms])`, or ftrace's ` => symbol`
     let indented = text.len() < line.len() && matches!(line[0], b' ' | b'\t');
     let frame = text.starts_with(b"=> ")
-        || scan::hex_digits(text).is_some_and(|(_, rest)| {
-            text.len() - rest.len() >= 4 && rest.first() == Some(&b' ')
-        });
-    if indented && frame { Ok(Line::Blank) } else { Err(expected) }
+        || scan::hex_digits(text)
+            .is_some_and(|(_, rest)| text.len() - rest.len() >= 4 && rest.first() == Some(&b' '));
+    if indented && frame {
+        Ok(Line::Blank)
+    } else {
+        Err(expected)
+    }
 }
 
 /// `# entries-in-buffer/entries-written: 205/4000   #P:2`: the difference was overwritten.
@@ -117,27 +121,36 @@ fn overwritten(comment: &[u8]) -> Option<u64> {
 /// `CPU:1 [LOST 12 EVENTS]`, `PERF_RECORD_LOST lost 12`, `CPU 1: 12 events lost`,
 /// `CPU:1 [EVENTS DROPPED]`.
 fn lost(text: &[u8]) -> Option<u64> {
-    let words = || text.split(|b| matches!(b, b' ' | b'[' | b']' | b'!' | b'.')).filter(|w| !w.is_empty());
+    let words = || {
+        text.split(|b| matches!(b, b' ' | b'[' | b']' | b'!' | b'.'))
+            .filter(|w| !w.is_empty())
+    };
     let is_loss = |w: &[u8]| w.eq_ignore_ascii_case(b"lost") || w == b"DROPPED";
     let about_events = |w: &[u8]| w.len() >= 5 && w[..5].eq_ignore_ascii_case(b"event");
     let of_perf = text.windows(16).any(|w| w == b"PERF_RECORD_LOST");
-    if !of_perf && !(words().any(is_loss) && words().any(about_events)) {
+    let told = words().any(is_loss) && words().any(about_events);
+    if !(of_perf || told) {
         return None;
     }
-    let numbers = words().filter_map(|w| scan::digits(w).filter(|(_, rest)| rest.is_empty()));
-    Some(numbers.last().map_or(1, |(n, _)| n.max(1)))
+    let mut numbers = words().filter_map(|w| scan::digits(w).filter(|(_, rest)| rest.is_empty()));
+    Some(numbers.next_back().map_or(1, |(n, _)| n.max(1)))
 }
 
 /// From the event's name on.
 #[inline]
 fn body(cpu: u16, time_ns: u64, s: &[u8], names: &mut Names) -> Parsed<Line> {
     let s = s.strip_prefix(b"kmem:").unwrap_or(s);
-    let Some(colon) = memchr::memchr(b':', s) else { return nameless(s) };
+    let Some(colon) = memchr::memchr(b':', s) else {
+        return nameless(s);
+    };
     let (name, fields) = (&s[..colon], &s[colon + 1..]);
     let mut unknown_name = false;
     let mut gfp = |fields| {
         let (text, _) = scan::token(find_key(fields, b"gfp_flags=").ok_or("a field gfp_flags=")?);
-        let gfp = names.gfp.read(text.trim_ascii_end()).ok_or("gfp flags by name")?;
+        let gfp = names
+            .gfp
+            .read(text.trim_ascii_end())
+            .ok_or("gfp flags by name")?;
         unknown_name = gfp.unknown_name;
         Ok::<_, Expected>(gfp.flags)
     };
@@ -148,8 +161,17 @@ fn body(cpu: u16, time_ns: u64, s: &[u8], names: &mut Names) -> Parsed<Line> {
             let (migratetype, fields) = migratetype(fields)?;
             let gfp = gfp(fields)?;
             match pfn {
-                None | Some(0) => EventKind::PageAllocFailed { order, migratetype, gfp },
-                Some(pfn) => EventKind::PageAlloc { pfn, order, migratetype, gfp },
+                None | Some(0) => EventKind::PageAllocFailed {
+                    order,
+                    migratetype,
+                    gfp,
+                },
+                Some(pfn) => EventKind::PageAlloc {
+                    pfn,
+                    order,
+                    migratetype,
+                    gfp,
+                },
             }
         }
         b"mm_page_free" => {
@@ -157,14 +179,23 @@ fn body(cpu: u16, time_ns: u64, s: &[u8], names: &mut Names) -> Parsed<Line> {
             let (order, _) = order(fields)?;
             EventKind::PageFree { pfn, order }
         }
-        b"mm_page_free_batched" => EventKind::PageFreeBatched { pfn: freed_pfn(fields)?.0 },
+        b"mm_page_free_batched" => EventKind::PageFreeBatched {
+            pfn: freed_pfn(fields)?.0,
+        },
         b"kmalloc" | b"kmalloc_node" => {
             let (ptr, fields) = ptr(fields)?;
             let (bytes_req, fields) = bytes(fields, b"bytes_req=")?;
             let (bytes_alloc, fields) = bytes(fields, b"bytes_alloc=")?;
-            EventKind::Kmalloc { ptr, bytes_req, bytes_alloc, gfp: gfp(fields)? }
+            EventKind::Kmalloc {
+                ptr,
+                bytes_req,
+                bytes_alloc,
+                gfp: gfp(fields)?,
+            }
         }
-        b"kfree" => EventKind::Kfree { ptr: ptr(fields)?.0 },
+        b"kfree" => EventKind::Kfree {
+            ptr: ptr(fields)?.0,
+        },
         b"kmem_cache_alloc" | b"kmem_cache_alloc_node" => {
             let (ptr, fields) = ptr(fields)?;
             let (name, fields) = match scan::skip_blanks(fields).strip_prefix(b"name=") {

@@ -44,7 +44,11 @@ pub struct BrokenLine {
 
 impl std::fmt::Display for BrokenLine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "line {}: expected {}, found {:?}", self.line, self.expected, self.text)
+        write!(
+            f,
+            "line {}: expected {}, found {:?}",
+            self.line, self.expected, self.text
+        )
     }
 }
 
@@ -72,7 +76,10 @@ impl Parser {
     /// A parser at the beginning of a recording.
     pub fn new() -> Parser {
         Parser {
-            names: Names { gfp: GfpNames::new(), caches: CacheNames::new() },
+            names: Names {
+                gfp: GfpNames::new(),
+                caches: CacheNames::new(),
+            },
             skipped: Skipped::default(),
             partial: Vec::new(),
             too_long: false,
@@ -87,7 +94,9 @@ impl Parser {
     pub fn feed(&mut self, mut text: &[u8], events: &mut Vec<Event>) {
         self.bytes += text.len() as u64;
         if !self.partial.is_empty() || self.too_long {
-            let Some(end) = memchr::memchr(b'\n', text) else { return self.keep(text) };
+            let Some(end) = memchr::memchr(b'\n', text) else {
+                return self.keep(text);
+            };
             self.keep(&text[..end]);
             self.end_partial(events);
             text = &text[end + 1..];
@@ -191,7 +200,11 @@ impl Parser {
         self.skipped.broken_lines += 1;
         if self.skipped.samples.len() < SAMPLES {
             let text = clip(line);
-            self.skipped.samples.push(BrokenLine { line: self.lines, expected, text });
+            self.skipped.samples.push(BrokenLine {
+                line: self.lines,
+                expected,
+                text,
+            });
         }
     }
 }

@@ -45,8 +45,15 @@ pub struct Truncated {
 
 impl std::fmt::Display for Truncated {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Truncated { offset, line, reason } = self;
-        write!(f, "broke off in line {line}, at byte {offset} of the decompressed text ({reason})")
+        let Truncated {
+            offset,
+            line,
+            reason,
+        } = self;
+        write!(
+            f,
+            "broke off in line {line}, at byte {offset} of the decompressed text ({reason})"
+        )
     }
 }
 
@@ -77,7 +84,10 @@ pub(crate) struct Source {
 impl Source {
     /// Opens a file; `-` is standard input.
     pub(crate) fn open(path: &Path) -> Result<Source, TraceError> {
-        let io_error = |source| TraceError::Io { path: path.into(), source };
+        let io_error = |source| TraceError::Io {
+            path: path.into(),
+            source,
+        };
         if path == Path::new("-") {
             return Source::new(io::stdin(), path, None);
         }
@@ -93,13 +103,26 @@ impl Source {
         path: &Path,
         total: Option<u64>,
     ) -> Result<Source, TraceError> {
-        let io_error = |source| TraceError::Io { path: path.into(), source };
+        let io_error = |source| TraceError::Io {
+            path: path.into(),
+            source,
+        };
         let read = Arc::new(AtomicU64::new(0));
-        let mut raw = Counted { inner: raw, count: Arc::clone(&read) };
+        let mut raw = Counted {
+            inner: raw,
+            count: Arc::clone(&read),
+        };
         let mut magic = Vec::with_capacity(8);
-        raw.by_ref().take(8).read_to_end(&mut magic).map_err(io_error)?;
+        raw.by_ref()
+            .take(8)
+            .read_to_end(&mut magic)
+            .map_err(io_error)?;
         if let Some((what, hint)) = foreign(&magic) {
-            return Err(TraceError::WrongFormat { path: path.into(), what, hint });
+            return Err(TraceError::WrongFormat {
+                path: path.into(),
+                what,
+                hint,
+            });
         }
         let zstd = magic.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]);
         let gzip = magic.starts_with(&[0x1f, 0x8b]);
@@ -113,7 +136,13 @@ impl Source {
         } else {
             Box::new(whole)
         };
-        Ok(Source { data, path: path.into(), compressed: zstd || gzip, read, total })
+        Ok(Source {
+            data,
+            path: path.into(),
+            compressed: zstd || gzip,
+            read,
+            total,
+        })
     }
 
     /// Fills the buffer as far as the data goes; an error comes with what was filled before it.
@@ -141,9 +170,15 @@ impl Source {
 
     fn error(&self, source: io::Error) -> TraceError {
         if self.compressed && source.raw_os_error().is_none() {
-            TraceError::Compressed { path: self.path.clone(), reason: source.to_string() }
+            TraceError::Compressed {
+                path: self.path.clone(),
+                reason: source.to_string(),
+            }
         } else {
-            TraceError::Io { path: self.path.clone(), source }
+            TraceError::Io {
+                path: self.path.clone(),
+                source,
+            }
         }
     }
 }
@@ -155,11 +190,20 @@ fn foreign(magic: &[u8]) -> Option<(&'static str, &'static str)> {
         let hint = "print it with `perf script -F cpu,time,event,trace -i FILE > events.txt`";
         Some(("a recording of perf in binary", hint))
     } else if of(b"\x17\x08Dtraci") {
-        Some(("a recording of trace-cmd in binary", "print it with `trace-cmd report FILE > events.txt`"))
+        Some((
+            "a recording of trace-cmd in binary",
+            "print it with `trace-cmd report FILE > events.txt`",
+        ))
     } else if of(b"\xfd7zXZ\0") {
-        Some(("compressed with xz", "decompress it with `xz -d FILE`, or use zstd or gzip"))
+        Some((
+            "compressed with xz",
+            "decompress it with `xz -d FILE`, or use zstd or gzip",
+        ))
     } else if of(b"BZh") {
-        Some(("compressed with bzip2", "decompress it with `bzip2 -d FILE`, or use zstd or gzip"))
+        Some((
+            "compressed with bzip2",
+            "decompress it with `bzip2 -d FILE`, or use zstd or gzip",
+        ))
     } else {
         None
     }
@@ -199,7 +243,14 @@ impl Reader {
 
     fn of(source: Source) -> Reader {
         let block = vec![0; BLOCK];
-        Reader { source, parser: Parser::new(), block, events: 0, done: false, truncated: None }
+        Reader {
+            source,
+            parser: Parser::new(),
+            block,
+            events: 0,
+            done: false,
+            truncated: None,
+        }
     }
 
     /// Replaces `events` with those of the next block. `false`: there is no more.
@@ -220,7 +271,8 @@ impl Reader {
         match error {
             Some(e) => {
                 self.done = true;
-                if !self.source.compressed || e.raw_os_error().is_some() || self.parser.bytes() == 0 {
+                if !self.source.compressed || e.raw_os_error().is_some() || self.parser.bytes() == 0
+                {
                     return Err(self.source.error(e));
                 }
                 let line = self.parser.lines() + 1;
@@ -247,7 +299,11 @@ impl Reader {
         }
         let path = self.source.path.clone();
         let lines = self.parser.lines();
-        if let Some(first) = skipped.samples.first().filter(|_| skipped.other_events == 0) {
+        if let Some(first) = skipped
+            .samples
+            .first()
+            .filter(|_| skipped.other_events == 0)
+        {
             return Err(TraceError::NotARecording {
                 path,
                 line: first.line,
@@ -259,7 +315,10 @@ impl Reader {
         match (&self.truncated, skipped.other_events) {
             (_, _) if !self.done => Ok(()),
             (_, other @ 1..) => Err(TraceError::NoKmemEvents { path, other }),
-            (Some(broken), 0) => Err(TraceError::Compressed { path, reason: broken.to_string() }),
+            (Some(broken), 0) => Err(TraceError::Compressed {
+                path,
+                reason: broken.to_string(),
+            }),
             (None, 0) => Err(TraceError::Empty { path, lines }),
         }
     }

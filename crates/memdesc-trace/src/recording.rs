@@ -91,7 +91,11 @@ impl Recording {
 
     /// One more than the highest CPU, 0 without events.
     pub fn cpus(&self) -> usize {
-        self.events.iter().map(|e| usize::from(e.cpu) + 1).max().unwrap_or(0)
+        self.events
+            .iter()
+            .map(|e| usize::from(e.cpu) + 1)
+            .max()
+            .unwrap_or(0)
     }
 
     /// Sorts the events by time; those of one instant stay in the order of the file.
@@ -110,10 +114,19 @@ impl Recording {
         self.events.retain(|e| window.contains(&e.time_ns));
         self.events.truncate(limit);
         if self.events.len() < whole {
-            self.before = self.before.take().filter(|_| self.events.first().copied() == first);
-            self.after = self.after.take().filter(|_| self.events.last().copied() == last);
+            self.before = self
+                .before
+                .take()
+                .filter(|_| self.events.first().copied() == first);
+            self.after = self
+                .after
+                .take()
+                .filter(|_| self.events.last().copied() == last);
         }
-        let disorder = self.events.windows(2).filter(|w| w[1].time_ns < w[0].time_ns);
+        let disorder = self
+            .events
+            .windows(2)
+            .filter(|w| w[1].time_ns < w[0].time_ns);
         self.out_of_order = disorder.count() as u64;
     }
 }
@@ -139,7 +152,10 @@ fn locate(path: &Path) -> Result<(PathBuf, Option<PathBuf>), TraceError> {
         };
         return Ok((path.into(), Some(folder.into())));
     }
-    let file = EVENTS.iter().map(|name| path.join(name)).find(|file| file.exists());
+    let file = EVENTS
+        .iter()
+        .map(|name| path.join(name))
+        .find(|file| file.exists());
     match file {
         Some(file) => Ok((file, Some(path.into()))),
         None => Err(TraceError::NoEventsFile { path: path.into() }),

@@ -111,7 +111,9 @@ pub(crate) fn number(s: &[u8]) -> Option<(u64, &[u8])> {
 pub(crate) fn pointer(s: &[u8]) -> Option<(u64, &[u8])> {
     let found = match s {
         [b'(', ..] => {
-            let rest = s.strip_prefix(b"(nil)").or_else(|| s.strip_prefix(b"(null)"))?;
+            let rest = s
+                .strip_prefix(b"(nil)")
+                .or_else(|| s.strip_prefix(b"(null)"))?;
             Some((0, rest))
         }
         _ => hex_digits(s.strip_prefix(b"0x").unwrap_or(s)),
@@ -123,13 +125,24 @@ pub(crate) fn pointer(s: &[u8]) -> Option<(u64, &[u8])> {
 #[inline]
 pub(crate) fn time_ns(s: &[u8]) -> Option<(u64, &[u8])> {
     const SCALE: [u64; 10] = [
-        1_000_000_000, 100_000_000, 10_000_000, 1_000_000, 100_000, 10_000, 1_000, 100, 10, 1,
+        1_000_000_000,
+        100_000_000,
+        10_000_000,
+        1_000_000,
+        100_000,
+        10_000,
+        1_000,
+        100,
+        10,
+        1,
     ];
     let (seconds, rest) = digits(s)?;
     let fraction = rest.strip_prefix(b".")?;
     let (part, rest) = digits(fraction)?;
     let scale = SCALE.get(fraction.len() - rest.len())?;
-    let ns = seconds.checked_mul(1_000_000_000)?.checked_add(part * scale)?;
+    let ns = seconds
+        .checked_mul(1_000_000_000)?
+        .checked_add(part * scale)?;
     Some((ns, rest))
 }
 
@@ -158,8 +171,14 @@ mod tests {
         for null in ["(nil)", "(null)", "0x0", "0000000000000000"] {
             assert_eq!(pointer(null.as_bytes()), Some((0, &b""[..])), "{null}");
         }
-        assert_eq!(pointer(b"0xffff8881047086e0 n"), Some((0xffff_8881_0470_86e0, &b" n"[..])));
-        assert_eq!(pointer(b"ffff8881047086e0"), Some((0xffff_8881_0470_86e0, &b""[..])));
+        assert_eq!(
+            pointer(b"0xffff8881047086e0 n"),
+            Some((0xffff_8881_0470_86e0, &b" n"[..]))
+        );
+        assert_eq!(
+            pointer(b"ffff8881047086e0"),
+            Some((0xffff_8881_0470_86e0, &b""[..]))
+        );
         assert_eq!(pointer(b"(____ptrval____)"), None);
         assert_eq!(pointer(b"(nil)x"), None);
     }
