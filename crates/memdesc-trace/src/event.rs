@@ -78,6 +78,10 @@ impl CacheTable {
 }
 
 /// What happened.
+///
+/// Linux does not trace everything: objects that are allocated or freed in bulk, and so most of what
+/// `kfree_rcu` frees, come and go without an event. An allocation at an address that is taken means
+/// that the object there was freed unseen.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum EventKind {
     /// `mm_page_alloc`: a block of pages was handed out. Slab's own pages are among them.
