@@ -1,1 +1,312 @@
-//! memdesc hosted in a process.
+//! memdesc hosted in a process: an mmap'd arena is the physical memory, threads are the CPUs.
+//!
+//! [`Host`] reserves address space for the whole of physical memory and touches none of it, so a 24 GiB machine fits
+//! on a small one as long as nobody writes to its pages. A thread becomes a CPU by [`Host::claim`], for the length of a
+//! guard, and then pays next to nothing for staying on it; a thread that is none borrows a floating CPU for each operation.
+
+mod arena;
+mod cpu;
+mod faults;
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, compiler_fence, fence};
+
+use memdesc::{FaultPoint, MemRange, PAGE_SHIFT, PAGE_SIZE, Pfn, Platform, ReclaimRequest, Report};
+
+use arena::Arena;
+pub use arena::HostError;
+pub use cpu::CpuGuard;
+use cpu::Cpus;
+pub use faults::Faults;
+
+/// A function that is asked to make memory free, and says how many pages it freed.
+pub type ReclaimFn = dyn Fn(ReclaimRequest) -> usize + Send + Sync;
+/// A function that hears of corruption.
+pub type CorruptionFn = dyn Fn(&Report<'_>) + Send + Sync;
+
+/// The hosted platform.
+pub struct Host {
+    arena: Arena,
+    cpus: Cpus,
+    /// membarrier(2) works, so the owner's side of a local lock needs only a compiler fence.
+    asymmetric: bool,
+    /// Free pages are made inaccessible.
+    guard_free: AtomicBool,
+    nodes: usize,
+    faults: Faults,
+    reclaim: Option<Box<ReclaimFn>>,
+    corruption: Option<Box<CorruptionFn>>,
+    clock: AtomicU64,
+}
+
+/// How to build a [`Host`].
+#[derive(Default)]
+pub struct HostBuilder {
+    ranges: Vec<MemRange>,
+    cpus: usize,
+    floating: usize,
+    guard_free: bool,
+    nodes: usize,
+    reclaim: Option<Box<ReclaimFn>>,
+    corruption: Option<Box<CorruptionFn>>,
+}
+
+impl HostBuilder {
+    /// This physical memory: the same ranges as go to [`memdesc::Mm::new`].
+    #[must_use]
+    pub fn memory(mut self, ranges: &[MemRange]) -> Self {
+        self.ranges = ranges.to_vec();
+        self
+    }
+
+    /// So many CPUs that threads can claim (1 by default).
+    #[must_use]
+    pub fn cpus(mut self, cpus: usize) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// So many more for threads that claimed none (1 by default if no CPU can be claimed, else 0).
+    #[must_use]
+    pub fn floating(mut self, floating: usize) -> Self {
+        self.floating = floating;
+        self
+    }
+
+    /// Spread the CPUs over so many NUMA nodes.
+    #[must_use]
+    pub fn nodes(mut self, nodes: usize) -> Self {
+        self.nodes = nodes;
+        self
+    }
+
+    /// Make free pages inaccessible: whoever touches one dies by SIGSEGV.
+    #[must_use]
+    pub fn guard_free_pages(mut self) -> Self {
+        self.guard_free = true;
+        self
+    }
+
+    /// Call this when memory is short.
+    #[must_use]
+    pub fn on_reclaim(
+        mut self,
+        f: impl Fn(ReclaimRequest) -> usize + Send + Sync + 'static,
+    ) -> Self {
+        self.reclaim = Some(Box::new(f));
+        self
+    }
+
+    /// Call this when corruption is found, instead of a panic.
+    #[must_use]
+    pub fn on_corruption(mut self, f: impl Fn(&Report<'_>) + Send + Sync + 'static) -> Self {
+        self.corruption = Some(Box::new(f));
+        self
+    }
+
+    /// Reserves the address space.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's, if it does not give that much.
+    pub fn build(self) -> Result<Host, HostError> {
+        let cpus = self.cpus.max(usize::from(self.floating == 0));
+        Ok(Host {
+            arena: Arena::new(&self.ranges)?,
+            cpus: Cpus::new(cpus, self.floating),
+            asymmetric: register_membarrier(),
+            guard_free: AtomicBool::new(self.guard_free),
+            nodes: self.nodes.max(1),
+            faults: Faults::default(),
+            reclaim: self.reclaim,
+            corruption: self.corruption,
+            clock: AtomicU64::new(0),
+        })
+    }
+}
+
+impl Host {
+    /// Starts a host.
+    pub fn builder() -> HostBuilder {
+        HostBuilder::default()
+    }
+
+    /// One range of RAM from physical address 0, one CPU: what a test wants.
+    ///
+    /// # Errors
+    ///
+    /// As [`HostBuilder::build`].
+    pub fn small(pages: u32) -> Result<(Host, [MemRange; 1]), HostError> {
+        let ranges = [ram(0, pages)];
+        Ok((Host::builder().memory(&ranges).build()?, ranges))
+    }
+
+    /// Makes the calling thread this CPU until the guard goes. A thread may claim several and is the last one
+    /// claimed; [`CpuGuard::switch`] changes between them.
+    ///
+    /// `None` if another thread has it, or there is no such CPU.
+    pub fn claim(&self, cpu: usize) -> Option<CpuGuard<'_>> {
+        self.cpus.claim(cpu)
+    }
+
+    /// Fault injection.
+    pub fn faults(&self) -> &Faults {
+        &self.faults
+    }
+
+    /// The arena's resident bytes, as the kernel counts them.
+    pub fn resident_bytes(&self) -> u64 {
+        self.arena.resident_bytes()
+    }
+
+    /// Makes free pages accessible again before the arena's contents are looked at from outside.
+    pub fn stop_guarding(&self) {
+        if self.guard_free.swap(false, Ordering::Relaxed) {
+            self.arena.open_all();
+        }
+    }
+}
+
+impl std::fmt::Debug for Host {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Host")
+            .field("arena", &self.arena)
+            .field("cpus", &self.cpus)
+            .finish_non_exhaustive()
+    }
+}
+
+/// `pages` pages of RAM from this page frame on, on node 0.
+pub fn ram(start: u32, pages: u32) -> MemRange {
+    MemRange {
+        start: Pfn(start).phys(),
+        end: Pfn(start + pages).phys(),
+        node: 0,
+    }
+}
+
+// SAFETY:
+// 1. The arena is mapped for the life of the host, private to it, at one base; ranges are what it was made for.
+// 2. `Cpus::pin` gives a CPU to one thread at a time: a claimed one to its thread, a floating one by compare-exchange.
+//    Signal handlers that allocate are not allowed yet.
+// 3. membarrier(MEMBARRIER_CMD_PRIVATE_EXPEDITED) runs a full barrier on every thread of the process; without it both sides
+//    are full fences.
+unsafe impl Platform for Host {
+    #[inline]
+    fn direct_map(&self) -> *mut u8 {
+        self.arena.base()
+    }
+
+    fn nr_cpus(&self) -> usize {
+        self.cpus.count()
+    }
+
+    #[inline]
+    fn pin(&self) -> usize {
+        self.cpus.pin()
+    }
+
+    #[inline]
+    unsafe fn unpin(&self, cpu: usize) {
+        self.cpus.unpin(cpu);
+    }
+
+    fn cpu_to_node(&self, cpu: usize) -> usize {
+        cpu % self.nodes
+    }
+
+    #[inline]
+    fn light_barrier(&self) {
+        if self.asymmetric {
+            compiler_fence(Ordering::SeqCst);
+        } else {
+            fence(Ordering::SeqCst);
+        }
+    }
+
+    fn heavy_barrier(&self) {
+        fence(Ordering::SeqCst);
+        if self.asymmetric {
+            membarrier();
+        }
+    }
+
+    #[inline]
+    fn relax(&self, round: u32) {
+        // The one we wait for may need our core.
+        if round % 64 == 63 {
+            std::thread::yield_now();
+        }
+    }
+
+    fn reclaim(&self, request: ReclaimRequest) -> usize {
+        self.reclaim.as_ref().map_or(0, |f| f(request))
+    }
+
+    #[inline]
+    fn pages_allocated(&self, pfn: Pfn, order: usize) {
+        if self.guard_free.load(Ordering::Relaxed) {
+            self.arena
+                .open((pfn.0 as usize) << PAGE_SHIFT, PAGE_SIZE << order);
+        }
+    }
+
+    #[inline]
+    fn pages_freed(&self, pfn: Pfn, order: usize) {
+        if self.guard_free.load(Ordering::Relaxed) {
+            self.arena
+                .close((pfn.0 as usize) << PAGE_SHIFT, PAGE_SIZE << order);
+        }
+    }
+
+    #[inline]
+    fn should_fail(&self, point: FaultPoint) -> bool {
+        self.faults.should_fail(point)
+    }
+
+    fn now(&self) -> u64 {
+        self.clock.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn corruption(&self, report: &Report<'_>) {
+        match &self.corruption {
+            Some(f) => f(report),
+            None => panic!("{report}"),
+        }
+    }
+}
+
+#[cfg(all(target_os = "linux", not(miri)))]
+mod sys {
+    const PRIVATE_EXPEDITED: libc::c_int = 1 << 3;
+    const REGISTER_PRIVATE_EXPEDITED: libc::c_int = 1 << 4;
+
+    fn membarrier(command: libc::c_int) -> bool {
+        // SAFETY: membarrier(2) takes no pointers.
+        unsafe { libc::syscall(libc::SYS_membarrier, command, 0, 0) == 0 }
+    }
+
+    pub(super) fn register() -> bool {
+        membarrier(REGISTER_PRIVATE_EXPEDITED)
+    }
+
+    pub(super) fn barrier() {
+        assert!(membarrier(PRIVATE_EXPEDITED), "membarrier(2) worked before");
+    }
+}
+
+#[cfg(not(all(target_os = "linux", not(miri))))]
+mod sys {
+    pub(super) fn register() -> bool {
+        false
+    }
+
+    pub(super) fn barrier() {}
+}
+
+fn register_membarrier() -> bool {
+    sys::register()
+}
+
+fn membarrier() {
+    sys::barrier();
+}

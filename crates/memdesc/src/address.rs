@@ -17,7 +17,7 @@ pub const PAGEBLOCK_PAGES: u32 = 1 << PAGEBLOCK_ORDER;
 pub const MAX_PFN: u32 = u32::MAX;
 
 /// A page frame number: a physical address in pages.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 #[repr(transparent)]
 pub struct Pfn(pub u32);
 
@@ -64,7 +64,11 @@ impl Pfn {
 
 impl fmt::Debug for Pfn {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if *self == Pfn::NONE { f.write_str("pfn none") } else { write!(f, "pfn {:#x}", self.0) }
+        if *self == Pfn::NONE {
+            f.write_str("pfn none")
+        } else {
+            write!(f, "pfn {:#x}", self.0)
+        }
     }
 }
 

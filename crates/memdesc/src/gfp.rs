@@ -104,8 +104,11 @@ pub const GFP_HIGHUSER: Flags = GFP_USER.or(__GFP_HIGHMEM);
 /// For user space and movable: anonymous and file memory.
 pub const GFP_HIGHUSER_MOVABLE: Flags = GFP_HIGHUSER.or(__GFP_MOVABLE).or(__GFP_SKIP_KASAN);
 /// A transparent huge page, without any reclaim.
-pub const GFP_TRANSHUGE_LIGHT: Flags =
-    GFP_HIGHUSER_MOVABLE.or(__GFP_COMP).or(__GFP_NOMEMALLOC).or(__GFP_NOWARN).minus(__GFP_RECLAIM);
+pub const GFP_TRANSHUGE_LIGHT: Flags = GFP_HIGHUSER_MOVABLE
+    .or(__GFP_COMP)
+    .or(__GFP_NOMEMALLOC)
+    .or(__GFP_NOWARN)
+    .minus(__GFP_RECLAIM);
 /// A transparent huge page, with direct reclaim.
 pub const GFP_TRANSHUGE: Flags = GFP_TRANSHUGE_LIGHT.or(__GFP_DIRECT_RECLAIM);
 
@@ -165,7 +168,11 @@ impl Flags {
 
     /// The flag or composite of this name (`GFP_KERNEL`, `__GFP_ZERO`), as perf prints it.
     pub fn from_name(name: &str) -> Option<Flags> {
-        COMPOSITE.iter().chain(SINGLE).find(|(n, _)| *n == name).map(|&(_, f)| f)
+        COMPOSITE
+            .iter()
+            .chain(SINGLE)
+            .find(|(n, _)| *n == name)
+            .map(|&(_, f)| f)
     }
 
     /// The highest zone that may serve this (`gfp_zone()`).
@@ -275,7 +282,10 @@ mod tests {
             }
             assert_eq!(back, flag, "{name}");
         }
-        assert_eq!((GFP_HIGHUSER_MOVABLE | __GFP_COMP).to_string(), "GFP_HIGHUSER_MOVABLE|__GFP_COMP");
+        assert_eq!(
+            (GFP_HIGHUSER_MOVABLE | __GFP_COMP).to_string(),
+            "GFP_HIGHUSER_MOVABLE|__GFP_COMP"
+        );
         assert_eq!(Flags::EMPTY.to_string(), "none");
         assert_eq!(Flags::from_bits(1 << 31).to_string(), "0x80000000");
     }
@@ -288,7 +298,10 @@ mod tests {
         assert_eq!(GFP_HIGHUSER.zone_type(), ZoneType::Normal);
         assert_eq!(GFP_HIGHUSER_MOVABLE.zone_type(), ZoneType::Movable);
         assert_eq!(GFP_HIGHUSER_MOVABLE.migratetype(), MigrateType::Movable);
-        assert_eq!((GFP_KERNEL | __GFP_RECLAIMABLE).migratetype(), MigrateType::Reclaimable);
+        assert_eq!(
+            (GFP_KERNEL | __GFP_RECLAIMABLE).migratetype(),
+            MigrateType::Reclaimable
+        );
         assert!(!GFP_ATOMIC.allow_blocking() && GFP_KERNEL.allow_blocking());
     }
 }

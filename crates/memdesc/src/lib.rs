@@ -1,6 +1,68 @@
 //! A memory manager for kernels in which `struct page` is one 8-byte typed word.
+//!
+//! See [`Mm`]: give it a [`Platform`] and a memory map, and it hands out pages, folios, page tables and slab objects.
 #![no_std]
+#![cfg_attr(loom, allow(dead_code, unused_imports, unreachable_pub))]
+
+#[cfg(any(test, loom))]
+extern crate std;
 
 pub mod address;
+#[cfg(not(loom))]
+mod boot;
+#[cfg(not(loom))]
+pub mod config;
+#[cfg(not(loom))]
+mod desc;
+#[cfg(not(loom))]
+mod error;
+#[cfg(not(loom))]
 pub mod gfp;
+#[cfg(not(loom))]
+pub mod ledger;
+#[cfg(not(loom))]
+mod memmap;
+#[cfg(loom)]
+mod memmap {
+    pub(crate) mod heads;
+    pub(crate) mod word;
+}
+#[cfg(not(loom))]
+mod mm;
+#[cfg(not(loom))]
+mod owner;
+#[cfg(not(loom))]
 pub mod page_alloc;
+#[cfg(loom)]
+mod page_alloc {
+    mod types;
+    pub(crate) use types::MigrateType;
+}
+#[cfg(not(loom))]
+pub mod platform;
+#[cfg(not(loom))]
+pub mod report;
+#[cfg(not(loom))]
+pub mod slab;
+#[cfg(not(loom))]
+mod stats;
+mod sync;
+
+#[cfg(not(loom))]
+pub use {
+    address::{MAX_ORDER, PAGE_SHIFT, PAGE_SIZE, PAGEBLOCK_ORDER, Pfn, PhysAddr},
+    boot::Reserved,
+    config::{Config, MemRange},
+    desc::{AtomicCount, Folio, FolioFlags, PtDesc, Slab},
+    error::{AllocError, InitError},
+    gfp::Flags,
+    ledger::{Fragmentation, Ledger, Walk, ZoneView},
+    memmap::{DescClass, Found, PageType, TAIL_WORDS_ORDER, Word},
+    mm::Mm,
+    owner::{FolioKind, Memory},
+    page_alloc::{MigrateType, PcpView, ZoneType},
+    platform::{FaultPoint, Platform, ReclaimRequest},
+    report::{Corruption, Report, Track},
+    slab::{Cache, CacheFlags, CacheView, DestroyError, KmemCache, SlabBox},
+    stats::Event,
+};

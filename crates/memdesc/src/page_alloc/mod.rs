@@ -1,3 +1,16 @@
-//! The page allocator.
+//! The page allocator: zones, buddies, per-CPU lists.
+//!
+//! A request flows one way: [`alloc`] asks the per-CPU list ([`pcp`]), then the zone ([`zone`], [`buddy`],
+//! [`fallback`]) if the [`watermark`] allows it. Knows the memory map below it, and of what is above only that
+//! descriptors come from somewhere ([`alloc::Descriptors`]).
+
+pub(crate) mod alloc;
+pub(crate) mod buddy;
+pub(crate) mod fallback;
+pub(crate) mod pcp;
 mod types;
+pub(crate) mod watermark;
+pub(crate) mod zone;
+
+pub use pcp::PcpView;
 pub use types::{MigrateType, ZoneType};

@@ -18,8 +18,12 @@ impl ZoneType {
     /// How many kinds there are.
     pub const COUNT: usize = 4;
     /// All of them, lowest first.
-    pub const ALL: [ZoneType; 4] =
-        [ZoneType::Dma, ZoneType::Dma32, ZoneType::Normal, ZoneType::Movable];
+    pub const ALL: [ZoneType; 4] = [
+        ZoneType::Dma,
+        ZoneType::Dma32,
+        ZoneType::Normal,
+        ZoneType::Movable,
+    ];
 
     /// The name in `/proc/buddyinfo`.
     pub const fn name(self) -> &'static str {
@@ -61,7 +65,11 @@ impl MigrateType {
 
     /// The kind with this number (the `migratetype=` of Linux's tracepoints).
     pub const fn from_index(index: usize) -> Option<MigrateType> {
-        if index < Self::COUNT { Some(Self::ALL[index]) } else { None }
+        if index < Self::COUNT {
+            Some(Self::ALL[index])
+        } else {
+            None
+        }
     }
 
     /// The name in `/proc/pagetypeinfo`.

@@ -1,0 +1,56 @@
+//! What a user of the memory manager decides before it comes up.
+
+use crate::address::PhysAddr;
+
+/// At most so many NUMA nodes.
+pub const MAX_NODES: usize = 8;
+/// At most so many CPUs.
+pub const MAX_CPUS: usize = 1024;
+
+/// A piece of physical memory, as the platform's memory map gives it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct MemRange {
+    /// The first byte. Rounded up to a page.
+    pub start: PhysAddr,
+    /// One past the last byte. Rounded down to a page.
+    pub end: PhysAddr,
+    /// The NUMA node.
+    pub node: u8,
+}
+
+/// The knobs. [`Config::default`] is Linux's choice wherever Linux has one.
+#[derive(Clone, Copy, Debug)]
+pub struct Config {
+    /// ZONE_DMA ends here (16 MiB).
+    pub dma_limit: PhysAddr,
+    /// ZONE_DMA32 ends here (4 GiB).
+    pub dma32_limit: PhysAddr,
+    /// Memory from here on is ZONE_MOVABLE (`kernelcore=`); none by default.
+    pub movable_from: Option<PhysAddr>,
+    /// `vm.min_free_kbytes`; computed from the size of memory as Linux does when `None`.
+    pub min_free_kbytes: Option<u64>,
+    /// `vm.watermark_scale_factor`, in 1/10000 of a zone.
+    pub watermark_scale_factor: u64,
+    /// `vm.lowmem_reserve_ratio` for DMA, DMA32 and Normal; 0 turns it off.
+    pub lowmem_reserve_ratio: [u64; 3],
+    /// The memory that the memory map is put into reads as zero already (fresh from a hypervisor
+    /// or from mmap): taking over then writes next to nothing.
+    pub memory_is_zeroed: bool,
+    /// Debug flags for every cache (`slab_debug=`).
+    pub slab_debug: crate::slab::CacheFlags,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            dma_limit: PhysAddr(16 << 20),
+            dma32_limit: PhysAddr(4 << 30),
+            movable_from: None,
+            min_free_kbytes: None,
+            watermark_scale_factor: 10,
+            lowmem_reserve_ratio: [256, 256, 32],
+            memory_is_zeroed: false,
+            slab_debug: crate::slab::CacheFlags::EMPTY,
+        }
+    }
+}

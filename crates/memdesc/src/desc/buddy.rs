@@ -1,0 +1,122 @@
+//! `struct buddy`: what describes a free block, in 8 bytes.
+//!
+//! Seed 000's has flags, a list head, the order and a page pointer: 40 bytes. Here order, list and state are in the
+//! word, the page is where the word was found, and the two links are 32-bit page frame numbers, so nothing else is
+//! left. That is what makes *keep* affordable: a bare page carries its buddy with it, 16 bytes a page in all.
+//!
+//! The memory of a buddy that is not in use is itself a link in a [`DescList`].
+
+use crate::address::{Pfn, PhysAddr};
+use crate::memmap::MemMap;
+use crate::sync::atomic::{AtomicU32, Ordering};
+
+/// The links of a free block, and the first 8 bytes of every descriptor.
+///
+/// # Invariants
+///
+/// While the block is in a zone's free list: both neighbours, under the zone lock. In a per-CPU list: `next`
+/// only, under that CPU's lock. While pages are handed out: the owner's.
+#[derive(Debug)]
+#[repr(C, align(8))]
+pub(crate) struct Buddy {
+    next: AtomicU32,
+    prev: AtomicU32,
+}
+
+const _: () = assert!(size_of::<Buddy>() == 8);
+
+impl Buddy {
+    #[inline]
+    pub(crate) fn next(&self) -> Pfn {
+        Pfn(self.next.load(Ordering::Relaxed))
+    }
+
+    #[inline]
+    pub(crate) fn prev(&self) -> Pfn {
+        Pfn(self.prev.load(Ordering::Relaxed))
+    }
+
+    #[inline]
+    pub(crate) fn set_next(&self, pfn: Pfn) {
+        self.next.store(pfn.0, Ordering::Relaxed);
+    }
+
+    #[inline]
+    pub(crate) fn set_prev(&self, pfn: Pfn) {
+        self.prev.store(pfn.0, Ordering::Relaxed);
+    }
+}
+
+impl MemMap {
+    /// The links of a block, given its head.
+    #[inline]
+    pub(crate) fn buddy(&self, head: Pfn) -> &Buddy {
+        self.buddy_at(self.word(head).load_owned().desc())
+    }
+
+    /// The links in the descriptor at this physical address.
+    #[inline]
+    pub(crate) fn buddy_at(&self, desc: PhysAddr) -> &Buddy {
+        let ptr = self.virt(desc).cast::<Buddy>();
+        debug_assert!(ptr.is_aligned() && desc.0 != 0);
+        // SAFETY: `desc` is the address of a descriptor, which is at least 8 bytes in a slab page that is never given
+        // back while the descriptor is in use; every bit pattern is a valid `Buddy`, and it is accessed as atomics only.
+        unsafe { &*ptr }
+    }
+}
+
+/// Descriptors nobody uses at the moment, chained through their own memory: what a split takes along under the zone
+/// lock, and what a merge brings back. Never allocates, and has no bound.
+#[derive(Debug)]
+#[must_use = "descriptors would be lost"]
+pub(crate) struct DescList {
+    /// The first descriptor's physical address; 0 when empty (page 0 never holds descriptors).
+    head: PhysAddr,
+    len: u32,
+}
+
+impl DescList {
+    pub(crate) const fn new() -> DescList {
+        DescList {
+            head: PhysAddr(0),
+            len: 0,
+        }
+    }
+
+    #[inline]
+    pub(crate) fn len(&self) -> usize {
+        self.len as usize
+    }
+
+    #[inline]
+    pub(crate) fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Adds a descriptor that nothing leads to any more.
+    #[inline]
+    pub(crate) fn push(&mut self, map: &MemMap, desc: PhysAddr) {
+        let link = map.buddy_at(desc);
+        link.next
+            .store((self.head.0 >> 3) as u32, Ordering::Relaxed);
+        link.prev
+            .store((self.head.0 >> 35) as u32, Ordering::Relaxed);
+        self.head = desc;
+        self.len += 1;
+    }
+
+    /// Takes one out.
+    #[inline]
+    pub(crate) fn pop(&mut self, map: &MemMap) -> Option<PhysAddr> {
+        if self.len == 0 {
+            return None;
+        }
+        let desc = self.head;
+        let link = map.buddy_at(desc);
+        let low = u64::from(link.next.load(Ordering::Relaxed));
+        let high = u64::from(link.prev.load(Ordering::Relaxed));
+        self.head = PhysAddr((high << 32 | low) << 3);
+        self.len -= 1;
+        Some(desc)
+    }
+}

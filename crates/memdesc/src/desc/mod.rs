@@ -1,0 +1,16 @@
+//! Descriptors: what a word leads to.
+//!
+//! Each is allocated when pages get a purpose, and its first 8 bytes are a [`Buddy`]: the links of the free block that
+//! its pages become when the owner lets go (*morph*). The rest stays what it was until the memory has
+//! a new owner, so a stale reader that looks at a [`Folio`]'s count finds zero there, not somebody's list link.
+
+mod buddy;
+mod folio;
+mod ptdesc;
+mod slab;
+
+pub(crate) use buddy::{Buddy, DescList};
+pub use folio::{AtomicCount, Folio, FolioFlags};
+pub use ptdesc::PtDesc;
+pub use slab::Slab;
+pub(crate) use slab::{BITMAP_INLINE, SlabList};

@@ -1,0 +1,215 @@
+//! `struct slab`: what is needed to hand out a slab's objects, and to give its pages back, in 64 bytes.
+//!
+//! Which objects are free is a bitmap here, not a list through the objects: a free object is never written, a double
+//! free is one bit that is set already, and a whole refill is a few `tzcnt`. Slabs of more than 256 objects (8-byte
+//! ones) keep the bitmap in the first bytes of the slab instead.
+
+use core::fmt;
+use core::ptr::NonNull;
+
+use super::Buddy;
+use crate::address::{Pfn, PhysAddr};
+use crate::memmap::MemMap;
+use crate::slab::CacheCore;
+use crate::sync::atomic::{AtomicPtr, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+
+/// Words of bitmap in the descriptor.
+const BITMAP_WORDS: usize = 4;
+/// Slabs of up to so many objects have their bitmap in the descriptor.
+pub(crate) const BITMAP_INLINE: usize = BITMAP_WORDS * 64;
+
+/// Which of its cache's lists a slab is in.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub(crate) enum SlabList {
+    /// None: being set up, or being given back.
+    None = 0,
+    /// Has free objects.
+    Partial = 1,
+    /// Has none.
+    Full = 2,
+}
+
+/// The descriptor of a slab.
+///
+/// # Invariants
+///
+/// Guarded by its cache's list lock, but for `cache`, `pfn`, `order` and `objects`, which do not change while the slab
+/// lives. A set bit is a free object; `inuse + set bits == objects`.
+#[repr(C, align(16))]
+pub struct Slab {
+    /// Neighbours in the cache's list, as page frame numbers; the free block's links afterwards.
+    links: Buddy,
+    cache: AtomicPtr<CacheCore>,
+    pfn: AtomicU32,
+    objects: AtomicU16,
+    inuse: AtomicU16,
+    order: AtomicU8,
+    list: AtomicU8,
+    /// Lies in the page that it describes (`__alloc_slab`).
+    self_described: AtomicU8,
+    _reserved: [u8; 5],
+    bitmap: [AtomicU64; BITMAP_WORDS],
+}
+
+const _: () = assert!(size_of::<Slab>() == 64);
+
+impl Slab {
+    /// Sets the descriptor up: all objects free, in no list.
+    pub(crate) fn init(
+        &self,
+        map: &MemMap,
+        cache: NonNull<CacheCore>,
+        pfn: Pfn,
+        order: usize,
+        objects: usize,
+        self_described: bool,
+    ) {
+        self.cache.store(cache.as_ptr(), Ordering::Relaxed);
+        self.pfn.store(pfn.0, Ordering::Relaxed);
+        self.objects.store(objects as u16, Ordering::Relaxed);
+        self.inuse.store(0, Ordering::Relaxed);
+        self.order.store(order as u8, Ordering::Relaxed);
+        self.list.store(SlabList::None as u8, Ordering::Relaxed);
+        self.self_described
+            .store(u8::from(self_described), Ordering::Relaxed);
+        for (i, word) in self.bitmap(map).iter().enumerate() {
+            let left = objects.saturating_sub(i * 64);
+            let bits = if left >= 64 {
+                u64::MAX
+            } else {
+                (1 << left) - 1
+            };
+            word.store(bits, Ordering::Relaxed);
+        }
+    }
+
+    pub(crate) fn links(&self) -> &Buddy {
+        &self.links
+    }
+
+    pub(crate) fn cache(&self) -> NonNull<CacheCore> {
+        match NonNull::new(self.cache.load(Ordering::Relaxed)) {
+            Some(cache) => cache,
+            None => unreachable!("a slab without a cache"),
+        }
+    }
+
+    pub(crate) fn pfn(&self) -> Pfn {
+        Pfn(self.pfn.load(Ordering::Relaxed))
+    }
+
+    /// The order of its pages.
+    pub fn order(&self) -> usize {
+        usize::from(self.order.load(Ordering::Relaxed))
+    }
+
+    /// How many objects it holds.
+    pub fn objects(&self) -> usize {
+        usize::from(self.objects.load(Ordering::Relaxed))
+    }
+
+    /// How many of them are handed out or in a CPU's sheaf.
+    pub fn inuse(&self) -> usize {
+        usize::from(self.inuse.load(Ordering::Relaxed))
+    }
+
+    /// Does it lie in the page that it describes? Such a page stays: its descriptor cannot outlive it.
+    pub fn is_self_described(&self) -> bool {
+        self.self_described.load(Ordering::Relaxed) != 0
+    }
+
+    pub(crate) fn list(&self) -> SlabList {
+        match self.list.load(Ordering::Relaxed) {
+            1 => SlabList::Partial,
+            2 => SlabList::Full,
+            _ => SlabList::None,
+        }
+    }
+
+    pub(crate) fn set_list(&self, list: SlabList) {
+        self.list.store(list as u8, Ordering::Relaxed);
+    }
+
+    fn bitmap<'a>(&'a self, map: &'a MemMap) -> &'a [AtomicU64] {
+        let objects = self.objects();
+        if objects <= BITMAP_INLINE {
+            return &self.bitmap[..objects.div_ceil(64)];
+        }
+        let ptr = map.virt(self.pfn().phys()).cast::<AtomicU64>();
+        // SAFETY: such a slab's cache leaves `bitmap_bytes` at the start of the slab, page aligned, for this; they are
+        // only ever accessed as these atomics while the slab lives.
+        unsafe { core::slice::from_raw_parts(ptr, objects.div_ceil(64)) }
+    }
+
+    /// Bytes at the start of a slab of so many objects that the bitmap takes.
+    pub(crate) const fn bitmap_bytes(objects: usize) -> usize {
+        if objects <= BITMAP_INLINE {
+            0
+        } else {
+            objects.div_ceil(64) * 8
+        }
+    }
+
+    /// Hands out free objects, as indices, until `want` says no more.
+    pub(crate) fn take(&self, map: &MemMap, mut want: usize, mut each: impl FnMut(usize)) {
+        let mut taken = 0;
+        for (i, word) in self.bitmap(map).iter().enumerate() {
+            let mut bits = word.load(Ordering::Relaxed);
+            while bits != 0 && want > 0 {
+                each(i * 64 + bits.trailing_zeros() as usize);
+                bits &= bits - 1;
+                taken += 1;
+                want -= 1;
+            }
+            word.store(bits, Ordering::Relaxed);
+            if want == 0 {
+                break;
+            }
+        }
+        self.inuse
+            .store((self.inuse() + taken) as u16, Ordering::Relaxed);
+    }
+
+    /// Takes an object back; `false` if it is free already.
+    pub(crate) fn give(&self, map: &MemMap, index: usize) -> bool {
+        let word = &self.bitmap(map)[index / 64];
+        let bits = word.load(Ordering::Relaxed);
+        let bit = 1 << (index % 64);
+        if bits & bit != 0 {
+            return false;
+        }
+        word.store(bits | bit, Ordering::Relaxed);
+        self.inuse
+            .store((self.inuse() - 1) as u16, Ordering::Relaxed);
+        true
+    }
+
+    /// Is this object free?
+    pub(crate) fn is_free(&self, map: &MemMap, index: usize) -> bool {
+        self.bitmap(map)[index / 64].load(Ordering::Relaxed) >> (index % 64) & 1 != 0
+    }
+}
+
+impl fmt::Debug for Slab {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Slab")
+            .field("pfn", &self.pfn())
+            .field("order", &self.order())
+            .field("inuse", &self.inuse())
+            .field("objects", &self.objects())
+            .finish_non_exhaustive()
+    }
+}
+
+impl MemMap {
+    /// The slab descriptor at this address.
+    #[inline]
+    pub(crate) fn slab_at(&self, desc: PhysAddr) -> &Slab {
+        let ptr = self.virt(desc).cast::<Slab>();
+        debug_assert!(ptr.is_aligned() && desc.0 != 0);
+        // SAFETY: `desc` comes from a word that says slab, and such words lead to 64 bytes of a slab of descriptors that
+        // stay allocated as long as the word says so; all fields are atomics, every bit pattern is valid.
+        unsafe { &*ptr }
+    }
+}

@@ -1,0 +1,82 @@
+//! Why a request was refused. Errors are values: each says which case.
+
+use core::fmt;
+
+use crate::address::PhysAddr;
+
+/// An allocation that could not be had. Nothing has changed when one of these comes back.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum AllocError {
+    /// No zone that the flags allow has a free block of this order.
+    NoBlock,
+    /// There is memory, but it lies under the watermark that these flags may go to.
+    Watermark,
+    /// The descriptors that a split or the new owner needs could not be had.
+    NoDescriptor,
+    /// The order is above [`MAX_ORDER`](crate::address::MAX_ORDER).
+    BadOrder,
+    /// The size is zero where it may not be, or above what the call serves.
+    BadSize,
+    /// The machine has no memory of the wanted kind at all: no such node or zone.
+    NoZone,
+    /// The page asked for by number is not free, or not memory.
+    Busy,
+    /// Fault injection said so.
+    Injected,
+}
+
+impl fmt::Display for AllocError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            AllocError::NoBlock => "no free block of this order in any allowed zone",
+            AllocError::Watermark => "what is free lies under the watermark",
+            AllocError::NoDescriptor => "no memory for the descriptors",
+            AllocError::BadOrder => "order above MAX_ORDER",
+            AllocError::BadSize => "size not served",
+            AllocError::NoZone => "no memory of the wanted node or zone",
+            AllocError::Busy => "the wanted page is not free",
+            AllocError::Injected => "fault injected",
+        })
+    }
+}
+
+impl core::error::Error for AllocError {}
+
+/// Why a memory manager could not be brought up.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum InitError {
+    /// No range of RAM was given.
+    NoMemory,
+    /// A range is empty or ends before it starts.
+    EmptyRange(PhysAddr),
+    /// Two ranges overlap, at this address.
+    Overlap(PhysAddr),
+    /// A range reaches past [`MAX_PFN`](crate::address::MAX_PFN): 16 TiB.
+    TooHigh(PhysAddr),
+    /// More than [`MAX_NODES`](crate::config::MAX_NODES) nodes.
+    TooManyNodes(u8),
+    /// No CPU, or more than [`MAX_CPUS`](crate::config::MAX_CPUS).
+    BadCpuCount(usize),
+    /// The memory map and the first slabs do not fit: so many bytes in one piece were wanted.
+    TooSmall(u64),
+}
+
+impl fmt::Display for InitError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            InitError::NoMemory => f.write_str("no range of RAM was given"),
+            InitError::EmptyRange(at) => write!(f, "the range at {at:?} is empty"),
+            InitError::Overlap(at) => write!(f, "two ranges overlap at {at:?}"),
+            InitError::TooHigh(at) => write!(f, "the range at {at:?} reaches past 16 TiB"),
+            InitError::TooManyNodes(n) => write!(f, "node {n}: at most 8 nodes are supported"),
+            InitError::BadCpuCount(n) => write!(f, "{n} CPUs: 1 to 1024 are supported"),
+            InitError::TooSmall(n) => {
+                write!(f, "no piece of RAM holds the {n} bytes needed to boot")
+            }
+        }
+    }
+}
+
+impl core::error::Error for InitError {}

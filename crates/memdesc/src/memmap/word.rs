@@ -1,0 +1,420 @@
+//! The memdesc: all that the memory map holds for a page, in 8 bytes.
+//!
+//! ```text
+//!  63   62..60  59..57        56..53  52..4                       3..0
+//! ┌────┬───────┬─────────────┬───────┬───────────────────────────┬──────┐
+//! │ P  │ class │ migratetype │ order │ descriptor: phys >> 3      │ type │
+//! └────┴───────┴─────────────┴───────┴───────────────────────────┴──────┘
+//! ```
+//!
+//! | field | meaning | who may change it |
+//! |---|---|---|
+//! | type | [`PageType`]; 0 is "nothing starts here" | with the block free: the zone lock's holder, or the owner of the per-CPU list it is in. With the block handed out: its owner |
+//! | descriptor | physical address of the descriptor, 8-byte aligned; for types without one, the facts themselves | as the type |
+//! | order | of the block or allocation this page belongs to | as the type |
+//! | migratetype | of the free list a free block is in | as the type |
+//! | class | [`DescClass`]: which cache the descriptor's memory came from | whoever sets the descriptor |
+//! | P | free: in a per-CPU list. Handed out: taken from a reserve | as the type |
+//!
+//! **What a word says, and for which pages.** A block is described by the word of its first page, its head. In a
+//! free block, and in an allocation above [`TAIL_WORDS_ORDER`], the other words are zero, which says "look further
+//! left". In an allocation of order 3 or less all words are the same: they share one cache line, and an object's
+//! slab is found by one load. So a word that is not zero is always true of its page, and a zero word sends
+//! the reader to the possible heads, nearest first: clear the lowest set bit of the page number, look again.
+//! Splitting order 10 for a single page therefore writes 11 words, not 1024; merging them back, 11.
+//!
+//! A word of zero that no head covers was never handed out: an untouched map of zero bytes is valid.
+
+use core::fmt;
+
+use crate::address::PhysAddr;
+use crate::page_alloc::MigrateType;
+use crate::sync::atomic::{AtomicU64, Ordering};
+
+/// Allocations up to this order have every word written: 8 words, one cache line.
+pub const TAIL_WORDS_ORDER: usize = 3;
+
+const TYPE_BITS: u32 = 4;
+const DESC_SHIFT: u32 = 4;
+const DESC_BITS: u32 = 49;
+const ORDER_SHIFT: u32 = 53;
+const MIGRATE_SHIFT: u32 = 57;
+const CLASS_SHIFT: u32 = 60;
+const P_BIT: u64 = 1 << 63;
+
+const TYPE_MASK: u64 = (1 << TYPE_BITS) - 1;
+const DESC_MASK: u64 = ((1 << DESC_BITS) - 1) << DESC_SHIFT;
+const ORDER_MASK: u64 = 0xf << ORDER_SHIFT;
+const MIGRATE_MASK: u64 = 0x7 << MIGRATE_SHIFT;
+const CLASS_MASK: u64 = 0x7 << CLASS_SHIFT;
+
+const _: () = assert!(DESC_SHIFT + DESC_BITS == ORDER_SHIFT);
+const _: () = assert!(
+    TYPE_MASK ^ DESC_MASK ^ ORDER_MASK ^ MIGRATE_MASK ^ CLASS_MASK ^ P_BIT == u64::MAX,
+    "the fields cover the word without overlap"
+);
+
+/// What a page is, from the low bits of its word.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[repr(u8)]
+pub enum PageType {
+    /// Nothing starts here: a tail, or never handed out.
+    None = 0,
+    /// A free block; a `struct buddy`.
+    Free = 1,
+    /// Bare pages (`alloc_pages`, drivers); the `buddy` is kept.
+    Bare = 2,
+    /// A slab; a `struct slab`.
+    Slab = 3,
+    /// Large kmalloc; the `buddy` is kept.
+    LargeKmalloc = 4,
+    /// A page table; a `ptdesc`.
+    PageTable = 5,
+    /// File cache; a `folio`.
+    File = 6,
+    /// Anonymous memory; a `folio`.
+    Anon = 7,
+    /// Part of a vmalloc area.
+    Vmalloc = 8,
+    /// Network pool.
+    NetPool = 9,
+    /// Compressed memory.
+    Zsmalloc = 10,
+    /// Device memory.
+    Device = 11,
+    /// Inline: kernel text and data, firmware, the memory map itself, per-CPU areas.
+    Reserved = 12,
+    /// Inline: given away to a hypervisor (balloon), or logically offline.
+    Offline = 13,
+    /// Inline: bad memory, or a guard.
+    Poisoned = 14,
+    /// The kernel's own type.
+    Yours = 15,
+}
+
+impl PageType {
+    /// How many there are.
+    pub const COUNT: usize = 16;
+    /// All of them, by number.
+    pub const ALL: [PageType; 16] = [
+        PageType::None,
+        PageType::Free,
+        PageType::Bare,
+        PageType::Slab,
+        PageType::LargeKmalloc,
+        PageType::PageTable,
+        PageType::File,
+        PageType::Anon,
+        PageType::Vmalloc,
+        PageType::NetPool,
+        PageType::Zsmalloc,
+        PageType::Device,
+        PageType::Reserved,
+        PageType::Offline,
+        PageType::Poisoned,
+        PageType::Yours,
+    ];
+
+    /// Does the word lead to a descriptor (or a kept `buddy`), rather than hold facts inline?
+    #[inline]
+    pub const fn has_descriptor(self) -> bool {
+        !matches!(
+            self,
+            PageType::None | PageType::Reserved | PageType::Offline | PageType::Poisoned
+        )
+    }
+
+    /// Can the owner move or reclaim such pages? Decides whether a pageblock is worth stealing.
+    #[inline]
+    pub const fn is_movable(self) -> bool {
+        matches!(self, PageType::File | PageType::Anon)
+    }
+
+    /// The name in reports and ledgers.
+    pub const fn name(self) -> &'static str {
+        match self {
+            PageType::None => "none",
+            PageType::Free => "free",
+            PageType::Bare => "bare",
+            PageType::Slab => "slab",
+            PageType::LargeKmalloc => "large_kmalloc",
+            PageType::PageTable => "page_table",
+            PageType::File => "file",
+            PageType::Anon => "anon",
+            PageType::Vmalloc => "vmalloc",
+            PageType::NetPool => "net_pool",
+            PageType::Zsmalloc => "zsmalloc",
+            PageType::Device => "device",
+            PageType::Reserved => "reserved",
+            PageType::Offline => "offline",
+            PageType::Poisoned => "poisoned",
+            PageType::Yours => "yours",
+        }
+    }
+}
+
+/// Which cache a descriptor's memory came from: where it goes back to when it is no longer needed.
+///
+/// A descriptor outlives its type. When an owner lets a page go, the memory of its descriptor becomes the free
+/// block's `struct buddy` (*morph*), and if the next owner wants the same class it becomes his descriptor.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[repr(u8)]
+pub enum DescClass {
+    /// A `struct buddy`, 8 bytes.
+    Buddy = 0,
+    /// A `folio`, 32 bytes.
+    Folio = 1,
+    /// A `struct slab`, 64 bytes.
+    Slab = 2,
+    /// A `ptdesc`, 32 bytes.
+    PtDesc = 3,
+    /// Of the kernel's own caches.
+    Yours = 4,
+}
+
+impl DescClass {
+    /// How many the allocator itself has a cache for.
+    pub const BUILT_IN: usize = 4;
+}
+
+/// A memdesc: the word of one page, as a value.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(transparent)]
+pub struct Word(u64);
+
+impl Word {
+    /// Nothing starts here.
+    pub const ZERO: Word = Word(0);
+
+    /// A word that leads to a descriptor at `desc`, which is 8-byte aligned and below 2^52.
+    #[inline]
+    pub const fn described(kind: PageType, order: usize, desc: PhysAddr, class: DescClass) -> Word {
+        debug_assert!(desc.0 & 7 == 0 && desc.0 >> 52 == 0 && order < 16);
+        Word(
+            kind as u64
+                | (desc.0 >> 3) << DESC_SHIFT
+                | (order as u64) << ORDER_SHIFT
+                | (class as u64) << CLASS_SHIFT,
+        )
+    }
+
+    /// A word that holds its facts itself: up to 49 bits of them.
+    #[inline]
+    pub const fn inline(kind: PageType, order: usize, facts: u64) -> Word {
+        debug_assert!(facts >> DESC_BITS == 0 && order < 16);
+        Word(kind as u64 | facts << DESC_SHIFT | (order as u64) << ORDER_SHIFT)
+    }
+
+    /// The bits, for reports.
+    #[inline]
+    pub const fn bits(self) -> u64 {
+        self.0
+    }
+
+    /// Is there nothing?
+    #[inline]
+    pub const fn is_zero(self) -> bool {
+        self.0 == 0
+    }
+
+    /// The type.
+    #[inline]
+    pub const fn kind(self) -> PageType {
+        PageType::ALL[(self.0 & TYPE_MASK) as usize]
+    }
+
+    /// The order of the block this word speaks for.
+    #[inline]
+    pub const fn order(self) -> usize {
+        ((self.0 & ORDER_MASK) >> ORDER_SHIFT) as usize
+    }
+
+    /// The physical address of the descriptor.
+    #[inline]
+    pub const fn desc(self) -> PhysAddr {
+        PhysAddr(((self.0 & DESC_MASK) >> DESC_SHIFT) << 3)
+    }
+
+    /// The inline facts.
+    #[inline]
+    pub const fn facts(self) -> u64 {
+        (self.0 & DESC_MASK) >> DESC_SHIFT
+    }
+
+    /// The free list a free block is in.
+    #[inline]
+    pub const fn migratetype(self) -> MigrateType {
+        MigrateType::ALL[((self.0 & MIGRATE_MASK) >> MIGRATE_SHIFT) as usize & 3]
+    }
+
+    /// Where the descriptor's memory came from.
+    #[inline]
+    pub const fn class(self) -> DescClass {
+        match (self.0 & CLASS_MASK) >> CLASS_SHIFT {
+            0 => DescClass::Buddy,
+            1 => DescClass::Folio,
+            2 => DescClass::Slab,
+            3 => DescClass::PtDesc,
+            _ => DescClass::Yours,
+        }
+    }
+
+    /// Free and in a zone's free list (not in a per-CPU list): may be merged with.
+    #[inline]
+    pub(crate) const fn is_free_in_zone(self, order: usize) -> bool {
+        // One compare: type, order and the per-CPU bit all at once.
+        self.0 & (TYPE_MASK | ORDER_MASK | P_BIT)
+            == PageType::Free as u64 | (order as u64) << ORDER_SHIFT
+    }
+
+    /// Free and in a per-CPU list.
+    #[inline]
+    pub(crate) const fn is_in_pcp(self) -> bool {
+        self.0 & (TYPE_MASK | P_BIT) == PageType::Free as u64 | P_BIT
+    }
+
+    /// The same descriptor, now of a free block in a zone's list.
+    #[inline]
+    pub(crate) const fn to_free(self, order: usize, mt: MigrateType) -> Word {
+        Word(
+            self.0 & (DESC_MASK | CLASS_MASK)
+                | PageType::Free as u64
+                | (order as u64) << ORDER_SHIFT
+                | (mt as u64) << MIGRATE_SHIFT,
+        )
+    }
+
+    /// The same descriptor and order, now in a per-CPU list.
+    #[inline]
+    pub(crate) const fn to_pcp(self, mt: MigrateType) -> Word {
+        Word(
+            self.0 & (DESC_MASK | CLASS_MASK | ORDER_MASK)
+                | PageType::Free as u64
+                | (mt as u64) << MIGRATE_SHIFT
+                | P_BIT,
+        )
+    }
+
+    /// The same descriptor and order, now of a handed-out block of this type.
+    #[inline]
+    pub(crate) const fn to_owned(self, kind: PageType) -> Word {
+        Word(self.0 & (DESC_MASK | CLASS_MASK | ORDER_MASK) | kind as u64)
+    }
+}
+
+impl fmt::Debug for Word {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = self.kind();
+        write!(f, "{} order {}", kind.name(), self.order())?;
+        if kind.has_descriptor() {
+            write!(f, " desc {:#x} ({:?})", self.desc().0, self.class())?;
+        } else if self.facts() != 0 {
+            write!(f, " facts {:#x}", self.facts())?;
+        }
+        if kind == PageType::Free {
+            write!(
+                f,
+                " {}{}",
+                self.migratetype().name(),
+                if self.is_in_pcp() { " pcp" } else { "" }
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// A word in the memory map.
+///
+/// A word is published last, with Release, when what it leads to is ready; whoever reads it with Acquire may
+/// follow it. Only its owner writes it (see the table above), so a load and a store make a transition.
+#[derive(Debug)]
+#[repr(transparent)]
+pub(crate) struct AtomicWord(AtomicU64);
+
+impl AtomicWord {
+    #[cfg(loom)]
+    pub(crate) fn zero() -> Self {
+        AtomicWord(AtomicU64::new(0))
+    }
+
+    /// Planted bug for the model checker: what the word leads to may not be visible yet.
+    #[cfg(loom)]
+    pub(crate) fn publish_relaxed(&self, word: Word) {
+        self.0.store(word.0, Ordering::Relaxed);
+    }
+
+    /// Reads the word. Pairs with [`publish`](Self::publish).
+    #[inline]
+    pub(crate) fn load(&self) -> Word {
+        Word(self.0.load(Ordering::Acquire))
+    }
+
+    /// Reads the word as the one who wrote it last, or under the lock that he held.
+    #[inline]
+    pub(crate) fn load_owned(&self) -> Word {
+        Word(self.0.load(Ordering::Relaxed))
+    }
+
+    /// Writes the word: what it leads to is ready. Pairs with [`load`](Self::load).
+    #[inline]
+    pub(crate) fn publish(&self, word: Word) {
+        self.0.store(word.0, Ordering::Release);
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn is_eight_bytes() {
+        assert_eq!(size_of::<Word>(), 8);
+        assert_eq!(size_of::<AtomicWord>(), 8);
+    }
+
+    #[test]
+    fn fields_go_round() {
+        for kind in PageType::ALL {
+            for order in 0..=10 {
+                for class in [
+                    DescClass::Buddy,
+                    DescClass::Folio,
+                    DescClass::Slab,
+                    DescClass::Yours,
+                ] {
+                    for desc in [8, 0x1000, (1 << 52) - 8] {
+                        let w = Word::described(kind, order, PhysAddr(desc), class);
+                        assert_eq!(
+                            (w.kind(), w.order(), w.desc().0, w.class()),
+                            (kind, order, desc, class)
+                        );
+                        for mt in MigrateType::ALL {
+                            let free = w.to_free(order, mt);
+                            assert!(free.is_free_in_zone(order) && !free.is_in_pcp());
+                            assert!(!free.is_free_in_zone(order + 1));
+                            assert_eq!(
+                                (free.desc().0, free.class(), free.migratetype()),
+                                (desc, class, mt)
+                            );
+                            let pcp = free.to_pcp(mt);
+                            assert!(pcp.is_in_pcp() && !pcp.is_free_in_zone(order));
+                            assert_eq!(
+                                (pcp.order(), pcp.desc().0, pcp.migratetype()),
+                                (order, desc, mt)
+                            );
+                            let owned = pcp.to_owned(PageType::Anon);
+                            assert_eq!((owned.kind(), owned.order()), (PageType::Anon, order));
+                            assert!(!owned.is_in_pcp());
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn zero_is_no_type() {
+        assert_eq!(Word::ZERO.kind(), PageType::None);
+        assert!(!Word::ZERO.kind().has_descriptor());
+    }
+}

@@ -1,0 +1,484 @@
+//! Pages and their owners: handing out blocks under a descriptor, and taking them back.
+//!
+//! Two ways to answer "who describes a page that comes back":
+//! - *keep*: bare pages and large kmalloc carry the free block's `struct buddy` with them, 8 bytes;
+//! - *morph*: an owner's descriptor is put in the buddy's place, the buddy goes back to its cache, and when the owner lets
+//!   go the descriptor's memory becomes the buddy. If the next owner wants a descriptor of the same class, it is
+//!   that memory as it is: no cache is asked at all.
+
+use core::ptr::NonNull;
+
+use crate::address::{PAGE_SIZE, Pfn, PhysAddr};
+use crate::boot::Reserved;
+use crate::desc::{Folio, PtDesc};
+use crate::error::AllocError;
+use crate::gfp::{self, Flags};
+use crate::memmap::{DescClass, Found, PageType, Word};
+use crate::mm::Mm;
+use crate::page_alloc::MigrateType;
+use crate::page_alloc::buddy::Block;
+use crate::platform::{FaultPoint, Platform};
+use crate::report::{Corruption, Report};
+use crate::slab::Cache;
+use crate::stats::Event;
+
+/// What kind of memory a folio is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FolioKind {
+    /// File cache.
+    File,
+    /// Anonymous.
+    Anon,
+}
+
+/// What a page is part of: the answer of [`Mm::lookup`]. Code for slabs cannot be handed a folio.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub enum Memory<'a> {
+    /// Not RAM that the memory map knows.
+    Hole,
+    /// Never handed out: free, without so much as a descriptor.
+    Untouched,
+    /// Free; `in_pcp` if in a per-CPU list.
+    Free {
+        /// In a per-CPU list rather than the zone's.
+        in_pcp: bool,
+    },
+    /// Bare pages.
+    Bare,
+    /// A slab.
+    Slab(&'a crate::desc::Slab),
+    /// Large kmalloc.
+    LargeKmalloc,
+    /// A page table.
+    PageTable(&'a PtDesc),
+    /// File cache.
+    File(&'a Folio),
+    /// Anonymous memory.
+    Anon(&'a Folio),
+    /// Reserved.
+    Reserved(Reserved),
+    /// Given away or offline.
+    Offline,
+    /// Bad memory or a guard.
+    Poisoned,
+    /// A type whose descriptor the kernel brings itself: the descriptor's address.
+    Yours(PageType, NonNull<u8>),
+}
+
+impl<P: Platform> Mm<P> {
+    /// Bare pages (`alloc_pages`): 2^order of them, aligned to their size. They keep their `struct buddy`, 8 bytes.
+    ///
+    /// # Context
+    ///
+    /// With `__GFP_DIRECT_RECLAIM` it may sleep; else any context that may pin a CPU.
+    ///
+    /// # Errors
+    ///
+    /// Why not; nothing has changed then.
+    #[inline]
+    pub fn alloc_pages(&self, gfp: Flags, order: usize) -> Result<Pfn, AllocError> {
+        self.alloc_pages_node(None, gfp, order)
+    }
+
+    /// [`alloc_pages`](Self::alloc_pages) from a certain node, or near it.
+    ///
+    /// # Errors
+    ///
+    /// The same.
+    #[inline]
+    pub fn alloc_pages_node(
+        &self,
+        node: Option<usize>,
+        gfp: Flags,
+        order: usize,
+    ) -> Result<Pfn, AllocError> {
+        let block = self.pages.alloc_block(gfp, order, node, self)?;
+        self.zero_if_asked(block.pfn, order, gfp);
+        self.hand_out(block.pfn, block.word.to_owned(PageType::Bare));
+        Ok(block.pfn)
+    }
+
+    /// Pages under a descriptor that the caller brings (`alloc_pages_desc` of seed 000): every page of the block will lead
+    /// to it. The descriptor is given up to the memory manager until [`free_pages`](Self::free_pages), which then owns it:
+    /// its memory serves as the free block's `struct buddy` and goes back to its cache one day.
+    ///
+    /// # Safety
+    ///
+    /// `desc` is an object of a cache of this memory manager, at least 8 bytes and 8-byte aligned, and its first 8 bytes are
+    /// not used by the owner while pages lead to it only if they are his (links).
+    ///
+    /// # Errors
+    ///
+    /// As [`alloc_pages`](Self::alloc_pages); the descriptor then is still the caller's. [`AllocError::BadSize`] for a type that
+    /// has no descriptor or is the allocator's own.
+    pub unsafe fn alloc_pages_desc(
+        &self,
+        gfp: Flags,
+        order: usize,
+        kind: PageType,
+        desc: NonNull<u8>,
+    ) -> Result<Pfn, AllocError> {
+        use PageType::{Bare, Free, LargeKmalloc, Slab};
+        if !kind.has_descriptor() || matches!(kind, Free | Bare | Slab | LargeKmalloc) {
+            return Err(AllocError::BadSize);
+        }
+        let block = self.pages.alloc_block(gfp, order, None, self)?;
+        self.zero_if_asked(block.pfn, order, gfp);
+        self.put_desc(block.word.desc());
+        let desc = self.pages.phys(desc.as_ptr());
+        self.hand_out(
+            block.pfn,
+            Word::described(kind, order, desc, DescClass::Yours),
+        );
+        Ok(block.pfn)
+    }
+
+    /// A folio: pages that users can map, under a 32-byte descriptor, with one reference.
+    ///
+    /// # Errors
+    ///
+    /// As [`alloc_pages`](Self::alloc_pages).
+    #[inline]
+    pub fn alloc_folio(
+        &self,
+        gfp: Flags,
+        order: usize,
+        kind: FolioKind,
+    ) -> Result<Pfn, AllocError> {
+        let kind = match kind {
+            FolioKind::File => PageType::File,
+            FolioKind::Anon => PageType::Anon,
+        };
+        let block = self.pages.alloc_block(gfp, order, None, self)?;
+        let word = self.own_block(block, DescClass::Folio, kind, Some(gfp))?;
+        self.folio_at(word.desc()).init();
+        self.hand_out(block.pfn, word);
+        Ok(block.pfn)
+    }
+
+    /// Page table pages, under a `ptdesc`.
+    ///
+    /// # Errors
+    ///
+    /// As [`alloc_pages`](Self::alloc_pages).
+    #[inline]
+    pub fn alloc_page_table(&self, gfp: Flags, order: usize) -> Result<Pfn, AllocError> {
+        let block = self.pages.alloc_block(gfp, order, None, self)?;
+        let word = self.own_block(block, DescClass::PtDesc, PageType::PageTable, Some(gfp))?;
+        self.ptdesc_at(word.desc()).init();
+        self.hand_out(block.pfn, word);
+        Ok(block.pfn)
+    }
+
+    /// Many pages of order 0 at once (`alloc_pages_bulk`): fills `out` from the front, says how many there were.
+    pub fn alloc_pages_bulk(&self, gfp: Flags, out: &mut [Pfn]) -> usize {
+        let mut n = 0;
+        // The per-CPU list takes a batch per zone-lock hold; what is left to save here is nothing.
+        while n < out.len() {
+            let Ok(pfn) = self.alloc_pages(gfp, 0) else {
+                break;
+            };
+            out[n] = pfn;
+            n += 1;
+        }
+        n
+    }
+
+    /// Frees many allocations (`free_pages_bulk`).
+    ///
+    /// # Safety
+    ///
+    /// Each is as [`free_pages`](Self::free_pages) wants it.
+    pub unsafe fn free_pages_bulk(&self, pages: &[Pfn]) {
+        for &pfn in pages {
+            // SAFETY: the caller's promise.
+            unsafe { self.free_pages(pfn) };
+        }
+    }
+
+    /// Takes a certain block out of free memory, as bare pages (`alloc_contig_range` of one block).
+    ///
+    /// # Errors
+    ///
+    /// [`AllocError::Busy`] if it is not free as one, or in a per-CPU list.
+    pub fn alloc_pages_at(&self, pfn: Pfn, order: usize) -> Result<(), AllocError> {
+        let block = self.pages.alloc_block_at(pfn, order, self)?;
+        self.hand_out(block.pfn, block.word.to_owned(PageType::Bare));
+        Ok(())
+    }
+
+    /// Gives allocated pages another type, for those whose purpose is known only later: bare pages become a folio or a page
+    /// table and so on.
+    ///
+    /// # Safety
+    ///
+    /// `pfn` is the head of bare pages that the caller owns.
+    ///
+    /// # Errors
+    ///
+    /// No memory for the descriptor; the pages are as they were. [`AllocError::BadSize`] for a type that has no built-in descriptor.
+    pub unsafe fn retype(&self, pfn: Pfn, kind: PageType) -> Result<(), AllocError> {
+        let word = self.pages.map.word(pfn).load_owned();
+        if word.kind() != PageType::Bare {
+            return Err(AllocError::Busy);
+        }
+        let class = match kind {
+            PageType::Anon | PageType::File => DescClass::Folio,
+            PageType::PageTable => DescClass::PtDesc,
+            PageType::LargeKmalloc | PageType::Bare => DescClass::Buddy,
+            _ => return Err(AllocError::BadSize),
+        };
+        let new = match self.swap_desc(word, class)? {
+            Some(desc) => Word::described(kind, word.order(), desc, class),
+            None => word.to_owned(kind),
+        };
+        match class {
+            DescClass::Folio => self.folio_at(new.desc()).init(),
+            DescClass::PtDesc => self.ptdesc_at(new.desc()).init(),
+            _ => {}
+        }
+        self.count(word, false);
+        self.hand_out(pfn, new);
+        Ok(())
+    }
+
+    /// Frees an allocation of whatever type but slabs: the word tells its order and whose descriptor it has
+    /// (`__free_pages`, `free_pages_desc`).
+    ///
+    /// # Safety
+    ///
+    /// `pfn` is the head of an allocation of this memory manager that nobody uses any more.
+    ///
+    /// # Context
+    ///
+    /// Any that may pin a CPU. Allocates nothing, does not wait, cannot fail.
+    #[inline]
+    #[track_caller]
+    pub unsafe fn free_pages(&self, pfn: Pfn) {
+        let pin = self.pages.pin();
+        let stats = self.pages.stats(&pin);
+        stats.enter_free(&pin);
+        let word = match self.pages.map.region(pfn) {
+            Some(region) => region.word(pfn).load_owned(),
+            None => Word::ZERO,
+        };
+        match word.kind() {
+            PageType::Bare
+            | PageType::LargeKmalloc
+            | PageType::File
+            | PageType::Anon
+            | PageType::PageTable
+            | PageType::Vmalloc
+            | PageType::NetPool
+            | PageType::Zsmalloc
+            | PageType::Yours
+                if pfn.is_aligned(word.order()) =>
+            {
+                if matches!(word.kind(), PageType::File | PageType::Anon) {
+                    self.folio_at(word.desc()).freeze();
+                }
+                self.take_back(pfn, word);
+            }
+            _ => self.report_page(pfn, word, core::panic::Location::caller()),
+        }
+        stats.leave_free(&pin);
+    }
+
+    #[cold]
+    fn report_page(&self, pfn: Pfn, word: Word, caller: &'static core::panic::Location<'static>) {
+        let what = match word.kind() {
+            _ if self.pages.map.region(pfn).is_none() => Corruption::NotRam,
+            PageType::Free | PageType::None => Corruption::DoubleFree,
+            _ if !pfn.is_aligned(word.order()) => Corruption::NotAHead,
+            _ => Corruption::WrongType,
+        };
+        self.pages.platform.corruption(&Report {
+            what,
+            cache: None,
+            pfn,
+            word,
+            address: pfn.phys().0 as usize,
+            byte: None,
+            allocated: None,
+            freed: None,
+            caller,
+        });
+    }
+
+    /// Which memory a page is part of. Any page of an allocation gives the same answer.
+    ///
+    /// Without a lock or a reference the answer may be stale when it comes back; see [`Folio::try_get`].
+    pub fn lookup(&self, pfn: Pfn) -> (Pfn, usize, Memory<'_>) {
+        let Some(region) = self.pages.map.region(pfn) else {
+            return (pfn, 0, Memory::Hole);
+        };
+        let Some(Found { head, word }) = self.pages.map.lookup(pfn) else {
+            let (start, end) = region.untouched();
+            // A block on its way between two states shows no head for a moment.
+            let memory = if pfn.0 >= start && pfn.0 < end {
+                Memory::Untouched
+            } else {
+                Memory::Free { in_pcp: false }
+            };
+            return (pfn, 0, memory);
+        };
+        let memory = match word.kind() {
+            PageType::None => Memory::Untouched,
+            PageType::Free => Memory::Free {
+                in_pcp: word.is_in_pcp(),
+            },
+            PageType::Bare => Memory::Bare,
+            PageType::Slab => Memory::Slab(self.pages.map.slab_at(word.desc())),
+            PageType::LargeKmalloc => Memory::LargeKmalloc,
+            PageType::PageTable => Memory::PageTable(self.ptdesc_at(word.desc())),
+            PageType::File => Memory::File(self.folio_at(word.desc())),
+            PageType::Anon => Memory::Anon(self.folio_at(word.desc())),
+            PageType::Reserved if word.facts() == Reserved::MemMap as u64 => {
+                Memory::Reserved(Reserved::MemMap)
+            }
+            PageType::Reserved => Memory::Reserved(Reserved::Kernel),
+            PageType::Offline => Memory::Offline,
+            PageType::Poisoned => Memory::Poisoned,
+            kind => match NonNull::new(self.pages.map.virt(word.desc())) {
+                Some(desc) => Memory::Yours(kind, desc),
+                None => Memory::Untouched,
+            },
+        };
+        (head, word.order(), memory)
+    }
+
+    /// The direct-map address of a page.
+    pub fn page_address(&self, pfn: Pfn) -> *mut u8 {
+        self.pages.map.virt(pfn.phys())
+    }
+
+    /// The page that a direct-map address lies in.
+    pub fn virt_to_pfn(&self, ptr: *const u8) -> Pfn {
+        Pfn::containing(self.pages.phys(ptr))
+    }
+
+    /// Gives the pageblock around `pfn` this mobility, and its free blocks with it (`set_pageblock_migratetype`).
+    pub fn set_pageblock_migratetype(&self, pfn: Pfn, mt: MigrateType) {
+        self.pages.set_pageblock(pfn, mt);
+    }
+
+    /// Gives a fresh block the descriptor its owner wants: its own if the class is right, else a new one. On failure the block
+    /// goes back. Says the word to publish; zeroes the pages if asked.
+    #[inline]
+    pub(crate) fn own_block(
+        &self,
+        block: Block,
+        class: DescClass,
+        kind: PageType,
+        zero: Option<Flags>,
+    ) -> Result<Word, AllocError> {
+        let word = match self.swap_desc(block.word, class) {
+            Ok(None) => block.word.to_owned(kind),
+            Ok(Some(desc)) => Word::described(kind, block.word.order(), desc, class),
+            Err(why) => {
+                // Never published, so its word still says free; nobody saw it.
+                self.pages.free_block(block.pfn, block.word, false, self);
+                return Err(why);
+            }
+        };
+        if let Some(gfp) = zero {
+            self.zero_if_asked(block.pfn, word.order(), gfp);
+        }
+        Ok(word)
+    }
+
+    /// A descriptor of this class in place of the word's; `None` if the word's will do. The old one goes back.
+    #[inline]
+    fn swap_desc(&self, word: Word, class: DescClass) -> Result<Option<PhysAddr>, AllocError> {
+        // Any descriptor can be a kept buddy.
+        if word.class() == class || class == DescClass::Buddy {
+            return Ok(None);
+        }
+        if self.pages.platform.should_fail(FaultPoint::Owner) {
+            return Err(AllocError::NoDescriptor);
+        }
+        let core = match class {
+            DescClass::Folio => self.folio_cache(),
+            DescClass::Slab => self.slab_cache(),
+            DescClass::PtDesc => self.ptdesc_cache(),
+            DescClass::Buddy | DescClass::Yours => return Ok(None),
+        };
+        let caller = core::panic::Location::caller();
+        let desc = self
+            .cache_alloc(core, gfp::GFP_NOWAIT | gfp::__GFP_MEMALLOC, caller)
+            .map_err(|_| AllocError::NoDescriptor)?;
+        let desc = self.pages.phys(desc.as_ptr());
+        self.put_desc(word.desc());
+        Ok(Some(desc))
+    }
+
+    /// Publishes a block under its owner's word and counts it.
+    #[inline]
+    pub(crate) fn hand_out(&self, pfn: Pfn, word: Word) {
+        self.pages.map.publish_block(pfn, word);
+        self.count(word, true);
+    }
+
+    #[inline]
+    fn count(&self, word: Word, out: bool) {
+        let pin = self.pages.pin();
+        let stats = self.pages.stats(&pin);
+        let pages = 1 << word.order();
+        if out {
+            stats.pages_in(&pin, word.kind(), pages);
+            stats.add(&pin, Event::PgAlloc, pages);
+        } else {
+            stats.pages_out(&pin, word.kind(), pages);
+            stats.add(&pin, Event::PgFree, pages);
+        }
+    }
+
+    /// A handed-out block comes back: its descriptor becomes the free block's.
+    #[inline]
+    pub(crate) fn take_back(&self, pfn: Pfn, word: Word) {
+        self.count(word, false);
+        self.pages.free_block(pfn, word, false, self);
+    }
+
+    fn zero_if_asked(&self, pfn: Pfn, order: usize, gfp: Flags) {
+        if gfp.contains(gfp::__GFP_ZERO) {
+            let ptr = self.pages.map.virt(pfn.phys());
+            // SAFETY: the pages are ours until they are handed out, and the platform maps them (promise 1).
+            unsafe { ptr.write_bytes(0, PAGE_SIZE << order) };
+        }
+    }
+
+    fn folio_at(&self, desc: PhysAddr) -> &Folio {
+        let ptr = self.pages.map.virt(desc).cast::<Folio>();
+        // SAFETY: words of these types lead to objects of the folio cache, 32 bytes, 16-byte aligned; all fields are atomics,
+        // every bit pattern is valid.
+        unsafe { &*ptr }
+    }
+
+    fn ptdesc_at(&self, desc: PhysAddr) -> &PtDesc {
+        let ptr = self.pages.map.virt(desc).cast::<PtDesc>();
+        // SAFETY: as for folios, with the ptdesc cache.
+        unsafe { &*ptr }
+    }
+
+    /// A cache of objects of `size` bytes (`kmem_cache_create`). `align` 0 means 8. `ctor` runs once for each object
+    /// when its slab is made; free objects keep what it left.
+    ///
+    /// # Errors
+    ///
+    /// [`AllocError::BadSize`] for a size of 0 or above 4 MiB or an alignment that is no power of two up to a page; else no memory.
+    pub fn kmem_cache_create(
+        &self,
+        name: &str,
+        size: usize,
+        align: usize,
+        flags: crate::slab::CacheFlags,
+        ctor: Option<fn(NonNull<u8>)>,
+    ) -> Result<Cache, AllocError> {
+        if self.pages.platform.should_fail(FaultPoint::CacheCreate) {
+            return Err(AllocError::Injected);
+        }
+        self.create_cache(name, size, align.max(1), flags, ctor)
+    }
+}

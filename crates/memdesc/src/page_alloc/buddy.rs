@@ -1,0 +1,303 @@
+//! Split and merge, under the zone lock.
+//!
+//! All descriptors that can be needed are in the caller's `spare` list before the lock is taken; all that a merge no
+//! longer needs goes into his `freed` list and back to its cache after the lock is dropped. Nothing here can fail.
+//!
+//! | state of a block | its head's word | its other words | its descriptor |
+//! |---|---|---|---|
+//! | untouched | zero | zero | none |
+//! | in a zone's list | free, order, list | zero | a `buddy`, or what the last owner left (*morph*) |
+//! | in a per-CPU list | the same with P | zero | the same |
+//! | handed out bare | bare, order | same word up to order 3, zero above | kept |
+//! | handed out to an owner | his type, order | same word up to order 3, zero above | his |
+
+use super::zone::LockedZone;
+use crate::address::{MAX_ORDER, PAGEBLOCK_ORDER, Pfn};
+use crate::desc::DescList;
+use crate::memmap::heads::first_block_order;
+use crate::memmap::{DescClass, PageType, Region, Word};
+use crate::page_alloc::MigrateType;
+use crate::sync::atomic::Ordering;
+
+/// The most descriptors that taking one block can need: one for a block carved from untouched memory, and one for
+/// each of the `MAX_ORDER` halves that a split down to order 0 leaves behind.
+pub(crate) const LADDER: usize = MAX_ORDER + 1;
+
+/// A block outside the free lists, with the descriptor that came with it. Its head's word still says free (nobody
+/// looks at it before it is published anew).
+#[derive(Clone, Copy, Debug)]
+#[must_use = "the block would be lost"]
+pub(crate) struct Block {
+    pub(crate) pfn: Pfn,
+    pub(crate) word: Word,
+}
+
+impl LockedZone<'_> {
+    pub(crate) fn region(&self, pfn: Pfn) -> &Region {
+        match self.map.region(pfn) {
+            Some(region) => region,
+            None => unreachable!("{pfn:?} of a zone is in no region"),
+        }
+    }
+
+    /// Puts a block into its list. `word` holds the descriptor; `at_tail` for blocks that will likely merge soon.
+    pub(crate) fn link(
+        &mut self,
+        pfn: Pfn,
+        order: usize,
+        mt: MigrateType,
+        word: Word,
+        at_tail: bool,
+    ) {
+        let word = word.to_free(order, mt);
+        self.map.word(pfn).publish(word);
+        self.lists.events.words_written += 1;
+        let buddy = self.map.buddy_at(word.desc());
+        let list = self.lists.lists[order][mt as usize];
+        let (next, prev) = if at_tail {
+            (Pfn::NONE, list.tail)
+        } else {
+            (list.head, Pfn::NONE)
+        };
+        buddy.set_next(next);
+        buddy.set_prev(prev);
+        if next != Pfn::NONE {
+            self.map.buddy(next).set_prev(pfn);
+        }
+        if prev != Pfn::NONE {
+            self.map.buddy(prev).set_next(pfn);
+        }
+        let list = &mut self.lists.lists[order][mt as usize];
+        if next == Pfn::NONE {
+            list.tail = pfn;
+        }
+        if prev == Pfn::NONE {
+            list.head = pfn;
+        }
+        list.nr += 1;
+        self.lists.nr_listed += 1 << order;
+    }
+
+    /// Takes a block out of its list. Its word stays as it is.
+    pub(crate) fn unlink(&mut self, pfn: Pfn, word: Word) {
+        let (order, mt) = (word.order(), word.migratetype() as usize);
+        let buddy = self.map.buddy_at(word.desc());
+        let (next, prev) = (buddy.next(), buddy.prev());
+        let list = &mut self.lists.lists[order][mt];
+        debug_assert!(
+            word.is_free_in_zone(order) && list.nr > 0,
+            "{pfn:?} is in no list: {word:?}"
+        );
+        if next == Pfn::NONE {
+            debug_assert_eq!(list.tail, pfn);
+            list.tail = prev;
+        } else {
+            self.map.buddy(next).set_prev(prev);
+        }
+        if prev == Pfn::NONE {
+            debug_assert_eq!(list.head, pfn);
+            list.head = next;
+        } else {
+            self.map.buddy(prev).set_next(next);
+        }
+        list.nr -= 1;
+        self.lists.nr_listed -= 1 << order;
+    }
+
+    /// Takes the first block of exactly this list.
+    pub(crate) fn pop(&mut self, order: usize, mt: MigrateType) -> Option<Block> {
+        let pfn = self.lists.lists[order][mt as usize].head;
+        if pfn == Pfn::NONE {
+            return None;
+        }
+        let word = self.map.word(pfn).load_owned();
+        self.unlink(pfn, word);
+        Some(Block { pfn, word })
+    }
+
+    /// The smallest block of this mobility that is large enough, split down to `order` (`__rmqueue_smallest`).
+    pub(crate) fn rmqueue_smallest(
+        &mut self,
+        order: usize,
+        mt: MigrateType,
+        spare: &mut DescList,
+    ) -> Option<Block> {
+        for from in order..=MAX_ORDER {
+            if let Some(block) = self.pop(from, mt) {
+                return Some(self.expand(block, order, mt, spare));
+            }
+        }
+        None
+    }
+
+    /// Splits a block that is in no list down to `order`, keeping its first part; the halves go into the lists of `mt`.
+    /// Writes one word per half: what is inside a half is zero and stays so.
+    pub(crate) fn expand(
+        &mut self,
+        block: Block,
+        order: usize,
+        mt: MigrateType,
+        spare: &mut DescList,
+    ) -> Block {
+        let from = block.word.order();
+        if from > order {
+            self.lists.events.splits += 1;
+        }
+        for half in (order..from).rev() {
+            let desc = take_spare(spare, self);
+            let word = Word::described(PageType::Free, half, desc, DescClass::Buddy);
+            self.link(block.pfn.add(1 << half), half, mt, word, false);
+        }
+        Block {
+            pfn: block.pfn,
+            word: block.word.to_free(order, mt),
+        }
+    }
+
+    /// Splits a block that is in no list so that the block of `order` at `target` comes out alone.
+    pub(crate) fn expand_at(
+        &mut self,
+        block: Block,
+        target: Pfn,
+        order: usize,
+        spare: &mut DescList,
+    ) -> Block {
+        let mt = block.word.migratetype();
+        let mut at = block.pfn;
+        for half in (order..block.word.order()).rev() {
+            let desc = take_spare(spare, self);
+            let word = Word::described(PageType::Free, half, desc, DescClass::Buddy);
+            let upper = at.add(1 << half);
+            if target >= upper {
+                self.link(at, half, mt, word, false);
+                at = upper;
+            } else {
+                self.link(upper, half, mt, word, false);
+            }
+        }
+        debug_assert_eq!(at, target);
+        Block {
+            pfn: target,
+            word: block.word.to_free(order, mt),
+        }
+    }
+
+    /// Frees a block that is in no list: merges it as far as it goes and puts the result into the list of its pageblock.
+    /// Each merge leaves a descriptor over, which goes into `freed`. The tails' words are zero already.
+    pub(crate) fn free_block(&mut self, block: Block, order: usize, freed: &mut DescList) {
+        let Block { mut pfn, mut word } = block;
+        let mut order = order;
+        let map = self.map;
+        let region = match map.region(pfn) {
+            Some(region) => region,
+            None => unreachable!("{pfn:?} of a zone is in no region"),
+        };
+        let mt = region.block_migratetype(pfn);
+        while order < MAX_ORDER {
+            let other = pfn.buddy(order);
+            if !region.contains(other) {
+                break;
+            }
+            let other_word = region.word(other).load_owned();
+            if !other_word.is_free_in_zone(order) {
+                break;
+            }
+            // Pageblocks kept for atomic allocations do not melt into others.
+            if order >= PAGEBLOCK_ORDER {
+                let other_mt = region.block_migratetype(other);
+                if other_mt != mt
+                    && (mt == MigrateType::HighAtomic || other_mt == MigrateType::HighAtomic)
+                {
+                    break;
+                }
+            }
+            self.unlink(other, other_word);
+            // Of the two descriptors the smaller one stays: a folio's memory is better off back in its cache.
+            let left_over = if word.class() == DescClass::Buddy {
+                other_word.desc()
+            } else {
+                core::mem::replace(&mut word, other_word).desc()
+            };
+            freed.push(map, left_over);
+            let upper = Pfn(pfn.0.max(other.0));
+            region.word(upper).publish(Word::ZERO);
+            self.lists.events.words_written += 1;
+            self.lists.events.merges += 1;
+            pfn = Pfn(pfn.0.min(other.0));
+            order += 1;
+        }
+        let mt = region.block_migratetype(pfn);
+        let at_tail = self.will_merge_soon(region, pfn, order);
+        self.link(pfn, order, mt, word, at_tail);
+    }
+
+    /// Is the block next to the one that this and its (taken) buddy would make free? Then the buddy's return makes a large
+    /// block, so hand this one out last (`buddy_merge_likely`).
+    fn will_merge_soon(&self, region: &Region, pfn: Pfn, order: usize) -> bool {
+        if order >= MAX_ORDER - 1 {
+            return false;
+        }
+        let parent = Pfn(pfn.0 & !(1 << order));
+        let uncle = parent.buddy(order + 1);
+        region.contains(uncle) && region.word(uncle).load_owned().is_free_in_zone(order + 1)
+    }
+
+    /// Turns the start of an untouched range into a free block of the largest order that fits there, and puts it into the
+    /// movable lists. Says whether there was one. Needs one spare descriptor.
+    pub(crate) fn carve(&mut self, spare: &mut DescList) -> bool {
+        let Some(region) = self.untouched_region() else {
+            return false;
+        };
+        self.carve_from(region, spare);
+        true
+    }
+
+    /// [`carve`](Self::carve) from a certain region, which has untouched pages.
+    pub(crate) fn carve_from(&mut self, region: &Region, spare: &mut DescList) {
+        let (start, end) = region.untouched();
+        let order = first_block_order(start, end);
+        region
+            .untouched_start
+            .store(start + (1 << order), Ordering::Relaxed);
+        self.lists.nr_untouched -= 1 << order;
+        let mt = region.block_migratetype(Pfn(start));
+        let desc = take_spare(spare, self);
+        let word = Word::described(PageType::Free, order, desc, DescClass::Buddy);
+        self.link(Pfn(start), order, mt, word, false);
+    }
+
+    /// Takes untouched pages off the end of a range, without any descriptor; for the first slabs of all.
+    pub(crate) fn carve_bare(&mut self, pages: u32) -> Option<Pfn> {
+        let region = self.untouched_region()?;
+        let (start, end) = region.untouched();
+        let first = end.checked_sub(pages).filter(|&at| at >= start)?;
+        region.untouched_end.store(first, Ordering::Relaxed);
+        region.set_block_migratetype(Pfn(first), MigrateType::Unmovable);
+        self.lists.nr_untouched -= u64::from(pages);
+        Some(Pfn(first))
+    }
+}
+
+impl<'a> LockedZone<'a> {
+    /// A region of this zone that has untouched pages.
+    fn untouched_region(&self) -> Option<&'a Region> {
+        if self.lists.nr_untouched == 0 {
+            return None;
+        }
+        let (first, end) = self.zone.regions;
+        let index = self.zone.index;
+        self.map.regions()[first as usize..end as usize]
+            .iter()
+            .find(|region| {
+                let (start, end) = region.untouched();
+                region.zone == index && start < end
+            })
+    }
+}
+
+fn take_spare(spare: &mut DescList, zone: &LockedZone<'_>) -> crate::address::PhysAddr {
+    match spare.pop(zone.map) {
+        Some(desc) => desc,
+        None => unreachable!("more descriptors needed than the ladder of {LADDER}"),
+    }
+}

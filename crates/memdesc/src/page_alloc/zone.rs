@@ -1,0 +1,165 @@
+//! A zone: its free lists, its counters, and its lock.
+
+use crate::address::{MAX_ORDER, Pfn};
+use crate::memmap::MemMap;
+use crate::page_alloc::{MigrateType, ZoneType};
+use crate::platform::{Pin, Platform};
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::{SpinGuard, SpinLock};
+
+/// Blocks of one order and mobility, linked through their buddies by page frame number.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct FreeList {
+    pub(crate) head: Pfn,
+    pub(crate) tail: Pfn,
+    pub(crate) nr: u32,
+}
+
+impl FreeList {
+    const EMPTY: FreeList = FreeList {
+        head: Pfn::NONE,
+        tail: Pfn::NONE,
+        nr: 0,
+    };
+}
+
+/// What the zone lock guards.
+///
+/// # Invariants
+///
+/// - A block is in `lists[order][mt]` exactly when its head's word says free, `order`, `mt`, not in a per-CPU list.
+/// - The other words of a block in a list are zero.
+/// - `nr_listed` is the sum of the pages in all lists; `nr_untouched` of the regions' untouched ranges.
+#[derive(Debug)]
+pub(crate) struct ZoneLists {
+    pub(crate) lists: [[FreeList; MigrateType::COUNT]; MAX_ORDER + 1],
+    pub(crate) nr_listed: u64,
+    pub(crate) nr_untouched: u64,
+    pub(crate) nr_highatomic: u64,
+    pub(crate) events: ZoneEvents,
+}
+
+/// What happened under the lock, for the vmstat view.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct ZoneEvents {
+    pub(crate) splits: u64,
+    pub(crate) merges: u64,
+    pub(crate) steals: u64,
+    pub(crate) claims: u64,
+    pub(crate) words_written: u64,
+}
+
+/// The marks that say how far a request may go.
+#[derive(Debug)]
+pub(crate) struct Watermarks {
+    pub(crate) min: u64,
+    pub(crate) low: u64,
+    pub(crate) high: u64,
+    /// Raised for a while after a pageblock was polluted.
+    pub(crate) boost: AtomicU64,
+}
+
+/// A zone of a node.
+#[derive(Debug)]
+pub(crate) struct Zone {
+    pub(crate) kind: ZoneType,
+    pub(crate) node: u8,
+    /// Its place in the zone table.
+    pub(crate) index: u32,
+    /// Pages of RAM, the allocator's own boot memory included.
+    pub(crate) present: u64,
+    /// Pages that were ever in the allocator.
+    pub(crate) managed: u64,
+    pub(crate) marks: Watermarks,
+    /// Pages kept from requests that could have been served from a zone this much higher.
+    pub(crate) lowmem_reserve: [u64; ZoneType::COUNT],
+    /// Regions of this zone, as a range of indices (others may lie between).
+    pub(crate) regions: (u32, u32),
+    /// Mirror of listed + untouched, read without the lock by the watermark check.
+    pub(crate) nr_free: AtomicU64,
+    pub(crate) nr_highatomic: AtomicU64,
+    lists: SpinLock<ZoneLists>,
+}
+
+impl Zone {
+    pub(crate) fn new(kind: ZoneType, node: u8, index: u32, map: &MemMap) -> Zone {
+        let (mut present, mut managed) = (0, 0);
+        let mut range = (u32::MAX, 0);
+        for (i, region) in map.regions().iter().enumerate() {
+            if region.zone == index {
+                present += u64::from(region.end - region.start);
+                let (start, end) = region.untouched();
+                managed += u64::from(end - start);
+                range = (range.0.min(i as u32), i as u32 + 1);
+            }
+        }
+        Zone {
+            kind,
+            node,
+            index,
+            present,
+            managed,
+            marks: Watermarks {
+                min: 0,
+                low: 0,
+                high: 0,
+                boost: AtomicU64::new(0),
+            },
+            lowmem_reserve: [0; ZoneType::COUNT],
+            regions: range,
+            nr_free: AtomicU64::new(managed),
+            nr_highatomic: AtomicU64::new(0),
+            lists: SpinLock::new(ZoneLists {
+                lists: [[FreeList::EMPTY; MigrateType::COUNT]; MAX_ORDER + 1],
+                nr_listed: 0,
+                nr_untouched: managed,
+                nr_highatomic: 0,
+                events: ZoneEvents::default(),
+            }),
+        }
+    }
+
+    /// Free pages, without those in per-CPU lists.
+    #[inline]
+    pub(crate) fn free_pages(&self) -> u64 {
+        self.nr_free.load(Ordering::Relaxed)
+    }
+
+    /// Takes the zone lock.
+    ///
+    /// Lock order: a leaf; no other lock is held or taken with it.
+    #[inline]
+    pub(crate) fn lock<'a, P: Platform>(
+        &'a self,
+        map: &'a MemMap,
+        platform: &'a P,
+        _pin: &Pin<'_, P>,
+    ) -> LockedZone<'a> {
+        let lists = self.lists.lock(|round| platform.relax(round));
+        LockedZone {
+            zone: self,
+            map,
+            lists,
+        }
+    }
+}
+
+/// A zone whose lock is held: the free lists, and the words of all that is in them, are ours.
+#[derive(Debug)]
+pub(crate) struct LockedZone<'a> {
+    pub(crate) zone: &'a Zone,
+    pub(crate) map: &'a MemMap,
+    pub(crate) lists: SpinGuard<'a, ZoneLists>,
+}
+
+impl Drop for LockedZone<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        // The watermark check reads these without the lock; they need not be exact.
+        let free = self.lists.nr_listed + self.lists.nr_untouched;
+        self.zone.nr_free.store(free, Ordering::Relaxed);
+        self.zone
+            .nr_highatomic
+            .store(self.lists.nr_highatomic, Ordering::Relaxed);
+    }
+}

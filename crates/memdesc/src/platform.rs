@@ -1,0 +1,184 @@
+//! What a kernel provides: where physical memory is mapped, which CPU this is, and a few hooks.
+//!
+//! Implement [`Platform`] and hand it to [`Mm::new`](crate::Mm::new) with the memory map; that is all a port is.
+
+use crate::address::{Pfn, PhysAddr};
+use crate::gfp::Flags;
+use crate::report::Report;
+
+/// A place at which fault injection may make an allocation fail.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[non_exhaustive]
+pub enum FaultPoint {
+    /// The page allocator is asked for a block.
+    AllocPages,
+    /// The descriptors of a split are asked for, in bulk, before the zone is locked.
+    Descriptors,
+    /// The descriptor of the new owner is asked for.
+    Owner,
+    /// A cache wants a page for a new slab.
+    NewSlab,
+    /// A cache is asked for an object.
+    CacheAlloc,
+    /// A cache is being created.
+    CacheCreate,
+}
+
+/// What reclaim is asked for.
+#[derive(Clone, Copy, Debug)]
+pub struct ReclaimRequest {
+    /// Who asks, and how far the reclaimer may go.
+    pub gfp: Flags,
+    /// The order that could not be had.
+    pub order: usize,
+    /// How many attempts went before this one.
+    pub attempt: u32,
+}
+
+/// What the memory manager needs of its surroundings.
+///
+/// # Safety
+///
+/// The allocator's soundness rests on these promises:
+/// 1. [`direct_map`](Self::direct_map) is the same pointer for the life of the platform, and for every byte of every
+///    RAM range given to [`Mm::new`](crate::Mm::new), `direct_map + physical address` may be read and written through it
+///    while the allocator, or the owner it handed the page to, has it. Nobody else touches that memory.
+/// 2. Between [`pin`](Self::pin) and the matching [`unpin`](Self::unpin) no other thread of execution gets the same CPU
+///    number from `pin`: no preemption, no migration, no interrupt that allocates. Pins nest and then
+///    give the same number, which is under [`nr_cpus`](Self::nr_cpus).
+/// 3. If [`heavy_barrier`](Self::heavy_barrier) is overridden, then after it returns every store that any CPU made before its
+///    latest [`light_barrier`](Self::light_barrier) is visible to the caller, and every load after such a light barrier
+///    sees what the caller stored before (`membarrier(2)`, an IPI to all).
+pub unsafe trait Platform: Sync {
+    /// Where physical address 0 is mapped: the base of the direct map.
+    fn direct_map(&self) -> *mut u8;
+
+    /// How many CPUs there are; does not change.
+    fn nr_cpus(&self) -> usize;
+
+    /// Keeps the caller on its CPU and says which it is (`get_cpu()`, interrupts off).
+    fn pin(&self) -> usize;
+
+    /// Undoes one [`pin`](Self::pin).
+    ///
+    /// # Safety
+    ///
+    /// `cpu` is what the caller's latest `pin` that is not undone yet gave.
+    unsafe fn unpin(&self, cpu: usize);
+
+    /// The NUMA node of a CPU.
+    fn cpu_to_node(&self, _cpu: usize) -> usize {
+        0
+    }
+
+    /// The owner's half of an asymmetric fence; see the third promise.
+    #[inline]
+    fn light_barrier(&self) {
+        full_fence();
+    }
+
+    /// The other half.
+    fn heavy_barrier(&self) {
+        full_fence();
+    }
+
+    /// One round of waiting for a lock: a hosted platform yields now and then.
+    #[inline]
+    fn relax(&self, _round: u32) {}
+
+    /// Tries to make memory free (direct reclaim). May sleep. Says how many pages came free. Registered
+    /// shrinkers have been asked already.
+    fn reclaim(&self, _request: ReclaimRequest) -> usize {
+        0
+    }
+
+    /// A zone fell under its low watermark: background reclaim should run (`wakeup_kswapd`).
+    fn wake_reclaim(&self, _node: usize, _order: usize) {}
+
+    /// Pages are about to be handed out. Called before the first access, outside all locks.
+    #[inline]
+    fn pages_allocated(&self, _pfn: Pfn, _order: usize) {}
+
+    /// Pages came back and will not be touched until [`pages_allocated`](Self::pages_allocated): they may be unmapped,
+    /// poisoned or reported (`arch_free_page`). Called outside all locks.
+    #[inline]
+    fn pages_freed(&self, _pfn: Pfn, _order: usize) {}
+
+    /// Should the allocation at this point fail? For tests.
+    #[inline]
+    fn should_fail(&self, _point: FaultPoint) -> bool {
+        false
+    }
+
+    /// Time for "allocated 3 s ago" in debug reports, in any unit.
+    fn now(&self) -> u64 {
+        0
+    }
+
+    /// Corruption was found. Panics by default; if it returns, the object in question is left alone for good.
+    fn corruption(&self, report: &Report<'_>) {
+        panic!("{report}");
+    }
+}
+
+/// The caller stays on this CPU as long as this lives.
+#[derive(Debug)]
+pub(crate) struct Pin<'a, P: Platform> {
+    platform: &'a P,
+    cpu: usize,
+}
+
+impl<'a, P: Platform> Pin<'a, P> {
+    #[inline]
+    pub(crate) fn new(platform: &'a P) -> Self {
+        Pin {
+            platform,
+            cpu: platform.pin(),
+        }
+    }
+
+    #[inline]
+    pub(crate) fn platform(&self) -> &'a P {
+        self.platform
+    }
+
+    #[inline]
+    pub(crate) fn cpu(&self) -> usize {
+        self.cpu
+    }
+}
+
+impl<P: Platform> Drop for Pin<'_, P> {
+    #[inline]
+    fn drop(&mut self) {
+        // SAFETY: `cpu` is from the `pin` in `new`, and guards are dropped in the reverse order they are made.
+        unsafe { self.platform.unpin(self.cpu) }
+    }
+}
+
+/// The platform's barriers in the shape the local lock wants them.
+pub(crate) struct PlatformBarriers<'a, P>(pub(crate) &'a P);
+
+impl<P: Platform> crate::sync::Barriers for PlatformBarriers<'_, P> {
+    #[inline]
+    fn light(&self) {
+        self.0.light_barrier();
+    }
+    fn heavy(&self) {
+        self.0.heavy_barrier();
+    }
+    fn relax(&self, round: u32) {
+        self.0.relax(round);
+    }
+}
+
+#[inline]
+fn full_fence() {
+    core::sync::atomic::fence(core::sync::atomic::Ordering::SeqCst);
+}
+
+/// A physical address as a pointer into the direct map.
+#[inline]
+pub(crate) fn phys_to_virt(direct_map: *mut u8, phys: PhysAddr) -> *mut u8 {
+    direct_map.wrapping_add(phys.0 as usize)
+}

@@ -1,0 +1,465 @@
+//! A cache: what its objects look like, and the slabs it has.
+//!
+//! | slab | in list | its objects |
+//! |---|---|---|
+//! | partial | `partial` | some free; at most [`MIN_PARTIAL`] of them have all free |
+//! | full | `full` | none free in the bitmap (some may be in sheaves) |
+//! | being made or given back | none | – |
+//!
+//! Lock order: a cache's list lock is a leaf.
+
+use core::fmt;
+use core::ops::BitOr;
+use core::ptr::NonNull;
+
+use super::sheaf::Sheaves;
+use crate::address::{MAX_ORDER, PAGE_SIZE, Pfn};
+use crate::desc::{BITMAP_INLINE, Slab, SlabList};
+use crate::gfp::Flags;
+use crate::memmap::MemMap;
+use crate::sync::SpinLock;
+use crate::sync::atomic::{AtomicPtr, AtomicU64};
+
+/// Empty slabs a cache keeps for the next burst (`MIN_PARTIAL`).
+pub(crate) const MIN_PARTIAL: u32 = 5;
+/// Slabs larger than this are used only if an object does not fit otherwise (`slub_max_order`).
+const SLAB_MAX_ORDER: usize = 3;
+/// Longest name kept; the rest is cut off.
+const NAME_LEN: usize = 40;
+
+/// What a cache does beyond handing out objects (Linux's `SLAB_*`).
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+pub struct CacheFlags(u32);
+
+impl CacheFlags {
+    /// Nothing.
+    pub const EMPTY: CacheFlags = CacheFlags(0);
+    /// Bytes before and after each object are checked (`SLAB_RED_ZONE`).
+    pub const RED_ZONE: CacheFlags = CacheFlags(1 << 0);
+    /// Free objects are filled with a pattern that is checked (`SLAB_POISON`).
+    pub const POISON: CacheFlags = CacheFlags(1 << 1);
+    /// Who allocated and who freed is kept with each object (`SLAB_STORE_USER`).
+    pub const STORE_USER: CacheFlags = CacheFlags(1 << 2);
+    /// Objects start at a cache line (`SLAB_HWCACHE_ALIGN`).
+    pub const HWCACHE_ALIGN: CacheFlags = CacheFlags(1 << 3);
+    /// A shrinker can free the objects: their pages are reclaimable (`SLAB_RECLAIM_ACCOUNT`).
+    pub const RECLAIM_ACCOUNT: CacheFlags = CacheFlags(1 << 4);
+    /// Pages from ZONE_DMA (`SLAB_CACHE_DMA`).
+    pub const CACHE_DMA: CacheFlags = CacheFlags(1 << 5);
+    /// No per-CPU sheaves: every operation goes to the slabs.
+    pub const NO_SHEAVES: CacheFlags = CacheFlags(1 << 6);
+
+    /// Any of the flags that check objects.
+    pub(crate) const DEBUG: CacheFlags = CacheFlags(0b111);
+
+    /// Are all of `other` set?
+    pub const fn contains(self, other: CacheFlags) -> bool {
+        self.0 & other.0 == other.0
+    }
+
+    /// Is any of `other` set?
+    pub const fn intersects(self, other: CacheFlags) -> bool {
+        self.0 & other.0 != 0
+    }
+}
+
+impl BitOr for CacheFlags {
+    type Output = CacheFlags;
+    fn bitor(self, other: CacheFlags) -> CacheFlags {
+        CacheFlags(self.0 | other.0)
+    }
+}
+
+impl fmt::Debug for CacheFlags {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names = [
+            (Self::RED_ZONE, "Z"),
+            (Self::POISON, "P"),
+            (Self::STORE_USER, "U"),
+            (Self::HWCACHE_ALIGN, "A"),
+            (Self::RECLAIM_ACCOUNT, "a"),
+            (Self::CACHE_DMA, "d"),
+            (Self::NO_SHEAVES, "-"),
+        ];
+        f.write_str("slab flags ")?;
+        names
+            .iter()
+            .filter(|(flag, _)| self.contains(*flag))
+            .try_for_each(|(_, n)| f.write_str(n))
+    }
+}
+
+/// What the cache is for; descriptor caches get their slabs in another way.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Role {
+    /// An ordinary cache.
+    Objects,
+    /// `kmem_cache_buddy`.
+    Buddies,
+    /// `kmem_cache_slab`.
+    Slabs,
+    /// Folios and page table descriptors: ordinary, but counted as metadata.
+    Descriptors,
+}
+
+/// Where things are in a slab and in the slot of an object.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Geometry {
+    /// Bytes the user asked for.
+    pub(crate) object_size: u32,
+    /// Bytes from one object to the next.
+    pub(crate) size: u32,
+    /// From a slot's start to its object: the left red zone.
+    pub(crate) lead: u32,
+    /// The first slot in the slab: after the bitmap, if there is one in the page.
+    pub(crate) first: u32,
+    pub(crate) objects: u32,
+    pub(crate) order: u32,
+    /// `ceil(2^32 / size)`: a division by multiplication.
+    reciprocal: u64,
+}
+
+impl Geometry {
+    /// The geometry for objects of this size (`calculate_sizes`, `calculate_order`); `None` if they do not fit a block.
+    pub(crate) fn new(object_size: usize, align: usize, flags: CacheFlags) -> Option<Geometry> {
+        if object_size == 0 || !align.is_power_of_two() || align > PAGE_SIZE {
+            return None;
+        }
+        let align = align
+            .max(8)
+            .max(if flags.contains(CacheFlags::HWCACHE_ALIGN) {
+                // As small as the object allows, up to a cache line.
+                object_size.next_power_of_two().min(64)
+            } else {
+                8
+            });
+        let (lead, tail) = super::debug::slot_extra(object_size, align, flags);
+        let size = (lead + object_size.next_multiple_of(8) + tail).next_multiple_of(align);
+        let order = slab_order(size)?;
+        let bytes = PAGE_SIZE << order;
+        let mut objects = bytes / size;
+        let mut first = 0;
+        if objects > BITMAP_INLINE {
+            // The bitmap takes the place of some objects.
+            while first + objects * size > bytes || first < Slab::bitmap_bytes(objects) {
+                objects -= 1;
+                first = Slab::bitmap_bytes(objects).next_multiple_of(align);
+            }
+        }
+        Some(Geometry {
+            object_size: object_size as u32,
+            size: size as u32,
+            lead: lead as u32,
+            first: first as u32,
+            objects: objects as u32,
+            order: order as u32,
+            reciprocal: (1u64 << 32).div_ceil(size as u64),
+        })
+    }
+
+    /// Where object `index` is, from the slab's start.
+    #[inline]
+    pub(crate) fn offset(&self, index: usize) -> usize {
+        self.first as usize + index * self.size as usize + self.lead as usize
+    }
+
+    /// Which object starts at this offset; `None` if none does.
+    #[inline]
+    pub(crate) fn index(&self, offset: usize) -> Option<usize> {
+        let from = offset.checked_sub(self.first as usize + self.lead as usize)?;
+        // Exact for all offsets below 2^32 / size, and a slab is at most 4 MiB: checked by a test.
+        let index = (from as u64 * self.reciprocal >> 32) as usize;
+        (index * self.size as usize == from && index < self.objects as usize).then_some(index)
+    }
+}
+
+/// The order of slabs: the least that wastes no more than a sixteenth, an eighth, a quarter; at least the object must fit.
+fn slab_order(size: usize) -> Option<usize> {
+    let fits = (0..=MAX_ORDER).find(|&order| PAGE_SIZE << order >= size)?;
+    // Linux wants more objects in a slab the more CPUs there are; sheaves do that job here, eight will do.
+    let min_objects = 8;
+    for fraction in [16, 8, 4, 2] {
+        for order in fits..=SLAB_MAX_ORDER.max(fits) {
+            let bytes = PAGE_SIZE << order;
+            if bytes % size <= bytes / fraction
+                && (bytes / size >= min_objects || order >= SLAB_MAX_ORDER)
+            {
+                return Some(order);
+            }
+        }
+    }
+    Some(fits)
+}
+
+/// A list of slabs, linked by page frame number.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SlabHead {
+    pub(crate) head: Pfn,
+    pub(crate) nr: u32,
+}
+
+/// What the list lock guards, with all bitmaps of the cache's slabs.
+#[derive(Debug)]
+pub(crate) struct Lists {
+    pub(crate) partial: SlabHead,
+    pub(crate) full: SlabHead,
+    /// Partial slabs with no object handed out.
+    pub(crate) nr_empty: u32,
+    /// Objects handed out, those in sheaves included.
+    pub(crate) inuse: u64,
+    /// No more slabs: the cache is being destroyed.
+    pub(crate) dying: bool,
+}
+
+impl Lists {
+    fn head(&mut self, list: SlabList) -> &mut SlabHead {
+        match list {
+            SlabList::Full => &mut self.full,
+            _ => &mut self.partial,
+        }
+    }
+
+    /// Puts a slab that is in no list at the front of one.
+    pub(crate) fn add(&mut self, map: &MemMap, slab: &Slab, list: SlabList) {
+        let pfn = slab.pfn();
+        let head = self.head(list);
+        slab.links().set_next(head.head);
+        slab.links().set_prev(Pfn::NONE);
+        if head.head != Pfn::NONE {
+            slab_of(map, head.head).links().set_prev(pfn);
+        }
+        head.head = pfn;
+        head.nr += 1;
+        slab.set_list(list);
+    }
+
+    /// Takes a slab out of its list.
+    pub(crate) fn remove(&mut self, map: &MemMap, slab: &Slab) {
+        let (next, prev) = (slab.links().next(), slab.links().prev());
+        if next != Pfn::NONE {
+            slab_of(map, next).links().set_prev(prev);
+        }
+        let head = self.head(slab.list());
+        head.nr -= 1;
+        if prev == Pfn::NONE {
+            head.head = next;
+        } else {
+            slab_of(map, prev).links().set_next(next);
+        }
+        slab.set_list(SlabList::None);
+    }
+}
+
+/// The slab whose first page this is.
+pub(crate) fn slab_of(map: &MemMap, head: Pfn) -> &Slab {
+    map.slab_at(map.word(head).load_owned().desc())
+}
+
+/// A cache, as it lies in memory.
+#[repr(C, align(64))]
+pub(crate) struct CacheCore {
+    pub(crate) sheaves: Sheaves,
+    pub(crate) geometry: Geometry,
+    pub(crate) flags: CacheFlags,
+    /// Added to the caller's for the slab's pages.
+    pub(crate) gfp: Flags,
+    pub(crate) role: Role,
+    pub(crate) ctor: Option<fn(NonNull<u8>)>,
+    /// Which memory manager it belongs to.
+    pub(crate) owner: usize,
+    pub(crate) lists: SpinLock<Lists>,
+    /// The next in the list of all caches; guarded by that list's lock.
+    pub(crate) next: AtomicPtr<CacheCore>,
+    /// Bytes asked for that are wasted in the classes (kmalloc); for the ledger's slack.
+    pub(crate) failures: AtomicU64,
+    name: [u8; NAME_LEN],
+    name_len: u8,
+}
+
+impl CacheCore {
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "all of them differ per cache, and it is made in two places"
+    )]
+    pub(crate) fn new(
+        name: &str,
+        geometry: Geometry,
+        flags: CacheFlags,
+        gfp: Flags,
+        role: Role,
+        ctor: Option<fn(NonNull<u8>)>,
+        sheaves: Sheaves,
+        owner: usize,
+    ) -> CacheCore {
+        let mut bytes = [0; NAME_LEN];
+        let mut len = name.len().min(NAME_LEN);
+        while !name.is_char_boundary(len) {
+            len -= 1;
+        }
+        bytes[..len].copy_from_slice(&name.as_bytes()[..len]);
+        CacheCore {
+            sheaves,
+            geometry,
+            flags,
+            gfp,
+            role,
+            ctor,
+            owner,
+            lists: SpinLock::new(Lists {
+                partial: SlabHead {
+                    head: Pfn::NONE,
+                    nr: 0,
+                },
+                full: SlabHead {
+                    head: Pfn::NONE,
+                    nr: 0,
+                },
+                nr_empty: 0,
+                inuse: 0,
+                dying: false,
+            }),
+            next: AtomicPtr::new(core::ptr::null_mut()),
+            failures: AtomicU64::new(0),
+            name: bytes,
+            name_len: len as u8,
+        }
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        core::str::from_utf8(&self.name[..self.name_len as usize]).unwrap_or("?")
+    }
+
+    /// Does it check its objects?
+    #[inline]
+    pub(crate) fn is_debug(&self) -> bool {
+        self.flags.intersects(CacheFlags::DEBUG)
+    }
+
+    /// Do its slabs hold descriptors, not users' objects?
+    pub(crate) fn is_metadata(&self) -> bool {
+        self.role != Role::Objects
+    }
+}
+
+impl fmt::Debug for CacheCore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CacheCore")
+            .field("name", &self.name())
+            .field("geometry", &self.geometry)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A handle to a cache. Dropping it leaves the cache as it is; give it to
+/// [`kmem_cache_destroy`](crate::Mm::kmem_cache_destroy) to take it down.
+#[derive(Debug)]
+pub struct Cache {
+    pub(crate) core: NonNull<CacheCore>,
+}
+
+// SAFETY: a `CacheCore` is shared between CPUs by design; all of it is atomics, locks and constants.
+unsafe impl Send for Cache {}
+// SAFETY: the same.
+unsafe impl Sync for Cache {}
+
+impl Cache {
+    #[inline]
+    pub(crate) fn core(&self) -> &CacheCore {
+        // SAFETY: the handle is made with the cache, and destroying the cache consumes it.
+        unsafe { self.core.as_ref() }
+    }
+
+    /// The cache's name.
+    pub fn name(&self) -> &str {
+        self.core().name()
+    }
+
+    /// Bytes of an object as asked for.
+    pub fn object_size(&self) -> usize {
+        self.core().geometry.object_size as usize
+    }
+}
+
+/// A row of the slabinfo view.
+#[derive(Clone, Copy, Debug)]
+pub struct CacheView<'a> {
+    /// The cache's name.
+    pub name: &'a str,
+    /// Objects users have.
+    pub active_objs: u64,
+    /// Objects in all slabs.
+    pub num_objs: u64,
+    /// Bytes asked for.
+    pub object_size: usize,
+    /// Bytes from one object to the next.
+    pub size: usize,
+    /// Objects in a slab.
+    pub objs_per_slab: usize,
+    /// Pages in a slab.
+    pub pages_per_slab: usize,
+    /// Slabs.
+    pub num_slabs: u64,
+    /// Slabs with an object handed out.
+    pub active_slabs: u64,
+    /// Objects in the CPUs' sheaves.
+    pub in_sheaves: u64,
+    /// Holds descriptors of the memory manager itself.
+    pub metadata: bool,
+}
+
+/// A cache that could not be destroyed: objects are live. The handle comes back.
+#[derive(Debug)]
+pub struct DestroyError {
+    /// The cache; it stays usable.
+    pub cache: Cache,
+    /// How many objects are live.
+    pub live: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn geometry_of_common_sizes() {
+        for (size, align) in [
+            (8, 8),
+            (16, 8),
+            (32, 16),
+            (64, 16),
+            (96, 8),
+            (104, 8),
+            (192, 8),
+            (1128, 8),
+            (4096, 8),
+            (8192, 8),
+        ] {
+            for flags in [
+                CacheFlags::EMPTY,
+                CacheFlags::DEBUG,
+                CacheFlags::HWCACHE_ALIGN,
+            ] {
+                let g = Geometry::new(size, align, flags).unwrap();
+                let bytes = PAGE_SIZE << g.order;
+                assert!(
+                    g.objects >= 1 && g.offset(g.objects as usize - 1) + size <= bytes,
+                    "{size} {g:?}"
+                );
+                assert!(g.first as usize >= Slab::bitmap_bytes(g.objects as usize));
+                for i in 0..g.objects as usize {
+                    assert_eq!(g.index(g.offset(i)), Some(i), "{size} {g:?}");
+                    assert_eq!(g.offset(i) % align, 0, "{size} {flags:?}");
+                    assert_eq!(g.index(g.offset(i) + 1), None);
+                }
+                assert_eq!(g.index(g.offset(g.objects as usize)), None);
+            }
+        }
+        assert_eq!(Geometry::new(8, 8, CacheFlags::EMPTY).unwrap().objects, 504);
+        assert_eq!(
+            Geometry::new(32, 16, CacheFlags::EMPTY).unwrap().objects,
+            128
+        );
+        assert!(Geometry::new(0, 8, CacheFlags::EMPTY).is_none());
+        assert!(Geometry::new(8 << 20, 8, CacheFlags::EMPTY).is_none());
+    }
+}

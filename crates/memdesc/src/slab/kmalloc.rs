@@ -1,0 +1,263 @@
+//! kmalloc: size classes over caches, and pages for what is larger.
+
+use core::panic::Location;
+use core::ptr::NonNull;
+
+use super::cache::CacheCore;
+use super::debug;
+use super::object::Caller;
+use crate::address::{MAX_ORDER, PAGE_SHIFT, PAGE_SIZE, Pfn};
+use crate::error::AllocError;
+use crate::gfp::{self, Flags};
+use crate::memmap::{DescClass, Found, PageType};
+use crate::mm::Mm;
+use crate::platform::Platform;
+use crate::report::Corruption;
+
+/// The largest size served by a cache; above it, pages.
+pub const KMALLOC_MAX_CACHE_SIZE: usize = 8192;
+
+/// The size classes.
+pub(crate) const CLASSES: [usize; 13] = [
+    8, 16, 32, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096, 8192,
+];
+
+/// The kinds of kmalloc cache (`enum kmalloc_cache_type`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(usize)]
+pub(crate) enum Kind {
+    Normal = 0,
+    Reclaim = 1,
+    Dma = 2,
+}
+
+impl Kind {
+    pub(crate) const COUNT: usize = 3;
+    pub(crate) const ALL: [Kind; 3] = [Kind::Normal, Kind::Reclaim, Kind::Dma];
+
+    pub(crate) const fn prefix(self) -> &'static str {
+        match self {
+            Kind::Normal => "kmalloc-",
+            Kind::Reclaim => "kmalloc-rcl-",
+            Kind::Dma => "dma-kmalloc-",
+        }
+    }
+
+    #[inline]
+    fn of(gfp: Flags) -> Kind {
+        if gfp.contains(gfp::__GFP_DMA) {
+            Kind::Dma
+        } else if gfp.contains(gfp::__GFP_RECLAIMABLE) {
+            Kind::Reclaim
+        } else {
+            Kind::Normal
+        }
+    }
+}
+
+/// The class of sizes up to 192, by eighths (`kmalloc_size_index`).
+const SMALL: [u8; 24] = {
+    let mut table = [0; 24];
+    let mut i = 0;
+    while i < 24 {
+        let mut class = 0;
+        while CLASSES[class] < (i + 1) * 8 {
+            class += 1;
+        }
+        table[i] = class as u8;
+        i += 1;
+    }
+    table
+};
+
+/// Which class serves this size; `None` above the largest.
+#[inline]
+pub(crate) const fn class_of(size: usize) -> Option<usize> {
+    match size {
+        0 => None,
+        1..=192 => Some(SMALL[(size - 1) >> 3] as usize),
+        193..=256 => Some(7),
+        257..=KMALLOC_MAX_CACHE_SIZE => Some(7 + (size - 1).ilog2() as usize - 7),
+        _ => None,
+    }
+}
+
+/// What a kmalloc pointer leads to.
+enum Where<'a> {
+    Object(&'a CacheCore),
+    Pages(Found),
+}
+
+impl<P: Platform> Mm<P> {
+    /// `size` bytes of contiguous memory (`kmalloc`), aligned to 8, and for a power of two to the size up to a page.
+    ///
+    /// # Context
+    ///
+    /// With `__GFP_DIRECT_RECLAIM` it may sleep; else any context that may pin a CPU.
+    ///
+    /// # Errors
+    ///
+    /// [`AllocError::BadSize`] for 0 and for more than 4 MiB; else why there was no memory.
+    #[inline]
+    #[track_caller]
+    pub fn kmalloc(&self, size: usize, gfp: Flags) -> Result<NonNull<u8>, AllocError> {
+        let caller = Location::caller();
+        match class_of(size) {
+            Some(class) => {
+                let core = self.kmalloc_cache(Kind::of(gfp), class);
+                if core.is_debug() {
+                    return self.kmalloc_debug(core, size, gfp, caller);
+                }
+                self.cache_alloc(core, gfp, caller)
+            }
+            None => self.kmalloc_large(size, gfp),
+        }
+    }
+
+    /// A debug cache learns how much of the object was asked for.
+    #[cold]
+    fn kmalloc_debug(
+        &self,
+        core: &CacheCore,
+        size: usize,
+        gfp: Flags,
+        caller: Caller,
+    ) -> Result<NonNull<u8>, AllocError> {
+        let object = self.cache_alloc(
+            core,
+            Flags::from_bits(gfp.bits() & !gfp::__GFP_ZERO.bits()),
+            caller,
+        )?;
+        debug::on_resize(core, object, size);
+        if gfp.contains(gfp::__GFP_ZERO) {
+            // SAFETY: the object is ours until we return it, and has at least `size` bytes.
+            unsafe { object.write_bytes(0, size) };
+        }
+        Ok(object)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn kmalloc_large(&self, size: usize, gfp: Flags) -> Result<NonNull<u8>, AllocError> {
+        if size == 0 || size > PAGE_SIZE << MAX_ORDER {
+            return Err(AllocError::BadSize);
+        }
+        let order = size.div_ceil(PAGE_SIZE).next_power_of_two().ilog2() as usize;
+        let block = self.pages.alloc_block(gfp, order, None, self)?;
+        let word = self.own_block(block, DescClass::Buddy, PageType::LargeKmalloc, Some(gfp))?;
+        self.hand_out(block.pfn, word);
+        let ptr = self.pages.map.virt(block.pfn.phys());
+        NonNull::new(ptr).ok_or(AllocError::NoBlock)
+    }
+
+    fn where_is(&self, ptr: *const u8) -> Result<Where<'_>, Corruption> {
+        let phys = self.pages.map.phys(ptr);
+        let pfn = u32::try_from(phys.0 >> PAGE_SHIFT).map_err(|_| Corruption::NotRam)?;
+        let found = self.pages.map.lookup(Pfn(pfn)).ok_or(Corruption::NotRam)?;
+        match found.word.kind() {
+            PageType::Slab => {
+                let cache = self.pages.map.slab_at(found.word.desc()).cache();
+                // SAFETY: the cache of a slab lives as long as the slab, which the caller's object keeps.
+                Ok(Where::Object(unsafe { cache.as_ref() }))
+            }
+            PageType::LargeKmalloc if phys == found.head.phys() => Ok(Where::Pages(found)),
+            PageType::LargeKmalloc => Err(Corruption::NotAHead),
+            PageType::Free => Err(Corruption::DoubleFree),
+            _ => Err(Corruption::WrongType),
+        }
+    }
+
+    /// Frees what [`kmalloc`](Self::kmalloc) or a cache gave (`kfree`). A stale or wild pointer is reported to the platform if
+    /// the memory map can tell.
+    ///
+    /// # Safety
+    ///
+    /// `ptr` is from this memory manager, and nobody uses the memory any more.
+    ///
+    /// # Context
+    ///
+    /// Any that may pin a CPU. Allocates nothing, does not wait, cannot fail.
+    #[inline]
+    #[track_caller]
+    pub unsafe fn kfree(&self, ptr: NonNull<u8>) {
+        let caller = Location::caller();
+        let pin = self.pages.pin();
+        let stats = self.pages.stats(&pin);
+        stats.enter_free(&pin);
+        match self.where_is(ptr.as_ptr()) {
+            Ok(Where::Object(core)) => self.cache_free(core, ptr, false, caller),
+            Ok(Where::Pages(found)) => self.take_back(found.head, found.word),
+            Err(what) => self.report_object(what, None, ptr.as_ptr(), caller),
+        }
+        stats.leave_free(&pin);
+    }
+
+    /// Usable bytes behind a kmalloc pointer (`ksize`): the class's size.
+    ///
+    /// # Safety
+    ///
+    /// `ptr` is live memory from [`kmalloc`](Self::kmalloc).
+    pub unsafe fn ksize(&self, ptr: NonNull<u8>) -> usize {
+        match self.where_is(ptr.as_ptr()) {
+            Ok(Where::Object(core)) => core.geometry.object_size as usize,
+            Ok(Where::Pages(found)) => PAGE_SIZE << found.word.order(),
+            Err(_) => 0,
+        }
+    }
+
+    /// Makes an allocation larger or smaller, in place if the class allows it (`krealloc`). Bytes up to the smaller of both
+    /// sizes are kept; with `__GFP_ZERO` the rest of the class reads zero if it did before.
+    ///
+    /// # Safety
+    ///
+    /// `ptr` is live memory from [`kmalloc`](Self::kmalloc). If this succeeds with another pointer, the old one is freed.
+    ///
+    /// # Errors
+    ///
+    /// As [`kmalloc`](Self::kmalloc); the old memory then is as it was.
+    #[track_caller]
+    pub unsafe fn krealloc(
+        &self,
+        ptr: NonNull<u8>,
+        size: usize,
+        gfp: Flags,
+    ) -> Result<NonNull<u8>, AllocError> {
+        // SAFETY: the caller's promise.
+        let old = unsafe { self.ksize(ptr) };
+        let fits = size != 0 && size <= old && (size > old / 2 || old <= 8);
+        if fits {
+            if let Ok(Where::Object(core)) = self.where_is(ptr.as_ptr()) {
+                if core.is_debug() {
+                    debug::on_resize(core, ptr, size);
+                }
+            }
+            return Ok(ptr);
+        }
+        let new = self.kmalloc(size, gfp)?;
+        // SAFETY: both are live, distinct, and at least this long; the old one is the caller's to give up.
+        unsafe {
+            ptr.copy_to_nonoverlapping(new, old.min(size));
+            self.kfree(ptr);
+        }
+        Ok(new)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn classes() {
+        for size in 1..=KMALLOC_MAX_CACHE_SIZE {
+            let class = class_of(size).unwrap();
+            assert!(CLASSES[class] >= size, "{size}");
+            assert!(
+                class == 0 || CLASSES[class - 1] < size,
+                "{size} could be smaller"
+            );
+        }
+        assert_eq!(class_of(0), None);
+        assert_eq!(class_of(KMALLOC_MAX_CACHE_SIZE + 1), None);
+    }
+}

@@ -1,0 +1,342 @@
+//! The life of a cache: create, use, shrink, destroy.
+
+use core::panic::Location;
+use core::ptr::NonNull;
+
+use super::cache::{Cache, CacheCore, CacheFlags, CacheView, DestroyError, Geometry, Role};
+use super::sheaf::Sheaves;
+use crate::error::AllocError;
+use crate::gfp::{self, Flags};
+use crate::mm::Mm;
+use crate::platform::Platform;
+use crate::report::Corruption;
+use crate::sync::atomic::Ordering;
+
+impl<P: Platform> Mm<P> {
+    pub(crate) fn create_cache(
+        &self,
+        name: &str,
+        size: usize,
+        align: usize,
+        flags: CacheFlags,
+        ctor: Option<fn(NonNull<u8>)>,
+    ) -> Result<Cache, AllocError> {
+        let geometry = Geometry::new(size, align, flags).ok_or(AllocError::BadSize)?;
+        let memory = self.cache_alloc(self.cache_cache(), gfp::GFP_KERNEL, Location::caller())?;
+        let capacity = if flags.intersects(CacheFlags::DEBUG | CacheFlags::NO_SHEAVES) {
+            0
+        } else {
+            Sheaves::capacity_for(size)
+        };
+        let sheaves = if capacity == 0 {
+            Sheaves::none()
+        } else {
+            // A power of two from 64 up is aligned to 64 in its class, and larger ones are pages.
+            let bytes = Sheaves::bytes(capacity, self.pages.platform.nr_cpus()).next_power_of_two();
+            match self.kmalloc(bytes.max(64), gfp::GFP_KERNEL | gfp::__GFP_ZERO) {
+                // SAFETY: zeroed, 64-byte aligned, ours until the cache is destroyed.
+                Ok(sheaves) => unsafe { Sheaves::new(sheaves, capacity) },
+                Err(why) => {
+                    self.cache_free(self.cache_cache(), memory, false, Location::caller());
+                    return Err(why);
+                }
+            }
+        };
+        let mut gfp = Flags::EMPTY;
+        if flags.contains(CacheFlags::RECLAIM_ACCOUNT) {
+            gfp |= gfp::__GFP_RECLAIMABLE;
+        }
+        if flags.contains(CacheFlags::CACHE_DMA) {
+            gfp |= gfp::__GFP_DMA;
+        }
+        let core = memory.cast::<CacheCore>();
+        let value = CacheCore::new(
+            name,
+            geometry,
+            flags,
+            gfp,
+            Role::Objects,
+            ctor,
+            sheaves,
+            self.id(),
+        );
+        // SAFETY: an object of the cache of caches is ours, of the right size and alignment.
+        unsafe { core.write(value) };
+        let pin = self.pages.pin();
+        let mut list = self.caches.lock(|round| self.pages.platform.relax(round));
+        // SAFETY: just written.
+        unsafe { core.as_ref() }
+            .next
+            .store(list.head, Ordering::Relaxed);
+        list.head = core.as_ptr();
+        drop(list);
+        drop(pin);
+        Ok(Cache { core })
+    }
+
+    fn checked<'c>(&self, cache: &'c Cache) -> &'c CacheCore {
+        let core = cache.core();
+        assert!(
+            core.owner == self.id(),
+            "cache {} belongs to another memory manager",
+            core.name()
+        );
+        core
+    }
+
+    /// An object of a cache (`kmem_cache_alloc`). With `__GFP_ZERO` it reads zero.
+    ///
+    /// # Context
+    ///
+    /// With `__GFP_DIRECT_RECLAIM` it may sleep; else any context that may pin a CPU.
+    ///
+    /// # Errors
+    ///
+    /// Why there was no memory.
+    ///
+    /// # Panics
+    ///
+    /// If the cache belongs to another memory manager.
+    #[inline]
+    #[track_caller]
+    pub fn kmem_cache_alloc(&self, cache: &Cache, gfp: Flags) -> Result<NonNull<u8>, AllocError> {
+        self.cache_alloc(self.checked(cache), gfp, Location::caller())
+    }
+
+    /// Gives an object back (`kmem_cache_free`).
+    ///
+    /// # Safety
+    ///
+    /// `object` is from this cache, and nobody uses it any more.
+    ///
+    /// # Context
+    ///
+    /// Any that may pin a CPU. Allocates nothing, does not wait, cannot fail.
+    #[inline]
+    #[track_caller]
+    pub unsafe fn kmem_cache_free(&self, cache: &Cache, object: NonNull<u8>) {
+        let pin = self.pages.pin();
+        let stats = self.pages.stats(&pin);
+        stats.enter_free(&pin);
+        self.cache_free(self.checked(cache), object, false, Location::caller());
+        stats.leave_free(&pin);
+    }
+
+    /// As many objects as `out` has room for, or none (`kmem_cache_alloc_bulk`).
+    ///
+    /// # Errors
+    ///
+    /// Why there was no memory; no object is handed out then, and `out` holds nothing of use.
+    #[track_caller]
+    pub fn kmem_cache_alloc_bulk(
+        &self,
+        cache: &Cache,
+        gfp: Flags,
+        out: &mut [*mut u8],
+    ) -> Result<(), AllocError> {
+        let core = self.checked(cache);
+        let caller = Location::caller();
+        let mut n = 0;
+        while n < out.len() {
+            // By the slab, past the sheaf, where many are wanted.
+            let rest = &mut out[n..];
+            let taken = if core.is_debug() || rest.len() < core.sheaves.capacity() / 2 {
+                self.cache_alloc(core, gfp, caller).map(|object| {
+                    rest[0] = object.as_ptr();
+                    1
+                })
+            } else {
+                self.slabs_take(core, gfp, rest).inspect(|&taken| {
+                    for object in rest[..taken].iter().filter_map(|o| NonNull::new(*o)) {
+                        self.on_alloc(
+                            core,
+                            object,
+                            gfp,
+                            core.geometry.object_size as usize,
+                            caller,
+                        );
+                    }
+                    let pin = self.pages.pin();
+                    self.pages
+                        .stats(&pin)
+                        .add(&pin, crate::stats::Event::SlabAlloc, taken as u64);
+                })
+            };
+            match taken {
+                Ok(taken) => n += taken,
+                Err(why) => {
+                    // SAFETY: these were handed out just now and nobody has seen them.
+                    unsafe { self.kmem_cache_free_bulk(cache, &out[..n]) };
+                    return Err(why);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives many objects back, in as few holds of the list lock as it takes (`kmem_cache_free_bulk`).
+    ///
+    /// # Safety
+    ///
+    /// Each is as [`kmem_cache_free`](Self::kmem_cache_free) wants it.
+    #[track_caller]
+    pub unsafe fn kmem_cache_free_bulk(&self, cache: &Cache, objects: &[*mut u8]) {
+        let core = self.checked(cache);
+        let caller = Location::caller();
+        let pin = self.pages.pin();
+        let stats = self.pages.stats(&pin);
+        stats.enter_free(&pin);
+        if core.is_debug() || objects.len() < core.sheaves.capacity() / 2 {
+            for object in objects.iter().filter_map(|o| NonNull::new(*o)) {
+                self.cache_free(core, object, false, caller);
+            }
+        } else {
+            stats.add(&pin, crate::stats::Event::SlabFree, objects.len() as u64);
+            for batch in objects.chunks(64) {
+                self.slabs_give(core, batch, false, caller);
+            }
+        }
+        stats.leave_free(&pin);
+    }
+
+    /// Gives back a cache's empty slabs, sheaves flushed first (`kmem_cache_shrink`). Says how many pages.
+    ///
+    /// # Context
+    ///
+    /// May wait for other CPUs.
+    pub fn kmem_cache_shrink(&self, cache: &Cache) -> usize {
+        self.cache_shrink(self.checked(cache))
+    }
+
+    /// Takes a cache down (`kmem_cache_destroy`).
+    ///
+    /// # Context
+    ///
+    /// May wait for other CPUs. Not while [`Mm::shrink`] or the views run on another CPU.
+    ///
+    /// # Errors
+    ///
+    /// Objects are live: the cache stays, and comes back with their number. [`live_objects`](Self::live_objects) names them.
+    pub fn kmem_cache_destroy(&self, cache: Cache) -> Result<(), DestroyError> {
+        let core = self.checked(&cache);
+        self.cache_shrink(core);
+        let (live, slabs) = {
+            let pin = self.pages.pin();
+            let mut lists = self.lists(core, &pin);
+            lists.dying = lists.inuse == 0;
+            (lists.inuse, lists.partial.nr + lists.full.nr)
+        };
+        if live > 0 || slabs > 0 {
+            return Err(DestroyError { cache, live });
+        }
+        {
+            let _pin = self.pages.pin();
+            let mut list = self.caches.lock(|round| self.pages.platform.relax(round));
+            if list.head == cache.core.as_ptr() {
+                list.head = core.next.load(Ordering::Relaxed);
+            } else {
+                let mut at = list.head;
+                while let Some(other) = NonNull::new(at) {
+                    // SAFETY: caches in the list live until they are unlinked under this lock.
+                    let other = unsafe { other.as_ref() };
+                    let next = other.next.load(Ordering::Relaxed);
+                    if next == cache.core.as_ptr() {
+                        other
+                            .next
+                            .store(core.next.load(Ordering::Relaxed), Ordering::Relaxed);
+                        break;
+                    }
+                    at = next;
+                }
+            }
+        }
+        if let Some(memory) = core.sheaves.memory() {
+            // SAFETY: the sheaves were kmalloc'd with the cache, and nobody uses a cache that is being destroyed.
+            unsafe { self.kfree(memory) };
+        }
+        self.cache_free(
+            self.cache_cache(),
+            cache.core.cast(),
+            false,
+            Location::caller(),
+        );
+        Ok(())
+    }
+
+    /// Visits the live objects of a cache: address, and who allocated it if that is recorded. Objects in sheaves are not
+    /// live; shrink first for an exact answer.
+    pub fn live_objects(
+        &self,
+        cache: &Cache,
+        mut visit: impl FnMut(*const u8, Option<crate::report::Track>),
+    ) {
+        let core = self.checked(cache);
+        let map = &self.pages.map;
+        let pin = self.pages.pin();
+        let lists = self.lists(core, &pin);
+        for mut at in [lists.partial.head, lists.full.head] {
+            while at != crate::address::Pfn::NONE {
+                let slab = super::cache::slab_of(map, at);
+                let base = map.virt(slab.pfn().phys());
+                for index in (0..slab.objects()).filter(|&i| !slab.is_free(map, i)) {
+                    let object = base.wrapping_add(core.geometry.offset(index));
+                    let track = NonNull::new(object).and_then(|o| super::debug::tracks(core, o).0);
+                    visit(object, track);
+                }
+                at = slab.links().next();
+            }
+        }
+    }
+
+    /// Reports every live object of a cache that should have none, as `kmem_cache_destroy` in Linux prints them.
+    pub fn report_leaks(&self, cache: &Cache) {
+        let core = self.checked(cache);
+        let mut first = None;
+        self.live_objects(cache, |object, _| {
+            first.get_or_insert(object);
+        });
+        if let Some(object) = first {
+            self.report_object(
+                Corruption::ObjectsLeft,
+                Some(core),
+                object,
+                Location::caller(),
+            );
+        }
+    }
+
+    /// Visits all caches: the slabinfo view.
+    pub fn slabinfo(&self, mut visit: impl FnMut(CacheView<'_>)) {
+        self.for_each_cache(|core| visit(self.view(core)));
+    }
+
+    pub(crate) fn view<'a>(&self, core: &'a CacheCore) -> CacheView<'a> {
+        let in_sheaves = if core.sheaves.capacity() == 0 {
+            0
+        } else {
+            (0..self.pages.platform.nr_cpus())
+                .map(|cpu| {
+                    core.sheaves
+                        .remote(&self.pages.platform, cpu, |stack| stack.len() as u64)
+                })
+                .sum()
+        };
+        let pin = self.pages.pin();
+        let lists = self.lists(core, &pin);
+        let num_slabs = u64::from(lists.partial.nr + lists.full.nr);
+        let geometry = &core.geometry;
+        CacheView {
+            name: core.name(),
+            active_objs: lists.inuse.saturating_sub(in_sheaves),
+            num_objs: num_slabs * u64::from(geometry.objects),
+            object_size: geometry.object_size as usize,
+            size: geometry.size as usize,
+            objs_per_slab: geometry.objects as usize,
+            pages_per_slab: 1 << geometry.order,
+            num_slabs,
+            active_slabs: num_slabs - u64::from(lists.nr_empty),
+            in_sheaves,
+            metadata: core.is_metadata(),
+        }
+    }
+}

@@ -1,0 +1,591 @@
+//! The way of an object, sheaf → partial slab → new slab and back; and the way of a slab.
+
+use core::panic::Location;
+use core::ptr::NonNull;
+
+use super::cache::{CacheCore, Lists, MIN_PARTIAL, Role, slab_of};
+use super::debug;
+use super::sheaf::BATCH;
+use crate::address::{PAGE_SHIFT, Pfn, PhysAddr};
+use crate::desc::{DescList, Slab, SlabList};
+use crate::error::AllocError;
+use crate::gfp::{self, Flags};
+use crate::memmap::{DescClass, PageType, Word};
+use crate::mm::Mm;
+use crate::page_alloc::alloc::Descriptors;
+use crate::platform::{FaultPoint, Pin, Platform};
+use crate::report::{Corruption, Report};
+use crate::stats::Event;
+use crate::sync::SpinGuard;
+
+/// Who called, for debug caches and reports.
+pub(crate) type Caller = &'static Location<'static>;
+
+/// Flags that say which pages, and are the cache's to decide.
+const ZONE_FLAGS: u32 = gfp::__GFP_DMA.bits()
+    | gfp::__GFP_DMA32.bits()
+    | gfp::__GFP_HIGHMEM.bits()
+    | gfp::__GFP_MOVABLE.bits()
+    | gfp::__GFP_RECLAIMABLE.bits()
+    | gfp::__GFP_ZERO.bits();
+
+impl<P: Platform> Mm<P> {
+    pub(crate) fn lists<'a>(
+        &'a self,
+        core: &'a CacheCore,
+        _pin: &Pin<'_, P>,
+    ) -> SpinGuard<'a, Lists> {
+        core.lists.lock(|round| self.pages.platform.relax(round))
+    }
+
+    /// An object of this cache.
+    #[inline]
+    pub(crate) fn cache_alloc(
+        &self,
+        core: &CacheCore,
+        gfp: Flags,
+        caller: Caller,
+    ) -> Result<NonNull<u8>, AllocError> {
+        if self.pages.platform.should_fail(FaultPoint::CacheAlloc) {
+            return Err(AllocError::Injected);
+        }
+        let object = match self.sheaf_pop(core) {
+            Some(object) => object,
+            None => self.cache_alloc_slow(core, gfp)?,
+        };
+        self.on_alloc(
+            core,
+            object,
+            gfp,
+            core.geometry.object_size as usize,
+            caller,
+        );
+        Ok(object)
+    }
+
+    /// Checks and marks an object that is about to be handed out.
+    #[inline]
+    pub(crate) fn on_alloc(
+        &self,
+        core: &CacheCore,
+        object: NonNull<u8>,
+        gfp: Flags,
+        asked: usize,
+        caller: Caller,
+    ) {
+        if core.is_debug() {
+            debug::on_alloc(self, core, object, asked, caller);
+        }
+        if gfp.contains(gfp::__GFP_ZERO) {
+            // SAFETY: the object is ours alone until we return it, and has this many bytes.
+            unsafe { object.write_bytes(0, core.geometry.object_size as usize) };
+        }
+    }
+
+    /// An object from this CPU's sheaf.
+    #[inline]
+    fn sheaf_pop(&self, core: &CacheCore) -> Option<NonNull<u8>> {
+        let pin = self.pages.pin();
+        let stats = self.pages.stats(&pin);
+        if stats.on_free_path() {
+            self.allocation_on_free(&pin);
+        }
+        if core.sheaves.capacity() == 0 {
+            return None;
+        }
+        let object = core.sheaves.owner(&pin, |stack| stack.pop())?;
+        if core.role == Role::Objects {
+            stats.add(&pin, Event::SlabAlloc, 1);
+        }
+        Some(object)
+    }
+
+    /// Rule 3 was broken: counted always, fatal where checks are on.
+    #[cold]
+    pub(crate) fn allocation_on_free(&self, pin: &Pin<'_, P>) {
+        self.pages.stats(pin).add(pin, Event::AllocOnFree, 1);
+        if cfg!(any(debug_assertions, feature = "checked")) {
+            panic!("memdesc: an allocation on a free path");
+        }
+    }
+
+    /// Refills the sheaf from the slabs, half of it, and takes one.
+    #[cold]
+    #[inline(never)]
+    fn cache_alloc_slow(&self, core: &CacheCore, gfp: Flags) -> Result<NonNull<u8>, AllocError> {
+        let mut batch = [core::ptr::null_mut(); BATCH];
+        let want = (core.sheaves.capacity() / 2).clamp(1, BATCH);
+        let taken = self.slabs_take(core, gfp, &mut batch[..want]);
+        let pin = self.pages.pin();
+        let stats = self.pages.stats(&pin);
+        let n = match taken {
+            Ok(n) => n,
+            Err(why) => {
+                stats.add(&pin, Event::SlabAllocFail, 1);
+                return Err(why);
+            }
+        };
+        if core.role == Role::Objects {
+            stats.add(&pin, Event::SlabAlloc, 1);
+            stats.add(&pin, Event::SheafRefill, 1);
+        }
+        // The last one taken is ours, the rest is for the next.
+        let mut left = n - 1;
+        if left > 0 {
+            core.sheaves.owner(&pin, |stack| {
+                while left > 0 && NonNull::new(batch[left - 1]).is_none_or(|o| stack.push(o)) {
+                    left -= 1;
+                }
+            });
+            // Somebody else on this CPU filled it in the meantime.
+            if left > 0 {
+                self.slabs_give(core, &batch[..left], false, Location::caller());
+            }
+        }
+        match NonNull::new(batch[n - 1]) {
+            Some(object) => Ok(object),
+            None => unreachable!("a slab handed out a null object"),
+        }
+    }
+
+    /// Objects straight from the slabs: at least one, or an error.
+    pub(crate) fn slabs_take(
+        &self,
+        core: &CacheCore,
+        gfp: Flags,
+        out: &mut [*mut u8],
+    ) -> Result<usize, AllocError> {
+        let n = self.slabs_take_partial(core, out);
+        if n > 0 {
+            return Ok(n);
+        }
+        match core.role {
+            Role::Buddies | Role::Slabs => self.meta_slab(core, out),
+            Role::Objects | Role::Descriptors => {
+                let slab = self.new_slab(core, gfp)?;
+                Ok(self.take_and_list(core, slab, out))
+            }
+        }
+    }
+
+    /// Objects from partial slabs, if there are any.
+    pub(crate) fn slabs_take_partial(&self, core: &CacheCore, out: &mut [*mut u8]) -> usize {
+        let map = &self.pages.map;
+        let mut n = 0;
+        let pin = self.pages.pin();
+        let mut lists = self.lists(core, &pin);
+        while n < out.len() && lists.partial.head != Pfn::NONE {
+            let slab = slab_of(map, lists.partial.head);
+            if slab.inuse() == 0 {
+                lists.nr_empty -= 1;
+            }
+            n += self.take_from(core, slab, &mut out[n..]);
+            if slab.inuse() == slab.objects() {
+                lists.remove(map, slab);
+                lists.add(map, slab, SlabList::Full);
+            }
+        }
+        lists.inuse += n as u64;
+        n
+    }
+
+    fn take_from(&self, core: &CacheCore, slab: &Slab, out: &mut [*mut u8]) -> usize {
+        let base = self.pages.map.virt(slab.pfn().phys());
+        let mut n = 0;
+        slab.take(&self.pages.map, out.len(), |index| {
+            out[n] = base.wrapping_add(core.geometry.offset(index));
+            n += 1;
+        });
+        n
+    }
+
+    /// Takes objects from a fresh slab before anyone else can, then lists it. That is why a request never has to ask for a
+    /// second slab, and the chain of seed 000 stays short however many others are at it.
+    pub(crate) fn take_and_list(
+        &self,
+        core: &CacheCore,
+        slab: &Slab,
+        out: &mut [*mut u8],
+    ) -> usize {
+        let n = self.take_from(core, slab, out);
+        let map = &self.pages.map;
+        let pin = self.pages.pin();
+        let mut lists = self.lists(core, &pin);
+        lists.inuse += n as u64;
+        if slab.inuse() == slab.objects() {
+            lists.add(map, slab, SlabList::Full);
+        } else {
+            if slab.inuse() == 0 {
+                lists.nr_empty += 1;
+            }
+            lists.add(map, slab, SlabList::Partial);
+        }
+        n
+    }
+
+    /// A slab for users' objects, in no list yet (`allocate_slab`).
+    fn new_slab(&self, core: &CacheCore, gfp: Flags) -> Result<&Slab, AllocError> {
+        if self.pages.platform.should_fail(FaultPoint::NewSlab) {
+            return Err(AllocError::Injected);
+        }
+        let gfp = Flags::from_bits(gfp.bits() & !ZONE_FLAGS) | core.gfp;
+        let block = self
+            .pages
+            .alloc_block(gfp, core.geometry.order as usize, None, self)?;
+        let word = self.own_block(block, DescClass::Slab, PageType::Slab, None)?;
+        Ok(self.make_slab(core, block.pfn, word.desc(), false))
+    }
+
+    /// Makes a block into a slab: the descriptor first, the word last.
+    pub(crate) fn make_slab(
+        &self,
+        core: &CacheCore,
+        pfn: Pfn,
+        desc: PhysAddr,
+        self_described: bool,
+    ) -> &Slab {
+        let map = &self.pages.map;
+        let geometry = &core.geometry;
+        let slab = map.slab_at(desc);
+        let order = geometry.order as usize;
+        slab.init(
+            map,
+            NonNull::from(core),
+            pfn,
+            order,
+            geometry.objects as usize,
+            self_described,
+        );
+        if core.is_debug() || core.ctor.is_some() {
+            let base = map.virt(pfn.phys());
+            for index in 0..geometry.objects as usize {
+                let object = base.wrapping_add(geometry.offset(index));
+                let Some(object) = NonNull::new(object) else {
+                    unreachable!()
+                };
+                if core.is_debug() {
+                    debug::on_new(core, object);
+                }
+                if let Some(ctor) = core.ctor {
+                    ctor(object);
+                }
+            }
+        }
+        map.publish_block(
+            pfn,
+            Word::described(PageType::Slab, order, desc, DescClass::Slab),
+        );
+        let pin = self.pages.pin();
+        let stats = self.pages.stats(&pin);
+        stats.pages_in(&pin, PageType::Slab, 1 << order);
+        stats.add(&pin, Event::SlabNew, 1);
+        slab
+    }
+
+    /// An object comes back. `nested` while descriptors are given back.
+    #[inline]
+    pub(crate) fn cache_free(
+        &self,
+        core: &CacheCore,
+        object: NonNull<u8>,
+        nested: bool,
+        caller: Caller,
+    ) {
+        if core.is_debug() && !debug::on_free(self, core, object, caller) {
+            return;
+        }
+        let pin = self.pages.pin();
+        let stats = self.pages.stats(&pin);
+        if core.role == Role::Objects {
+            stats.add(&pin, Event::SlabFree, 1);
+        }
+        if core.sheaves.capacity() == 0 {
+            drop(pin);
+            self.slabs_give(core, &[object.as_ptr()], nested, caller);
+            return;
+        }
+        if cfg!(any(debug_assertions, feature = "checked"))
+            && !self.check_free(core, object, &pin, caller)
+        {
+            return;
+        }
+        if core.sheaves.owner(&pin, |stack| stack.push(object)) {
+            return;
+        }
+        self.flush_and_push(core, object, &pin, nested, caller);
+    }
+
+    /// Flushes half of a full sheaf and puts the object in.
+    #[cold]
+    #[inline(never)]
+    fn flush_and_push(
+        &self,
+        core: &CacheCore,
+        object: NonNull<u8>,
+        pin: &Pin<'_, P>,
+        nested: bool,
+        caller: Caller,
+    ) {
+        let mut batch = [core::ptr::null_mut(); BATCH];
+        let half = (core.sheaves.capacity() / 2).clamp(1, BATCH);
+        let (n, pushed) = core.sheaves.owner(pin, |stack| {
+            let n = stack.take_cold(&mut batch[..half]);
+            (n, stack.push(object))
+        });
+        debug_assert!(pushed, "a sheaf that was just flushed is full");
+        if core.role == Role::Objects {
+            self.pages.stats(pin).add(pin, Event::SheafFlush, 1);
+        }
+        self.slabs_give(core, &batch[..n], nested, caller);
+    }
+
+    /// Which slab of this cache an object is from, and which object it is there.
+    pub(crate) fn locate(
+        &self,
+        core: &CacheCore,
+        object: *const u8,
+    ) -> Result<(&Slab, usize), Corruption> {
+        let phys = self.pages.map.phys(object);
+        let Ok(pfn) = u32::try_from(phys.0 >> PAGE_SHIFT) else {
+            return Err(Corruption::NotRam);
+        };
+        let found = self.pages.map.lookup(Pfn(pfn)).ok_or(Corruption::NotRam)?;
+        if found.word.kind() != PageType::Slab {
+            return Err(Corruption::WrongType);
+        }
+        let slab = self.pages.map.slab_at(found.word.desc());
+        if slab.cache() != NonNull::from(core) {
+            return Err(Corruption::WrongCache);
+        }
+        let offset = (phys.0 - found.head.phys().0) as usize;
+        match core.geometry.index(offset) {
+            Some(index) => Ok((slab, index)),
+            None => Err(Corruption::NotAHead),
+        }
+    }
+
+    /// Is this a live object of the cache? Reports what it is otherwise.
+    #[cold]
+    fn check_free(
+        &self,
+        core: &CacheCore,
+        object: NonNull<u8>,
+        pin: &Pin<'_, P>,
+        caller: Caller,
+    ) -> bool {
+        let wrong = match self.locate(core, object.as_ptr()) {
+            Err(wrong) => Some(wrong),
+            Ok((slab, index)) => {
+                let free = {
+                    let _lists = self.lists(core, pin);
+                    slab.is_free(&self.pages.map, index)
+                };
+                let in_sheaf = || core.sheaves.owner(pin, |stack| stack.contains(object));
+                (free || in_sheaf()).then_some(Corruption::DoubleFree)
+            }
+        };
+        if let Some(what) = wrong {
+            self.report_object(what, Some(core), object.as_ptr(), caller);
+        }
+        wrong.is_none()
+    }
+
+    /// Objects go back to their slabs, in one hold of the list lock. Slabs left empty beyond a few go back to the page
+    /// allocator.
+    pub(crate) fn slabs_give(
+        &self,
+        core: &CacheCore,
+        objects: &[*mut u8],
+        nested: bool,
+        caller: Caller,
+    ) {
+        let map = &self.pages.map;
+        // Slabs to discard, chained through their links.
+        let mut empty = Pfn::NONE;
+        let mut wrong = None;
+        {
+            let pin = self.pages.pin();
+            let mut lists = self.lists(core, &pin);
+            for &object in objects {
+                let (slab, index) = match self.locate(core, object) {
+                    Ok(found) => found,
+                    Err(what) => {
+                        wrong = Some((what, object));
+                        continue;
+                    }
+                };
+                if !slab.give(map, index) {
+                    wrong = Some((Corruption::DoubleFree, object));
+                    continue;
+                }
+                lists.inuse -= 1;
+                if slab.list() == SlabList::Full {
+                    lists.remove(map, slab);
+                    lists.add(map, slab, SlabList::Partial);
+                }
+                if slab.inuse() == 0 {
+                    if lists.nr_empty < MIN_PARTIAL {
+                        lists.nr_empty += 1;
+                    } else {
+                        lists.remove(map, slab);
+                        slab.links().set_next(empty);
+                        empty = slab.pfn();
+                    }
+                }
+            }
+        }
+        if let Some((what, object)) = wrong {
+            self.report_object(what, Some(core), object, caller);
+        }
+        self.discard(empty, nested);
+    }
+
+    /// Gives slabs that are in no list back to the page allocator: the `struct slab` becomes the free block's buddy.
+    pub(crate) fn discard(&self, mut chain: Pfn, nested: bool) {
+        while chain != Pfn::NONE {
+            let pfn = chain;
+            let word = self.pages.map.word(pfn).load_owned();
+            chain = self.pages.map.slab_at(word.desc()).links().next();
+            {
+                let pin = self.pages.pin();
+                let stats = self.pages.stats(&pin);
+                stats.pages_out(&pin, PageType::Slab, 1 << word.order());
+                stats.add(&pin, Event::SlabDiscard, 1);
+            }
+            self.pages.free_block(pfn, word, nested, self);
+        }
+    }
+
+    /// Takes the empty slabs out of a cache and gives them back (`kmem_cache_shrink`), sheaves first. Says how many pages.
+    pub(crate) fn cache_shrink(&self, core: &CacheCore) -> usize {
+        for cpu in 0..self.pages.platform.nr_cpus() {
+            if core.sheaves.capacity() == 0 {
+                break;
+            }
+            let mut batch = [core::ptr::null_mut(); BATCH];
+            loop {
+                let n = core.sheaves.remote(&self.pages.platform, cpu, |stack| {
+                    stack.take_cold(&mut batch)
+                });
+                if n == 0 {
+                    break;
+                }
+                self.slabs_give(core, &batch[..n], false, Location::caller());
+            }
+        }
+        let map = &self.pages.map;
+        let mut empty = Pfn::NONE;
+        let mut slabs = 0;
+        {
+            let pin = self.pages.pin();
+            let mut lists = self.lists(core, &pin);
+            let mut at = lists.partial.head;
+            while at != Pfn::NONE {
+                let slab = slab_of(map, at);
+                at = slab.links().next();
+                if slab.inuse() == 0 {
+                    lists.remove(map, slab);
+                    lists.nr_empty -= 1;
+                    slab.links().set_next(empty);
+                    empty = slab.pfn();
+                    slabs += 1;
+                }
+            }
+        }
+        self.discard(empty, false);
+        slabs << core.geometry.order
+    }
+
+    /// Tells the platform of an object gone wrong.
+    #[cold]
+    pub(crate) fn report_object(
+        &self,
+        what: Corruption,
+        core: Option<&CacheCore>,
+        object: *const u8,
+        caller: Caller,
+    ) {
+        let phys = self.pages.map.phys(object);
+        let pfn = u32::try_from(phys.0 >> PAGE_SHIFT).map_or(Pfn::NONE, Pfn);
+        let word = self.pages.map.lookup(pfn).map_or(Word::ZERO, |f| f.word);
+        let tracks = match (core, NonNull::new(object.cast_mut())) {
+            (Some(core), Some(object))
+                if what != Corruption::WrongCache && what != Corruption::NotRam =>
+            {
+                debug::tracks(core, object)
+            }
+            _ => (None, None),
+        };
+        self.pages.platform.corruption(&Report {
+            what,
+            cache: core.map(CacheCore::name),
+            pfn,
+            word,
+            address: object.addr(),
+            byte: None,
+            allocated: tracks.0,
+            freed: tracks.1,
+            caller,
+        });
+    }
+}
+
+/// Descriptors come from `kmem_cache_buddy`, and go back to whatever cache they are from.
+impl<P: Platform> Descriptors for Mm<P> {
+    fn get(&self, n: usize) -> Result<DescList, AllocError> {
+        if self.pages.platform.should_fail(FaultPoint::Descriptors) {
+            return Err(AllocError::NoDescriptor);
+        }
+        let map = &self.pages.map;
+        let core = self.buddy_cache();
+        let mut list = DescList::new();
+        {
+            let pin = self.pages.pin();
+            core.sheaves.owner(&pin, |stack| {
+                while list.len() < n {
+                    let Some(object) = stack.pop() else { break };
+                    list.push(map, map.phys(object.as_ptr()));
+                }
+            });
+        }
+        while list.len() < n {
+            let mut batch = [core::ptr::null_mut(); BATCH];
+            // A refill brings some for the next time as well.
+            match self.slabs_take(core, gfp::GFP_NOWAIT, &mut batch) {
+                Ok(taken) => {
+                    batch[..taken]
+                        .iter()
+                        .for_each(|object| list.push(map, map.phys(*object)));
+                }
+                Err(_) => {
+                    self.put(list);
+                    return Err(AllocError::NoDescriptor);
+                }
+            }
+        }
+        Ok(list)
+    }
+
+    fn put(&self, mut list: DescList) {
+        let map = &self.pages.map;
+        while let Some(desc) = list.pop(map) {
+            let Some(object) = NonNull::new(map.virt(desc)) else {
+                unreachable!()
+            };
+            match map.lookup(Pfn::containing(desc)) {
+                Some(found) if found.word.kind() == PageType::Slab => {
+                    let cache = map.slab_at(found.word.desc()).cache();
+                    // SAFETY: a slab's cache lives as long as the slab, and this slab has an object out: `desc`.
+                    let core = unsafe { cache.as_ref() };
+                    self.cache_free(core, object, true, Location::caller());
+                }
+                _ => self.report_object(
+                    Corruption::WrongType,
+                    None,
+                    object.as_ptr(),
+                    Location::caller(),
+                ),
+            }
+        }
+    }
+}

@@ -1,0 +1,67 @@
+//! The one door to atomics, cells and locks: `core` in production, loom under test.
+//!
+//! Lock order of the whole crate: every lock here is a leaf. A CPU's [`LocalLock`], a zone's lock and
+//! a cache's list lock are never held together; what has to pass from one to the other is carried in
+//! a list on the stack.
+
+mod local;
+mod spin;
+
+pub(crate) use local::{Barriers, LocalLock};
+pub(crate) use spin::{SpinGuard, SpinLock};
+
+/// Atomics: loom's under the model checker.
+pub(crate) mod atomic {
+    #[cfg(not(loom))]
+    pub(crate) use core::sync::atomic::{
+        AtomicBool, AtomicPtr, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering,
+    };
+    #[cfg(loom)]
+    pub(crate) use loom::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
+}
+
+/// A cell with loom's face.
+#[cfg(not(loom))]
+#[derive(Debug)]
+#[repr(transparent)]
+pub(crate) struct UnsafeCell<T>(core::cell::UnsafeCell<T>);
+
+#[cfg(not(loom))]
+impl<T> UnsafeCell<T> {
+    pub(crate) const fn new(value: T) -> Self {
+        UnsafeCell(core::cell::UnsafeCell::new(value))
+    }
+
+    #[inline]
+    pub(crate) fn get_mut_ptr(&self) -> *mut T {
+        self.0.get()
+    }
+}
+
+#[cfg(loom)]
+#[derive(Debug)]
+pub(crate) struct UnsafeCell<T>(loom::cell::UnsafeCell<T>);
+
+#[cfg(loom)]
+impl<T> UnsafeCell<T> {
+    pub(crate) fn new(value: T) -> Self {
+        UnsafeCell(loom::cell::UnsafeCell::new(value))
+    }
+
+    /// Loom checks the access at the moment of the call; the locks' guards make it once per hold.
+    pub(crate) fn get_mut_ptr(&self) -> *mut T {
+        self.0.with_mut(|p| p)
+    }
+}
+
+/// Tells the machine that we wait. Loom needs to hear it to schedule the thread we wait for.
+#[inline]
+pub(crate) fn spin_hint() {
+    #[cfg(not(loom))]
+    core::hint::spin_loop();
+    #[cfg(loom)]
+    loom::thread::yield_now();
+}
+
+#[cfg(all(test, loom))]
+mod models;

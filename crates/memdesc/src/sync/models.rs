@@ -1,0 +1,246 @@
+//! Model checks: every lock-free protocol of the crate, under loom, and planted bugs that loom must find.
+//!
+//! `cargo xtask loom` runs them; LOOM_MAX_PREEMPTIONS bounds the search (3 in CI, unbounded with `--full`).
+
+use std::vec::Vec;
+
+use loom::sync::Arc;
+use loom::thread;
+
+use super::atomic::{AtomicU32, Ordering, fence};
+use super::{Barriers, LocalLock, SpinLock, UnsafeCell};
+use crate::address::{Pfn, PhysAddr};
+use crate::memmap::heads::climb;
+use crate::memmap::word::{AtomicWord, DescClass, PageType, Word};
+
+/// Full fences on both sides: the textbook form of the asymmetric ones.
+struct Fences;
+
+impl Barriers for Fences {
+    fn light(&self) {
+        fence(Ordering::SeqCst);
+    }
+    fn heavy(&self) {
+        fence(Ordering::SeqCst);
+    }
+    fn relax(&self, _round: u32) {}
+}
+
+/// Planted bug: no fence at all.
+struct NoFences;
+
+impl Barriers for NoFences {
+    fn light(&self) {}
+    fn heavy(&self) {}
+    fn relax(&self, _round: u32) {}
+}
+
+struct Guarded {
+    lock: LocalLock,
+    value: UnsafeCell<u32>,
+}
+
+// SAFETY: the models reach `value` only under `lock`; that this is enough is what they check.
+unsafe impl Sync for Guarded {}
+// SAFETY: the same.
+unsafe impl Send for Guarded {}
+
+fn bump(value: &UnsafeCell<u32>) {
+    // SAFETY: the caller holds the lock; loom's cell panics if that does not exclude everyone else.
+    unsafe { *value.get_mut_ptr() += 1 };
+}
+
+fn owner_and_remotes(barriers: impl Barriers + Send + Sync + 'static, remotes: u32, rounds: u32) {
+    let barriers = Arc::new(barriers);
+    let shared = Arc::new(Guarded {
+        lock: LocalLock::new(),
+        value: UnsafeCell::new(0),
+    });
+    let handles: Vec<_> = (0..remotes)
+        .map(|_| {
+            let (shared, barriers) = (shared.clone(), barriers.clone());
+            thread::spawn(move || {
+                let _guard = shared.lock.enter_remote(&*barriers);
+                bump(&shared.value);
+            })
+        })
+        .collect();
+    for _ in 0..rounds {
+        let _guard = shared.lock.enter(&*barriers);
+        bump(&shared.value);
+    }
+    for handle in handles {
+        handle.join().unwrap();
+    }
+    let _guard = shared.lock.enter(&*barriers);
+    // SAFETY: all others are gone.
+    assert_eq!(unsafe { *shared.value.get_mut_ptr() }, rounds + remotes);
+}
+
+#[test]
+fn local_lock_excludes_owner_and_remote() {
+    loom::model(|| owner_and_remotes(Fences, 1, 2));
+}
+
+#[test]
+fn local_lock_excludes_remotes_from_each_other() {
+    loom::model(|| owner_and_remotes(Fences, 2, 0));
+}
+
+#[test]
+#[should_panic]
+fn planted_bug_local_lock_without_fences() {
+    loom::model(|| owner_and_remotes(NoFences, 1, 2));
+}
+
+#[test]
+fn spin_lock_excludes() {
+    loom::model(|| {
+        let lock = Arc::new(SpinLock::new(0));
+        let other = lock.clone();
+        let handle = thread::spawn(move || *other.lock(|_| {}) += 1);
+        *lock.lock(|_| {}) += 1;
+        handle.join().unwrap();
+        assert_eq!(*lock.lock(|_| {}), 2);
+    });
+}
+
+/// A per-CPU list in small: the owner pushes and pops, a remote takes all; no page is lost or had twice.
+#[test]
+fn per_cpu_list_loses_nothing() {
+    struct List {
+        lock: LocalLock,
+        pages: UnsafeCell<Vec<u32>>,
+    }
+    // SAFETY: reached only under the lock, which the model checks.
+    unsafe impl Sync for List {}
+    // SAFETY: the same.
+    unsafe impl Send for List {}
+    loom::model(|| {
+        let list = Arc::new(List {
+            lock: LocalLock::new(),
+            pages: UnsafeCell::new(Vec::from([1, 2])),
+        });
+        let remote = list.clone();
+        let handle = thread::spawn(move || {
+            let _guard = remote.lock.enter_remote(&Fences);
+            // SAFETY: the lock is held.
+            core::mem::take(unsafe { &mut *remote.pages.get_mut_ptr() })
+        });
+        let popped = {
+            let _guard = list.lock.enter(&Fences);
+            // SAFETY: the lock is held.
+            unsafe { &mut *list.pages.get_mut_ptr() }.pop()
+        };
+        {
+            let _guard = list.lock.enter(&Fences);
+            // SAFETY: the lock is held.
+            unsafe { &mut *list.pages.get_mut_ptr() }.push(3);
+        }
+        let mut all = handle.join().unwrap();
+        let _guard = list.lock.enter(&Fences);
+        // SAFETY: the lock is held.
+        all.extend(unsafe { &*list.pages.get_mut_ptr() });
+        all.extend(popped);
+        all.sort_unstable();
+        assert_eq!(all, [1, 2, 3]);
+    });
+}
+
+/// A descriptor in small: what a word leads to.
+struct Desc(UnsafeCell<u32>);
+
+// SAFETY: written before its word is published and read after, which the models check.
+unsafe impl Sync for Desc {}
+// SAFETY: the same.
+unsafe impl Send for Desc {}
+
+fn publish_and_read(publish: fn(&AtomicWord, Word)) {
+    let word = Arc::new(AtomicWord::zero());
+    let desc = Arc::new(Desc(UnsafeCell::new(0)));
+    let (w, d) = (word.clone(), desc.clone());
+    let handle = thread::spawn(move || {
+        // SAFETY: nobody is led here yet.
+        unsafe { *d.0.get_mut_ptr() = 7 };
+        publish(
+            &w,
+            Word::described(PageType::Anon, 0, PhysAddr(64), DescClass::Folio),
+        );
+    });
+    let seen = word.load();
+    if seen.kind() == PageType::Anon {
+        // SAFETY: the word leads here, so it is set up; loom checks that the write above happened before.
+        assert_eq!(unsafe { *desc.0.get_mut_ptr() }, 7);
+    } else {
+        assert!(seen.is_zero());
+    }
+    handle.join().unwrap();
+}
+
+#[test]
+fn who_sees_the_word_sees_the_descriptor() {
+    loom::model(|| publish_and_read(|word, value| word.publish(value)));
+}
+
+#[test]
+#[should_panic]
+fn planted_bug_word_published_relaxed() {
+    loom::model(|| publish_and_read(|word, value| word.publish_relaxed(value)));
+}
+
+/// Eight pages. Pages 0–3 are one block whose tails' words are zero, owned by a reader; beside it a block is split and merged
+/// again. The reader's tails lead to its head at every moment.
+#[test]
+fn an_owner_finds_its_head_while_neighbours_split_and_merge() {
+    loom::model(|| {
+        let words: Arc<Vec<AtomicWord>> = Arc::new((0..8).map(|_| AtomicWord::zero()).collect());
+        let word = |order| Word::described(PageType::Anon, order, PhysAddr(64), DescClass::Folio);
+        words[0].publish(word(2));
+        words[4].publish(word(2));
+        let other = words.clone();
+        let handle = thread::spawn(move || {
+            // Split 4–7 in two, take one half, give it back, merge.
+            other[6].publish(word(1));
+            other[4].publish(word(1));
+            other[6].publish(Word::ZERO);
+            other[4].publish(word(2));
+        });
+        for page in [1, 3] {
+            let own = words[page].load();
+            assert!(own.is_zero());
+            let found = climb(Pfn(page as u32), |p| words[p.0 as usize].load());
+            assert_eq!(found.map(|f| f.head), Some(Pfn(0)));
+        }
+        handle.join().unwrap();
+    });
+}
+
+/// A reference may be had only while there is one: try-get against the last put.
+#[test]
+fn try_get_never_revives() {
+    loom::model(|| {
+        let count = Arc::new(AtomicU32::new(1));
+        let freed = Arc::new(AtomicU32::new(0));
+        let (c, f) = (count.clone(), freed.clone());
+        let handle = thread::spawn(move || {
+            if c.fetch_sub(1, Ordering::AcqRel) == 1 {
+                f.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        let mut now = count.load(Ordering::Relaxed);
+        let got = loop {
+            if now == 0 {
+                break false;
+            }
+            match count.compare_exchange(now, now + 1, Ordering::Acquire, Ordering::Relaxed) {
+                Ok(_) => break true,
+                Err(seen) => now = seen,
+            }
+        };
+        if got && count.fetch_sub(1, Ordering::AcqRel) == 1 {
+            freed.fetch_add(1, Ordering::Relaxed);
+        }
+        handle.join().unwrap();
+        assert_eq!(freed.load(Ordering::Relaxed), 1);
+    });
+}
