@@ -642,7 +642,7 @@ fn take_smallest_in(zone: &mut LockedZone<'_>, attempt: usize) -> Option<Smalles
     if attempt == 0 {
         let own = (0..=MAX_ORDER).find_map(|order| zone.pop(order, MigrateType::Unmovable));
         if let Some(block) = own {
-            return Some(of(block));
+            return Some(of(zone.detach(block.pfn, block.word)));
         }
         for pages in [2, 1] {
             if let Some(pfn) = zone.carve_bare(pages) {
@@ -662,7 +662,7 @@ fn take_smallest_in(zone: &mut LockedZone<'_>, attempt: usize) -> Option<Smalles
                         let at = block.pfn.add(pageblock * crate::address::PAGEBLOCK_PAGES);
                         region.set_block_migratetype(at, MigrateType::Unmovable);
                     }
-                    return Some(of(block));
+                    return Some(of(zone.detach(block.pfn, block.word)));
                 }
             }
         }
@@ -671,5 +671,5 @@ fn take_smallest_in(zone: &mut LockedZone<'_>, attempt: usize) -> Option<Smalles
     (0..=MAX_ORDER)
         .flat_map(|order| MigrateType::ALL.map(|mt| (order, mt)))
         .find_map(|(order, mt)| zone.pop(order, mt))
-        .map(of)
+        .map(|block| of(zone.detach(block.pfn, block.word)))
 }

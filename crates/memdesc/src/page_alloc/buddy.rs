@@ -7,7 +7,7 @@
 //! |---|---|---|---|
 //! | untouched | zero | zero | none |
 //! | in a zone's list | free, order, list | zero | a `buddy`, or what the last owner left (*morph*) |
-//! | in a per-CPU list | the same with P | zero | the same |
+//! | in a per-CPU list, or on its way out | the same with P | zero | the same |
 //! | handed out bare | bare, order | same word up to order 3, zero above | kept |
 //! | handed out to an owner | his type, order | same word up to order 3, zero above | his |
 
@@ -23,8 +23,8 @@ use crate::sync::atomic::Ordering;
 /// each of the `MAX_ORDER` halves that a split down to order 0 leaves behind.
 pub(crate) const LADDER: usize = MAX_ORDER + 1;
 
-/// A block outside the free lists, with the descriptor that came with it. Its head's word still says free (nobody
-/// looks at it before it is published anew).
+/// A block outside the free lists, with the descriptor that came with it. Its head's word says free with P, as if it
+/// were in a per-CPU list: once the zone lock is dropped, a neighbour that is freed must not merge with it.
 #[derive(Clone, Copy, Debug)]
 #[must_use = "the block would be lost"]
 pub(crate) struct Block {
@@ -104,7 +104,8 @@ impl LockedZone<'_> {
         self.lists.nr_listed -= 1 << order;
     }
 
-    /// Takes the first block of exactly this list.
+    /// Takes the first block of exactly this list. Its word stays as it is: [`detach`](Self::detach) or link it before the
+    /// lock is dropped.
     pub(crate) fn pop(&mut self, order: usize, mt: MigrateType) -> Option<Block> {
         let pfn = self.lists.lists[order][mt as usize].head;
         if pfn == Pfn::NONE {
@@ -148,10 +149,16 @@ impl LockedZone<'_> {
             let word = Word::described(PageType::Free, half, desc, DescClass::Buddy);
             self.link(block.pfn.add(1 << half), half, mt, word, false);
         }
-        Block {
-            pfn: block.pfn,
-            word: block.word.to_free(order, mt),
-        }
+        self.detach(block.pfn, block.word.to_free(order, mt))
+    }
+
+    /// Marks a block that leaves the zone: its word has P from now on, so that nobody merges with it, moves it to another
+    /// list or hands it out.
+    pub(crate) fn detach(&mut self, pfn: Pfn, word: Word) -> Block {
+        let word = word.to_pcp(word.migratetype());
+        self.map.word(pfn).publish(word);
+        self.lists.events.words_written += 1;
+        Block { pfn, word }
     }
 
     /// Splits a block that is in no list so that the block of `order` at `target` comes out alone.
@@ -176,10 +183,7 @@ impl LockedZone<'_> {
             }
         }
         debug_assert_eq!(at, target);
-        Block {
-            pfn: target,
-            word: block.word.to_free(order, mt),
-        }
+        self.detach(target, block.word.to_free(order, mt))
     }
 
     /// Frees a block that is in no list: merges it as far as it goes and puts the result into the list of its pageblock.

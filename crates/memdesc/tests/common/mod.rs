@@ -1,0 +1,272 @@
+//! What the integration tests share: machines to run on, a random number generator, looks at a machine from outside.
+#![allow(dead_code, missing_docs, unreachable_pub, unused_macros)]
+
+use std::ptr::NonNull;
+
+use memdesc::*;
+use memdesc_host::Host;
+
+/// A small random number generator: the same numbers everywhere.
+#[derive(Clone, Debug)]
+pub struct Rng(pub u64);
+
+impl Rng {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut x = self.0;
+        x = (x ^ x >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ x >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ x >> 31
+    }
+
+    /// A number below `n`.
+    pub fn below(&mut self, n: usize) -> usize {
+        (self.next() >> 11) as usize % n.max(1)
+    }
+
+    pub fn one_in(&mut self, n: usize) -> bool {
+        self.below(n) == 0
+    }
+}
+
+/// Fewer under Miri, which is a thousand times slower.
+pub fn scaled(native: usize, miri: usize) -> usize {
+    if cfg!(miri) { miri } else { native }
+}
+
+/// A machine to test on.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    pub name: &'static str,
+    pub ranges: Vec<MemRange>,
+    pub config: Config,
+    pub cpus: usize,
+    pub nodes: usize,
+}
+
+pub fn range(start: u32, end: u32, node: u8) -> MemRange {
+    MemRange { start: Pfn(start).phys(), end: Pfn(end).phys(), node }
+}
+
+impl Machine {
+    pub fn new(name: &'static str, ranges: &[MemRange]) -> Machine {
+        Machine {
+            name,
+            ranges: ranges.to_vec(),
+            config: Config { memory_is_zeroed: true, ..Config::default() },
+            cpus: 1,
+            nodes: 1,
+        }
+    }
+
+    /// One range of so many pages from 0 on.
+    pub fn flat(pages: u32) -> Machine {
+        Machine::new("flat", &[range(0, pages, 0)])
+    }
+
+    pub fn cpus(mut self, cpus: usize) -> Machine {
+        self.cpus = cpus;
+        self
+    }
+
+    pub fn host(&self) -> memdesc_host::HostBuilder {
+        Host::builder().memory(&self.ranges).cpus(self.cpus).nodes(self.nodes)
+    }
+
+    pub fn boot(&self) -> Mm<Host> {
+        self.boot_on(self.host().build().unwrap())
+    }
+
+    pub fn boot_on<P: Platform>(&self, platform: P) -> Mm<P> {
+        Mm::new(platform, &self.config, &self.ranges).unwrap()
+    }
+
+    /// Is this page RAM?
+    pub fn is_ram(&self, pfn: u32) -> bool {
+        self.ranges.iter().any(|r| Pfn(pfn).phys() >= r.start && Pfn(pfn).phys() < r.end)
+    }
+
+    pub fn end(&self) -> u32 {
+        self.ranges.iter().map(|r| (r.end.0 >> PAGE_SHIFT) as u32).max().unwrap()
+    }
+
+    pub fn node_of(&self, pfn: u32) -> usize {
+        let range = self.ranges.iter().find(|r| Pfn(pfn).phys() >= r.start && Pfn(pfn).phys() < r.end);
+        usize::from(range.unwrap().node)
+    }
+
+    pub fn zone_of(&self, pfn: Pfn) -> ZoneType {
+        let at = pfn.phys();
+        if at < self.config.dma_limit {
+            ZoneType::Dma
+        } else if self.config.movable_from.is_some_and(|m| at >= m) {
+            ZoneType::Movable
+        } else if at < self.config.dma32_limit {
+            ZoneType::Dma32
+        } else {
+            ZoneType::Normal
+        }
+    }
+
+    /// Pages that a zone keeps from requests that could have been served from `highest`.
+    pub fn lowmem_reserve(&self, zones: &[ZoneView], zone: &ZoneView, highest: ZoneType) -> u64 {
+        let ratio = self.config.lowmem_reserve_ratio.get(zone.kind as usize).copied().unwrap_or(0);
+        let above: u64 = zones
+            .iter()
+            .filter(|z| z.node == zone.node && z.kind > zone.kind && z.kind <= highest)
+            .map(|z| z.managed)
+            .sum();
+        if ratio == 0 { 0 } else { above / ratio }
+    }
+}
+
+const MIB: u64 = 1 << 20;
+
+/// Machines of different shapes, all small.
+pub fn machines() -> Vec<Machine> {
+    let p = |mib: u32| mib * 256;
+    if cfg!(miri) {
+        return vec![Machine::new("unaligned", &[range(3, p(8) - 5, 0)])];
+    }
+    let mut zones = Machine::new("zones", &[range(0, p(64), 0)]);
+    zones.config.dma_limit = PhysAddr(4 * MIB);
+    zones.config.dma32_limit = PhysAddr(24 * MIB);
+    let mut nodes = Machine::new("two nodes", &[range(0, p(32) + 77, 0), range(p(32) + 77, p(64), 1)]);
+    nodes.nodes = 2;
+    nodes.cpus = 2;
+    let mut movable = Machine::new("movable", &[range(1, p(48), 0)]);
+    movable.config.movable_from = Some(PhysAddr(24 * MIB));
+    movable.config.dma_limit = PhysAddr(2 * MIB);
+    let unaligned = Machine::new("unaligned", &[range(3, p(40) - 5, 0)]);
+    let holes = Machine::new(
+        "holes",
+        &[range(0, 5000, 0), range(5120, 9000, 0), range(9001, 9003, 0), range(12289, p(64) + 7, 0)],
+    );
+    let adjacent =
+        Machine::new("adjacent ranges", &[range(p(32), p(40), 0), range(0, p(32), 0), range(p(40), p(44), 0)]);
+    vec![zones, nodes, movable, unaligned, holes, adjacent]
+}
+
+/// Frees pages that the test has.
+#[track_caller]
+pub fn free<P: Platform>(mm: &Mm<P>, pfn: Pfn) {
+    // SAFETY: tests call this for heads of allocations that they made and do not use any more, or to see a wrong free reported.
+    unsafe { mm.free_pages(pfn) };
+}
+
+/// Frees an object that the test has.
+#[track_caller]
+pub fn kfree<P: Platform>(mm: &Mm<P>, ptr: NonNull<u8>) {
+    // SAFETY: as in `free`.
+    unsafe { mm.kfree(ptr) };
+}
+
+/// Frees an object to its cache.
+#[track_caller]
+pub fn cache_free<P: Platform>(mm: &Mm<P>, cache: &Cache, ptr: NonNull<u8>) {
+    // SAFETY: as in `free`.
+    unsafe { mm.kmem_cache_free(cache, ptr) };
+}
+
+/// Fills memory that the test has.
+pub fn fill(ptr: NonNull<u8>, len: usize, byte: u8) {
+    // SAFETY: tests call this for live memory of at least this length.
+    unsafe { ptr.write_bytes(byte, len) };
+}
+
+/// Memory that the test has, as bytes.
+pub fn bytes<'a>(ptr: NonNull<u8>, len: usize) -> &'a [u8] {
+    // SAFETY: tests call this for live, initialised memory of at least this length, and drop the slice before they free it.
+    unsafe { std::slice::from_raw_parts(ptr.as_ptr(), len) }
+}
+
+/// The bytes of a page that the test has.
+pub fn page<P: Platform>(mm: &Mm<P>, pfn: Pfn) -> NonNull<u8> {
+    NonNull::new(mm.page_address(pfn)).unwrap()
+}
+
+pub fn zones<P: Platform>(mm: &Mm<P>) -> Vec<ZoneView> {
+    let mut zones = Vec::new();
+    mm.zoneinfo(|z| zones.push(z));
+    zones
+}
+
+/// One number of the vmstat view.
+pub fn vmstat<P: Platform>(mm: &Mm<P>, name: &str) -> u64 {
+    let mut found = None;
+    mm.vmstat(|n, v| {
+        if n == name {
+            found = Some(v);
+        }
+    });
+    found.unwrap_or_else(|| panic!("no counter {name}"))
+}
+
+/// One cache's row of the slabinfo view: (active, total, slabs).
+pub fn slabinfo<P: Platform>(mm: &Mm<P>, name: &str) -> (u64, u64, u64) {
+    let mut found = None;
+    mm.slabinfo(|c| {
+        if c.name == name {
+            found = Some((c.active_objs, c.num_objs, c.num_slabs));
+        }
+    });
+    found.unwrap_or_else(|| panic!("no cache {name}"))
+}
+
+/// The ledger, which must balance, and agree with the zones' own view.
+#[track_caller]
+pub fn ledger<P: Platform>(mm: &Mm<P>) -> Ledger {
+    let ledger = mm.ledger();
+    assert!(ledger.balanced, "{ledger:#?}");
+    assert_eq!(ledger.walk.lost, 0);
+    let sum = ledger.free + ledger.untouched + ledger.pcp + ledger.metadata + ledger.by_type.iter().sum::<u64>();
+    assert_eq!(sum, ledger.given, "{ledger:#?}");
+    let zones = zones(mm);
+    assert_eq!(zones.iter().map(|z| z.free).sum::<u64>(), ledger.free + ledger.untouched);
+    for zone in &zones {
+        let blocks: u64 = zone.free_blocks.iter().enumerate().map(|(o, row)| row.iter().sum::<u64>() << o).sum();
+        assert_eq!(blocks, zone.free, "{zone:?}");
+        assert!(zone.free <= zone.managed && zone.managed <= zone.present, "{zone:?}");
+    }
+    ledger
+}
+
+/// All that users have.
+pub fn users(ledger: &Ledger) -> u64 {
+    ledger.by_type.iter().sum()
+}
+
+/// Everything was freed: gives back what is kept for later, and checks that all memory came back and merged.
+#[track_caller]
+pub fn teardown<P: Platform>(machine: &Machine, mm: &Mm<P>) {
+    mm.shrink();
+    let after = ledger(mm);
+    assert_eq!(users(&after), 0, "{after:#?}");
+    assert_eq!(after.pcp, 0);
+    assert_eq!(mm.event(Event::AllocOnFree), 0);
+    mm.slabinfo(|c| assert!(c.metadata || c.num_slabs == 0, "{c:?}"));
+    merged(machine, mm);
+}
+
+/// No two free buddies are left apart: nothing can be merged any further. Per-CPU lists are empty.
+#[track_caller]
+pub fn merged<P: Platform>(machine: &Machine, mm: &Mm<P>) {
+    let mut at = 0;
+    while at < machine.end() {
+        let (head, order, memory) = mm.lookup(Pfn(at));
+        if matches!(memory, Memory::Free { in_pcp: false }) && head == Pfn(at) {
+            let buddy = head.buddy(order);
+            if order < MAX_ORDER {
+                let (h, o, m) = mm.lookup(buddy);
+                let apart = (h, o) == (buddy, order) && matches!(m, Memory::Free { in_pcp: false });
+                let same = machine.is_ram(buddy.0)
+                    && machine.node_of(buddy.0) == machine.node_of(at)
+                    && machine.zone_of(buddy) == machine.zone_of(head);
+                assert!(!(apart && same), "{head:?} and {buddy:?} are free, order {order}, and were not merged");
+            }
+            at += 1 << order;
+        } else {
+            at += 1;
+        }
+    }
+}
