@@ -1,7 +1,7 @@
 //! Taking over memory: from the platform's ranges to a memory manager.
 //!
 //! What is made here, once, and stays: regions and sections, a word a page, a byte a pageblock, zones, per-CPU
-//! lists and counters, the built-in caches. It is laid into the top of the largest range, in one piece. Nothing is
+//! lists and counters, the built-in caches. It is laid into the top of the longest run of memory, in one piece. Nothing is
 //! done per page: words of zero say "never handed out", and free blocks are made when they are first needed.
 
 use core::ptr::NonNull;
@@ -105,11 +105,7 @@ impl<P: Platform> Mm<P> {
             return Err(InitError::BadCpuCount(nr_cpus));
         }
         check(ranges)?;
-        let home = ranges
-            .iter()
-            .copied()
-            .max_by_key(|r| frames(r).1 - frames(r).0);
-        let (home_start, home_end) = home.map_or((0, 0), |r| frames(&r));
+        let (home_start, home_end) = longest_run(ranges);
 
         // The first pass counts; the second knows where to put things. The count does not depend on the place.
         let mut count = Bump {
@@ -191,6 +187,19 @@ fn frames(range: &MemRange) -> (u32, u32) {
         .min(u64::from(MAX_PFN));
     let end = (range.end.0 >> PAGE_SHIFT).min(u64::from(MAX_PFN));
     (start as u32, (end as u32).max(start as u32))
+}
+
+/// The longest run of page frames without a hole. Ranges in it may touch: boot memory at its end is at the end of a region
+/// however ranges are made into regions.
+fn longest_run(ranges: &[MemRange]) -> (u32, u32) {
+    let runs = ranges.iter().map(|range| {
+        let (start, mut end) = frames(range);
+        while let Some(next) = ranges.iter().find(|r| frames(r).0 == end) {
+            end = frames(next).1;
+        }
+        (start, end)
+    });
+    runs.max_by_key(|(start, end)| end - start).unwrap_or((0, 0))
 }
 
 fn check(ranges: &[MemRange]) -> Result<(), InitError> {
@@ -328,7 +337,7 @@ fn lay_out<P: Platform>(
             // the region itself was made above.
             unsafe {
                 let region = Region::new(piece.start, piece.end, zone, memory.0, memory.1);
-                // Boot memory is the end of a range, so of a piece or of several.
+                // Boot memory is the end of a run of ranges, so of a piece or of several.
                 if boot.start < piece.end && boot.end >= piece.end {
                     region
                         .untouched_end

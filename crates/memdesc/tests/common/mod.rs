@@ -270,3 +270,166 @@ pub fn merged<P: Platform>(machine: &Machine, mm: &Mm<P>) {
         }
     }
 }
+
+/// Of each page: who has it, by a number of the test's own; 0 for nobody.
+#[derive(Clone, Debug, Default)]
+pub struct OwnerMap(Vec<u32>);
+
+impl OwnerMap {
+    pub fn new(pages: u32) -> OwnerMap {
+        OwnerMap(vec![0; pages as usize])
+    }
+
+    #[track_caller]
+    pub fn take(&mut self, pfn: Pfn, order: usize, who: u32) {
+        for (i, page) in self.0[pfn.0 as usize..][..1 << order].iter_mut().enumerate() {
+            assert_eq!(*page, 0, "page {i} of {pfn:?} order {order} belongs to somebody");
+            *page = who;
+        }
+    }
+
+    #[track_caller]
+    pub fn give(&mut self, pfn: Pfn, order: usize, who: u32) {
+        for page in &mut self.0[pfn.0 as usize..][..1 << order] {
+            assert_eq!(std::mem::take(page), who);
+        }
+    }
+
+    pub fn owner(&self, pfn: u32) -> u32 {
+        self.0[pfn as usize]
+    }
+
+    pub fn held(&self) -> u64 {
+        self.0.iter().filter(|&&p| p != 0).count() as u64
+    }
+}
+
+/// What a block that the test has should look like.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    Bare,
+    File,
+    Anon,
+    Table,
+    Large,
+}
+
+impl Kind {
+    pub fn page_type(self) -> PageType {
+        match self {
+            Kind::Bare => PageType::Bare,
+            Kind::File => PageType::File,
+            Kind::Anon => PageType::Anon,
+            Kind::Table => PageType::PageTable,
+            Kind::Large => PageType::LargeKmalloc,
+        }
+    }
+
+    pub fn is(self, memory: &Memory<'_>) -> bool {
+        match self {
+            Kind::Bare => matches!(memory, Memory::Bare),
+            Kind::File => matches!(memory, Memory::File(_)),
+            Kind::Anon => matches!(memory, Memory::Anon(_)),
+            Kind::Table => matches!(memory, Memory::PageTable(_)),
+            Kind::Large => matches!(memory, Memory::LargeKmalloc),
+        }
+    }
+}
+
+/// A block that the test has.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Block {
+    pub pfn: Pfn,
+    pub order: usize,
+    pub kind: Kind,
+    pub id: u32,
+}
+
+impl Block {
+    /// Every page of it leads to it, in the right type.
+    #[track_caller]
+    pub fn check<P: Platform>(&self, mm: &Mm<P>) {
+        for page in 0..1 << self.order {
+            let (head, order, memory) = mm.lookup(self.pfn.add(page));
+            assert_eq!((head, order), (self.pfn, self.order), "page {page} of {self:?}");
+            assert!(self.kind.is(&memory), "page {page} of {self:?} is {memory:?}");
+        }
+    }
+}
+
+/// The plain model of a page allocator: who has what.
+#[derive(Debug)]
+pub struct Pages {
+    pub machine: Machine,
+    pub owners: OwnerMap,
+    pub live: Vec<Block>,
+    next: u32,
+}
+
+impl Pages {
+    pub fn new(machine: &Machine) -> Pages {
+        Pages { machine: machine.clone(), owners: OwnerMap::new(machine.end()), live: Vec::new(), next: 0 }
+    }
+
+    /// The allocator handed this out.
+    #[track_caller]
+    pub fn got<P: Platform>(&mut self, mm: &Mm<P>, pfn: Pfn, order: usize, kind: Kind) {
+        self.next += 1;
+        let block = Block { pfn, order, kind, id: self.next };
+        assert!(pfn.is_aligned(order), "{block:?}");
+        assert!((pfn.0..pfn.0 + (1 << order)).all(|p| self.machine.is_ram(p)), "{block:?} is not RAM");
+        let place = |p: u32| (self.machine.node_of(p), self.machine.zone_of(Pfn(p)));
+        assert_eq!(place(pfn.0), place(pfn.0 + (1 << order) - 1), "{block:?} crosses zones");
+        self.owners.take(pfn, order, block.id);
+        block.check(mm);
+        self.live.push(block);
+    }
+
+    /// Frees the live block with this place in the list.
+    #[track_caller]
+    pub fn free<P: Platform>(&mut self, mm: &Mm<P>, index: usize) {
+        let block = self.live.swap_remove(index);
+        block.check(mm);
+        self.owners.give(block.pfn, block.order, block.id);
+        free(mm, block.pfn);
+        let (_, _, memory) = mm.lookup(block.pfn);
+        // Freed pages may have become a slab of descriptors at most in another CPU's hands; here nobody else is at it.
+        assert!(matches!(memory, Memory::Free { .. }), "{block:?} was freed and is {memory:?}");
+    }
+
+    pub fn free_all<P: Platform>(&mut self, mm: &Mm<P>, rng: &mut Rng) {
+        while !self.live.is_empty() {
+            let index = rng.below(self.live.len());
+            self.free(mm, index);
+        }
+    }
+
+    /// The whole machine, page by page, against the model.
+    #[track_caller]
+    pub fn check<P: Platform>(&self, mm: &Mm<P>) {
+        let mut by_type = [0; PageType::COUNT];
+        for block in &self.live {
+            block.check(mm);
+            by_type[block.kind.page_type() as usize] += 1u64 << block.order;
+        }
+        let ledger = ledger(mm);
+        assert_eq!(ledger.by_type, by_type);
+        let mut metadata = 0;
+        for pfn in 0..self.machine.end() {
+            let (head, order, memory) = mm.lookup(Pfn(pfn));
+            if !self.machine.is_ram(pfn) {
+                assert!(matches!(memory, Memory::Hole), "{pfn:#x} is a hole and says {memory:?}");
+                continue;
+            }
+            assert!(head.0 <= pfn && pfn - head.0 < 1 << order);
+            if self.owners.owner(pfn) == 0 {
+                match memory {
+                    Memory::Free { .. } | Memory::Untouched => {}
+                    Memory::Slab(_) | Memory::Reserved(Reserved::MemMap) => metadata += 1,
+                    _ => panic!("{pfn:#x} was not handed out and is {memory:?}"),
+                }
+            }
+        }
+        assert_eq!(metadata, ledger.metadata);
+    }
+}
