@@ -211,7 +211,8 @@ unsafe impl Platform for Host {
     }
 
     fn cpu_to_node(&self, cpu: usize) -> usize {
-        cpu % self.nodes
+        // The division is dear on the fast path.
+        if self.nodes == 1 { 0 } else { cpu % self.nodes }
     }
 
     #[inline]

@@ -120,8 +120,11 @@ impl<P: Platform> Mm<P> {
         }
         ledger.by_type[PageType::Reserved as usize] =
             ledger.by_type[PageType::Reserved as usize].wrapping_add(self.boot.pages);
-        let types: u64 = ledger.by_type.iter().sum();
-        let total = ledger.free + ledger.untouched + ledger.pcp + types;
+        let types = ledger
+            .by_type
+            .iter()
+            .fold(0u64, |sum, n| sum.wrapping_add(*n));
+        let total = (ledger.free + ledger.untouched + ledger.pcp).wrapping_add(types);
         let counted = Walk {
             free: ledger.free,
             untouched: ledger.untouched,
@@ -342,8 +345,7 @@ impl<P: Platform> Mm<P> {
         {
             let pin = self.pages.pin();
             let stats = self.pages.stats(&pin);
-            stats.pages_out(&pin, PageType::Bare, 1 << order);
-            stats.pages_in(&pin, PageType::Reserved, 1 << order);
+            stats.block_retyped(&pin, PageType::Bare, PageType::Reserved, order);
         }
         let new = Word::inline(PageType::Reserved, order, Reserved::Kernel as u64);
         self.pages.map.publish_block(pfn, new);

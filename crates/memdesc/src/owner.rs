@@ -17,10 +17,9 @@ use crate::memmap::{DescClass, Found, PageType, Word};
 use crate::mm::Mm;
 use crate::page_alloc::MigrateType;
 use crate::page_alloc::buddy::Block;
-use crate::platform::{FaultPoint, Platform};
+use crate::platform::{FaultPoint, Pin, Platform};
 use crate::report::{Corruption, Report};
 use crate::slab::Cache;
-use crate::stats::Event;
 
 /// What kind of memory a folio is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -93,9 +92,13 @@ impl<P: Platform> Mm<P> {
         gfp: Flags,
         order: usize,
     ) -> Result<Pfn, AllocError> {
-        let block = self.pages.alloc_block(gfp, order, node, self)?;
+        let block = self
+            .pages
+            .alloc_block(PageType::Bare, gfp, order, node, self)?;
         self.zero_if_asked(block.pfn, order, gfp);
-        self.hand_out(block.pfn, block.word.to_owned(PageType::Bare));
+        self.pages
+            .map
+            .publish_block(block.pfn, block.word.to_owned(PageType::Bare));
         Ok(block.pfn)
     }
 
@@ -123,11 +126,11 @@ impl<P: Platform> Mm<P> {
         if !kind.has_descriptor() || matches!(kind, Free | Bare | Slab | LargeKmalloc) {
             return Err(AllocError::BadSize);
         }
-        let block = self.pages.alloc_block(gfp, order, None, self)?;
+        let block = self.pages.alloc_block(kind, gfp, order, None, self)?;
         self.zero_if_asked(block.pfn, order, gfp);
         self.put_desc(block.word.desc());
         let desc = self.pages.phys(desc.as_ptr());
-        self.hand_out(
+        self.pages.map.publish_block(
             block.pfn,
             Word::described(kind, order, desc, DescClass::Yours),
         );
@@ -150,10 +153,10 @@ impl<P: Platform> Mm<P> {
             FolioKind::File => PageType::File,
             FolioKind::Anon => PageType::Anon,
         };
-        let block = self.pages.alloc_block(gfp, order, None, self)?;
+        let block = self.pages.alloc_block(kind, gfp, order, None, self)?;
         let word = self.own_block(block, DescClass::Folio, kind, Some(gfp))?;
         self.folio_at(word.desc()).init();
-        self.hand_out(block.pfn, word);
+        self.pages.map.publish_block(block.pfn, word);
         Ok(block.pfn)
     }
 
@@ -164,10 +167,12 @@ impl<P: Platform> Mm<P> {
     /// As [`alloc_pages`](Self::alloc_pages).
     #[inline]
     pub fn alloc_page_table(&self, gfp: Flags, order: usize) -> Result<Pfn, AllocError> {
-        let block = self.pages.alloc_block(gfp, order, None, self)?;
+        let block = self
+            .pages
+            .alloc_block(PageType::PageTable, gfp, order, None, self)?;
         let word = self.own_block(block, DescClass::PtDesc, PageType::PageTable, Some(gfp))?;
         self.ptdesc_at(word.desc()).init();
-        self.hand_out(block.pfn, word);
+        self.pages.map.publish_block(block.pfn, word);
         Ok(block.pfn)
     }
 
@@ -204,7 +209,9 @@ impl<P: Platform> Mm<P> {
     /// [`AllocError::Busy`] if it is not free as one, or in a per-CPU list.
     pub fn alloc_pages_at(&self, pfn: Pfn, order: usize) -> Result<(), AllocError> {
         let block = self.pages.alloc_block_at(pfn, order, self)?;
-        self.hand_out(block.pfn, block.word.to_owned(PageType::Bare));
+        self.pages
+            .map
+            .publish_block(block.pfn, block.word.to_owned(PageType::Bare));
         Ok(())
     }
 
@@ -238,8 +245,11 @@ impl<P: Platform> Mm<P> {
             DescClass::PtDesc => self.ptdesc_at(new.desc()).init(),
             _ => {}
         }
-        self.count(word, false);
-        self.hand_out(pfn, new);
+        self.pages.map.publish_block(pfn, new);
+        let pin = self.pages.pin();
+        self.pages
+            .stats(&pin)
+            .block_retyped(&pin, word.kind(), kind, word.order());
         Ok(())
     }
 
@@ -256,33 +266,22 @@ impl<P: Platform> Mm<P> {
     #[inline]
     #[track_caller]
     pub unsafe fn free_pages(&self, pfn: Pfn) {
+        let caller = core::panic::Location::caller();
         let pin = self.pages.pin();
-        let stats = self.pages.stats(&pin);
-        stats.enter_free(&pin);
-        let word = match self.pages.map.region(pfn) {
-            Some(region) => region.word(pfn).load_owned(),
-            None => Word::ZERO,
-        };
-        match word.kind() {
-            PageType::Bare
-            | PageType::LargeKmalloc
-            | PageType::File
-            | PageType::Anon
-            | PageType::PageTable
-            | PageType::Vmalloc
-            | PageType::NetPool
-            | PageType::Zsmalloc
-            | PageType::Yours
-                if pfn.is_aligned(word.order()) =>
-            {
-                if matches!(word.kind(), PageType::File | PageType::Anon) {
-                    self.folio_at(word.desc()).freeze();
-                }
-                self.take_back(pfn, word);
+        self.pages.stats(&pin).on_free_path_do(&pin, || {
+            let word = match self.pages.map.region(pfn) {
+                Some(region) => region.word(pfn).load_owned(),
+                None => Word::ZERO,
+            };
+            let kind = word.kind();
+            if !kind.is_owned_block() || !pfn.is_aligned(word.order()) {
+                return self.report_page(pfn, word, caller);
             }
-            _ => self.report_page(pfn, word, core::panic::Location::caller()),
-        }
-        stats.leave_free(&pin);
+            if matches!(kind, PageType::File | PageType::Anon) {
+                self.folio_at(word.desc()).freeze();
+            }
+            self.take_back(&pin, pfn, word);
+        });
     }
 
     #[cold]
@@ -378,7 +377,12 @@ impl<P: Platform> Mm<P> {
             Ok(Some(desc)) => Word::described(kind, block.word.order(), desc, class),
             Err(why) => {
                 // Never published, so its word still says free; nobody saw it.
-                self.pages.free_block(block.pfn, block.word, false, self);
+                let pin = self.pages.pin();
+                self.pages
+                    .stats(&pin)
+                    .block_back(&pin, kind, block.word.order());
+                self.pages
+                    .free_block(&pin, block.pfn, block.word, false, self);
                 return Err(why);
             }
         };
@@ -413,32 +417,13 @@ impl<P: Platform> Mm<P> {
         Ok(Some(desc))
     }
 
-    /// Publishes a block under its owner's word and counts it.
-    #[inline]
-    pub(crate) fn hand_out(&self, pfn: Pfn, word: Word) {
-        self.pages.map.publish_block(pfn, word);
-        self.count(word, true);
-    }
-
-    #[inline]
-    fn count(&self, word: Word, out: bool) {
-        let pin = self.pages.pin();
-        let stats = self.pages.stats(&pin);
-        let pages = 1 << word.order();
-        if out {
-            stats.pages_in(&pin, word.kind(), pages);
-            stats.add(&pin, Event::PgAlloc, pages);
-        } else {
-            stats.pages_out(&pin, word.kind(), pages);
-            stats.add(&pin, Event::PgFree, pages);
-        }
-    }
-
     /// A handed-out block comes back: its descriptor becomes the free block's.
     #[inline]
-    pub(crate) fn take_back(&self, pfn: Pfn, word: Word) {
-        self.count(word, false);
-        self.pages.free_block(pfn, word, false, self);
+    pub(crate) fn take_back(&self, pin: &Pin<'_, P>, pfn: Pfn, word: Word) {
+        self.pages
+            .stats(pin)
+            .block_back(pin, word.kind(), word.order());
+        self.pages.free_block(pin, pfn, word, false, self);
     }
 
     fn zero_if_asked(&self, pfn: Pfn, order: usize, gfp: Flags) {

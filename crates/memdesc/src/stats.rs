@@ -1,5 +1,6 @@
 //! Counters, one set per CPU, written by their CPU alone: what `/proc/vmstat` is made of.
 
+use crate::address::MAX_ORDER;
 use crate::memmap::PageType;
 use crate::platform::{Pin, Platform};
 use crate::sync::atomic::{AtomicU64, Ordering};
@@ -30,7 +31,7 @@ events! {
     PgFree = "pgfree",
     /// Requests for pages that failed.
     PgAllocFail = "pgalloc_fail",
-    /// Requests that found a block in the per-CPU list.
+    /// Requests that found a block in the per-CPU list: all that went no other way.
     PcpHit = "pcp_hit",
     /// Requests that refilled a per-CPU list from the zone.
     PcpRefill = "pcp_refill",
@@ -38,6 +39,10 @@ events! {
     PcpDrain = "pcp_drain",
     /// Requests served by the zone directly.
     ZoneAlloc = "zone_alloc",
+    /// Blocks taken by number (`alloc_pages_at`).
+    AllocAt = "alloc_at",
+    /// Pages taken for slabs of descriptors, without a request.
+    MetaPage = "meta_page",
     /// Requests that went the slow way.
     SlowPath = "allocstall",
     /// Times all per-CPU lists were drained because memory was short.
@@ -69,8 +74,10 @@ events! {
 #[repr(C, align(128))]
 pub(crate) struct CpuStats {
     events: [AtomicU64; Event::ALL.len()],
-    /// Pages handed out by type, less pages that came back; wraps, only the sum over CPUs means something.
-    pages: [AtomicU64; PageType::COUNT],
+    /// Blocks handed out, by type and order.
+    out: [[AtomicU64; MAX_ORDER + 1]; PageType::COUNT],
+    /// Blocks that came back, by type and order. On another CPU than they went out, so only sums over CPUs mean something.
+    back: [[AtomicU64; MAX_ORDER + 1]; PageType::COUNT],
     /// Nesting of free paths on this CPU, for rule 3.
     free_depth: AtomicU64,
 }
@@ -79,7 +86,8 @@ impl CpuStats {
     pub(crate) fn new() -> CpuStats {
         CpuStats {
             events: [const { AtomicU64::new(0) }; Event::ALL.len()],
-            pages: [const { AtomicU64::new(0) }; PageType::COUNT],
+            out: [const { [const { AtomicU64::new(0) }; MAX_ORDER + 1] }; PageType::COUNT],
+            back: [const { [const { AtomicU64::new(0) }; MAX_ORDER + 1] }; PageType::COUNT],
             free_depth: AtomicU64::new(0),
         }
     }
@@ -90,28 +98,37 @@ impl CpuStats {
         add(&self.events[event as usize], n);
     }
 
-    /// Pages of this type were handed out.
+    /// A block was handed out: one addition, from which pages, requests and their orders follow.
     #[inline]
-    pub(crate) fn pages_in<P: Platform>(&self, _pin: &Pin<'_, P>, kind: PageType, pages: u64) {
-        add(&self.pages[kind as usize], pages);
+    pub(crate) fn block_out<P: Platform>(&self, _pin: &Pin<'_, P>, kind: PageType, order: usize) {
+        add(&self.out[kind as usize][order], 1);
     }
 
-    /// Pages of this type came back.
+    /// A block came back.
     #[inline]
-    pub(crate) fn pages_out<P: Platform>(&self, _pin: &Pin<'_, P>, kind: PageType, pages: u64) {
-        add(&self.pages[kind as usize], pages.wrapping_neg());
+    pub(crate) fn block_back<P: Platform>(&self, _pin: &Pin<'_, P>, kind: PageType, order: usize) {
+        add(&self.back[kind as usize][order], 1);
     }
 
-    /// Enters a free path.
-    #[inline]
-    pub(crate) fn enter_free<P: Platform>(&self, _pin: &Pin<'_, P>) {
-        add(&self.free_depth, 1);
+    /// A block that was counted as handed out as one type is of another.
+    pub(crate) fn block_retyped<P: Platform>(
+        &self,
+        _pin: &Pin<'_, P>,
+        from: PageType,
+        to: PageType,
+        order: usize,
+    ) {
+        add(&self.out[from as usize][order], u64::MAX);
+        add(&self.out[to as usize][order], 1);
     }
 
-    /// Leaves it.
+    /// Runs on a free path: whoever allocates inside breaks rule 3.
     #[inline]
-    pub(crate) fn leave_free<P: Platform>(&self, _pin: &Pin<'_, P>) {
-        add(&self.free_depth, u64::MAX);
+    pub(crate) fn on_free_path_do<P: Platform>(&self, _pin: &Pin<'_, P>, f: impl FnOnce()) {
+        let depth = self.free_depth.load(Ordering::Relaxed);
+        self.free_depth.store(depth + 1, Ordering::Relaxed);
+        f();
+        self.free_depth.store(depth, Ordering::Relaxed);
     }
 
     /// Is this CPU on a free path? Then nothing may be allocated.
@@ -121,12 +138,50 @@ impl CpuStats {
     }
 
     pub(crate) fn event(&self, event: Event) -> u64 {
-        self.events[event as usize].load(Ordering::Relaxed)
+        match event {
+            Event::PgAlloc => pages(&self.out),
+            Event::PgFree => pages(&self.back),
+            Event::PcpHit => {
+                let requests = self
+                    .out
+                    .iter()
+                    .flatten()
+                    .map(load)
+                    .fold(0, u64::wrapping_add);
+                let others = [
+                    Event::PcpRefill,
+                    Event::ZoneAlloc,
+                    Event::AllocAt,
+                    Event::MetaPage,
+                ];
+                requests.saturating_sub(others.iter().map(|&e| self.event(e)).sum())
+            }
+            event => load(&self.events[event as usize]),
+        }
     }
 
+    /// Pages of this type handed out on this CPU less those that came back on it; wraps.
     pub(crate) fn pages(&self, kind: PageType) -> u64 {
-        self.pages[kind as usize].load(Ordering::Relaxed)
+        let sum = |row: &[AtomicU64]| {
+            row.iter()
+                .enumerate()
+                .fold(0u64, |sum, (order, n)| sum.wrapping_add(load(n) << order))
+        };
+        sum(&self.out[kind as usize]).wrapping_sub(sum(&self.back[kind as usize]))
     }
+}
+
+fn load(counter: &AtomicU64) -> u64 {
+    counter.load(Ordering::Relaxed)
+}
+
+fn pages(table: &[[AtomicU64; MAX_ORDER + 1]; PageType::COUNT]) -> u64 {
+    let row = |row: &[AtomicU64; MAX_ORDER + 1]| {
+        row.iter()
+            .enumerate()
+            .fold(0u64, |sum, (order, n)| sum.wrapping_add(load(n) << order))
+    };
+    table.iter().map(row).fold(0, u64::wrapping_add)
 }
 
 #[inline]

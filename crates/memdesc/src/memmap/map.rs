@@ -111,6 +111,21 @@ impl Region {
         unsafe { self.words.add((pfn.0 - self.start) as usize).as_ref() }
     }
 
+    fn publish_tails(&self, pfn: Pfn, word: Word) {
+        for tail in 1..1 << word.order() {
+            self.word(pfn.add(tail)).publish(word);
+        }
+    }
+
+    /// Takes the tails' words of a handed-out block back to zero; its head is the caller's to write.
+    pub(crate) fn clear_tails(&self, pfn: Pfn, order: usize) {
+        if order <= TAIL_WORDS_ORDER {
+            for tail in 1..1 << order {
+                self.word(pfn.add(tail)).publish(Word::ZERO);
+            }
+        }
+    }
+
     /// Pageblocks of this region, whole or in part.
     pub(crate) fn pageblocks(start: u32, end: u32) -> usize {
         (((end - 1) >> PAGEBLOCK_ORDER) - (start >> PAGEBLOCK_ORDER) + 1) as usize
@@ -265,20 +280,7 @@ impl MemMap {
         region.word(pfn).publish(word);
         let order = word.order();
         if order != 0 && order <= TAIL_WORDS_ORDER {
-            for tail in 1..1 << order {
-                region.word(pfn.add(tail)).publish(word);
-            }
-        }
-    }
-
-    /// Takes the tails' words of a handed-out block back to zero; its head is the caller's to write.
-    #[inline]
-    pub(crate) fn clear_tails(&self, pfn: Pfn, order: usize) {
-        if order != 0 && order <= TAIL_WORDS_ORDER {
-            let region = self.region(pfn).unwrap_or_else(|| not_ram(pfn));
-            for tail in 1..1 << order {
-                region.word(pfn.add(tail)).publish(Word::ZERO);
-            }
+            region.publish_tails(pfn, word);
         }
     }
 }

@@ -124,6 +124,13 @@ impl PageType {
         )
     }
 
+    /// Is it a type whose owner gives its pages back by `free_pages`?
+    #[inline]
+    pub const fn is_owned_block(self) -> bool {
+        use PageType::{Device, Free, Slab};
+        self.has_descriptor() && !matches!(self, Free | Slab | Device)
+    }
+
     /// Can the owner move or reclaim such pages? Decides whether a pageblock is worth stealing.
     #[inline]
     pub const fn is_movable(self) -> bool {

@@ -70,6 +70,12 @@ impl ZoneList {
         list
     }
 
+    /// The best zone there is.
+    #[inline]
+    fn best(&self) -> Option<usize> {
+        (self.len > 0).then_some(self.zones[0] as usize)
+    }
+
     fn iter(&self) -> impl Iterator<Item = usize> + '_ {
         self.zones[..self.len as usize].iter().map(|&z| z as usize)
     }
@@ -123,12 +129,13 @@ impl<P: Platform> PageAllocator<P> {
         &self.zonelists[node][gfp.zone_type() as usize]
     }
 
-    /// Takes a block of `order` (`__alloc_pages`). Its head's word is not published; its tails' words are zero.
+    /// Takes a block of `order` (`__alloc_pages`), and counts it as handed out as `kind`. Its head's word is not published; its tails' words are zero.
     ///
     /// `node` is a preference, with `__GFP_THISNODE` a command.
     #[inline]
     pub(crate) fn alloc_block(
         &self,
+        kind: PageType,
         gfp: Flags,
         order: usize,
         node: Option<usize>,
@@ -140,9 +147,9 @@ impl<P: Platform> PageAllocator<P> {
         if self.platform.should_fail(FaultPoint::AllocPages) {
             return Err(AllocError::Injected);
         }
-        let block = match self.fast(gfp, order, node) {
+        let block = match self.fast(kind, gfp, order, node) {
             Some(block) => block,
-            None => self.alloc_zone(gfp, order, node, descs)?,
+            None => self.alloc_zone(kind, gfp, order, node, descs)?,
         };
         self.platform.pages_allocated(block.pfn, order);
         Ok(block)
@@ -150,24 +157,35 @@ impl<P: Platform> PageAllocator<P> {
 
     /// The fast path: this CPU's list of the best zone, if that zone is above its low mark.
     #[inline]
-    fn fast(&self, gfp: Flags, order: usize, node: Option<usize>) -> Option<Block> {
+    fn fast(&self, kind: PageType, gfp: Flags, order: usize, node: Option<usize>) -> Option<Block> {
         if !pcp::allowed(order) {
             return None;
         }
         let pin = self.pin();
+        let stats = self.stats(&pin);
+        if stats.on_free_path() {
+            self.allocation_on_free(&pin);
+        }
         let node = node.unwrap_or_else(|| self.platform.cpu_to_node(pin.cpu()));
-        let list = &self.zonelists.get(node)?[gfp.zone_type() as usize];
-        let zone = list.zones[0] as usize;
-        if list.len == 0
-            || !self.zones[zone].watermark_ok(order, gfp.zone_type(), AllocFlags::FIRST)
-        {
+        let zone_type = gfp.zone_type();
+        let zone = self.zonelists.get(node)?[zone_type as usize].best()?;
+        if !self.zones[zone].has_headroom(order, zone_type) {
             return None;
         }
         let block = self
             .pcp(&pin, zone)
             .pop(&pin, &self.map, order, gfp.migratetype())?;
-        self.stats(&pin).add(&pin, Event::PcpHit, 1);
+        stats.block_out(&pin, kind, order);
         Some(block)
+    }
+
+    /// Rule 3 was broken: counted always, fatal where checks are on.
+    #[cold]
+    pub(crate) fn allocation_on_free(&self, pin: &Pin<'_, P>) {
+        self.stats(pin).add(pin, Event::AllocOnFree, 1);
+        if cfg!(any(debug_assertions, feature = "checked")) {
+            panic!("memdesc: an allocation on a free path");
+        }
     }
 
     /// From the zones, and when they have nothing, the slow path.
@@ -175,6 +193,7 @@ impl<P: Platform> PageAllocator<P> {
     #[inline(never)]
     fn alloc_zone(
         &self,
+        kind: PageType,
         gfp: Flags,
         order: usize,
         node: Option<usize>,
@@ -182,10 +201,8 @@ impl<P: Platform> PageAllocator<P> {
     ) -> Result<Block, AllocError> {
         {
             let pin = self.pin();
-            let stats = self.stats(&pin);
-            if stats.on_free_path() {
-                stats.add(&pin, Event::AllocOnFree, 1);
-                debug_assert!(false, "an allocation on a free path");
+            if self.stats(&pin).on_free_path() {
+                self.allocation_on_free(&pin);
             }
         }
         let node = match node {
@@ -201,9 +218,10 @@ impl<P: Platform> PageAllocator<P> {
             Err(AllocError::NoZone) => Err(AllocError::NoZone),
             Err(_) => self.alloc_slow(gfp, order, node, descs),
         };
-        if result.is_err() {
-            let pin = self.pin();
-            self.stats(&pin).add(&pin, Event::PgAllocFail, 1);
+        let pin = self.pin();
+        match &result {
+            Ok(_) => self.stats(&pin).block_out(&pin, kind, order),
+            Err(_) => self.stats(&pin).add(&pin, Event::PgAllocFail, 1),
         }
         result
     }
@@ -271,7 +289,6 @@ impl<P: Platform> PageAllocator<P> {
             let pin = self.pin();
             let pcp = self.pcp(&pin, index);
             if let Some(block) = pcp.pop(&pin, &self.map, order, mt) {
-                self.stats(&pin).add(&pin, Event::PcpHit, 1);
                 return Ok(Some(block));
             }
             let zone = &self.zones[index];
@@ -393,34 +410,52 @@ impl<P: Platform> PageAllocator<P> {
     /// `nested` for pages given back while descriptors are given back: they stay in the per-CPU list, which ends the
     /// recursion; the next free drains them.
     #[inline]
-    pub(crate) fn free_block(&self, pfn: Pfn, word: Word, nested: bool, descs: &impl Descriptors) {
+    pub(crate) fn free_block(
+        &self,
+        pin: &Pin<'_, P>,
+        pfn: Pfn,
+        word: Word,
+        nested: bool,
+        descs: &impl Descriptors,
+    ) {
         let order = word.order();
         self.platform.pages_freed(pfn, order);
-        self.map.clear_tails(pfn, order);
         let Some(region) = self.map.region(pfn) else {
             unreachable!("{pfn:?} was RAM before")
         };
+        if order != 0 {
+            region.clear_tails(pfn, order);
+        }
         let index = region.zone as usize;
-        if pcp::allowed(order) {
-            let pin = self.pin();
-            let mt = region.block_migratetype(pfn);
-            let pcp = self.pcp(&pin, index);
-            if let Some(pages) = pcp.push(&pin, &self.map, pfn, word, mt) {
-                if !nested {
-                    let chain = pcp.take(&pin, &self.map, pages);
-                    self.stats(&pin).add(&pin, Event::PcpDrain, 1);
-                    self.free_chain(chain, index, &pin, descs);
-                }
-            }
-        } else {
-            let mut freed = DescList::new();
-            let pin = self.pin();
-            self.lock(index, &pin)
-                .free_block(Block { pfn, word }, order, &mut freed);
-            if !freed.is_empty() {
-                descs.put(freed);
+        if !pcp::allowed(order) {
+            return self.free_to_zone(pin, index, Block { pfn, word }, descs);
+        }
+        let mt = region.block_migratetype(pfn);
+        let pcp = self.pcp(pin, index);
+        if let Some(pages) = pcp.push(pin, &self.map, region.word(pfn), pfn, word, mt) {
+            if !nested {
+                self.drain_some(pin, index, pages, descs);
             }
         }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn free_to_zone(&self, pin: &Pin<'_, P>, index: usize, block: Block, descs: &impl Descriptors) {
+        let mut freed = DescList::new();
+        self.lock(index, pin)
+            .free_block(block, block.word.order(), &mut freed);
+        if !freed.is_empty() {
+            descs.put(freed);
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn drain_some(&self, pin: &Pin<'_, P>, index: usize, pages: u32, descs: &impl Descriptors) {
+        let chain = self.pcp(pin, index).take(pin, &self.map, pages);
+        self.stats(pin).add(pin, Event::PcpDrain, 1);
+        self.free_chain(chain, index, pin, descs);
     }
 
     /// Gives a chain back to its zone, a bounded number of blocks a hold.
@@ -534,6 +569,9 @@ impl<P: Platform> PageAllocator<P> {
             if let Some(result) = result {
                 if let Ok(block) = result {
                     self.platform.pages_allocated(block.pfn, order);
+                    let pin = self.pin();
+                    self.stats(&pin).add(&pin, Event::AllocAt, 1);
+                    self.stats(&pin).block_out(&pin, PageType::Bare, order);
                 }
                 return result;
             }

@@ -8,6 +8,7 @@
 
 use super::buddy::Block;
 use crate::address::{PAGEBLOCK_ORDER, Pfn};
+use crate::memmap::word::AtomicWord;
 use crate::memmap::{MemMap, Word};
 use crate::page_alloc::MigrateType;
 use crate::platform::{Pin, Platform, PlatformBarriers};
@@ -191,13 +192,14 @@ impl PerCpuPages {
         &self,
         pin: &Pin<'_, P>,
         map: &MemMap,
+        cell: &AtomicWord,
         pfn: Pfn,
         word: Word,
         mt: MigrateType,
     ) -> Option<u32> {
         self.owner(pin, |lists| {
             let word = word.to_pcp(mt);
-            lists.push(map, index(word.order(), mt), Block { pfn, word });
+            lists.push(map, cell, index(word.order(), mt), Block { pfn, word });
             (lists.count > lists.high).then(|| lists.drain_size())
         })
     }
@@ -246,6 +248,7 @@ impl PerCpuPages {
                 let word = block.word.to_pcp(mt);
                 lists.push(
                     map,
+                    map.word(block.pfn),
                     index(order, mt),
                     Block {
                         pfn: block.pfn,
@@ -296,9 +299,9 @@ impl Lists {
     }
 
     #[inline]
-    fn push(&mut self, map: &MemMap, list: usize, block: Block) {
+    fn push(&mut self, map: &MemMap, cell: &AtomicWord, list: usize, block: Block) {
         map.buddy_at(block.word.desc()).set_next(self.heads[list]);
-        map.word(block.pfn).publish(block.word);
+        cell.publish(block.word);
         self.heads[list] = block.pfn;
         self.counts[list] += 1;
         self.count += 1 << order_of(list);

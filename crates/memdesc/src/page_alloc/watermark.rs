@@ -58,6 +58,13 @@ impl AllocFlags {
 }
 
 impl Zone {
+    /// Is the zone well above its low mark? The fast path's form of [`watermark_ok`](Self::watermark_ok).
+    #[inline]
+    pub(crate) fn has_headroom(&self, order: usize, highest: ZoneType) -> bool {
+        self.headroom.load(Ordering::Relaxed)
+            >= self.lowmem_reserve[highest as usize] + (1 << order)
+    }
+
     /// May a request that could be served from `highest` take a block of `order` here (`__zone_watermark_ok`)?
     #[inline]
     pub(crate) fn watermark_ok(&self, order: usize, highest: ZoneType, flags: AllocFlags) -> bool {

@@ -75,6 +75,8 @@ pub(crate) struct Zone {
     pub(crate) lowmem_reserve: [u64; ZoneType::COUNT],
     /// Regions of this zone, as a range of indices (others may lie between).
     pub(crate) regions: (u32, u32),
+    /// Free pages above the low mark, for the fast path's one compare. Written when the lock is dropped.
+    pub(crate) headroom: AtomicU64,
     /// Mirror of listed + untouched, read without the lock by the watermark check.
     pub(crate) nr_free: AtomicU64,
     pub(crate) nr_highatomic: AtomicU64,
@@ -107,6 +109,8 @@ impl Zone {
             },
             lowmem_reserve: [0; ZoneType::COUNT],
             regions: range,
+            // None until the marks are set: the first request goes the long way and finds out.
+            headroom: AtomicU64::new(0),
             nr_free: AtomicU64::new(managed),
             nr_highatomic: AtomicU64::new(0),
             lists: SpinLock::new(ZoneLists {
@@ -157,7 +161,18 @@ impl Drop for LockedZone<'_> {
     fn drop(&mut self) {
         // The watermark check reads these without the lock; they need not be exact.
         let free = self.lists.nr_listed + self.lists.nr_untouched;
+        let marks = &self.zone.marks;
         self.zone.nr_free.store(free, Ordering::Relaxed);
+        let mut boost = marks.boost.load(Ordering::Relaxed);
+        if boost != 0 && free > marks.high + boost {
+            // Balanced: what the boost was for is done (kswapd's part in Linux).
+            boost = 0;
+            marks.boost.store(0, Ordering::Relaxed);
+        }
+        let kept = marks.low + boost + self.lists.nr_highatomic;
+        self.zone
+            .headroom
+            .store(free.saturating_sub(kept), Ordering::Relaxed);
         self.zone
             .nr_highatomic
             .store(self.lists.nr_highatomic, Ordering::Relaxed);

@@ -22,9 +22,10 @@
 //! Nothing here waits, reclaims or heeds a watermark: this is what freeing and reclaim themselves live on.
 
 use super::cache::{CacheCore, Role};
-use crate::address::{MAX_ORDER, PhysAddr};
+use crate::address::{MAX_ORDER, Pfn, PhysAddr};
 use crate::desc::{DescList, Slab};
 use crate::error::AllocError;
+use crate::memmap::PageType;
 use crate::mm::Mm;
 use crate::page_alloc::alloc::{Descriptors, Smallest};
 use crate::platform::{FaultPoint, Platform};
@@ -94,7 +95,7 @@ impl<P: Platform> Mm<P> {
             }
         };
         chain.pages += 1;
-        let slab = self.make_slab(
+        let slab = self.make_meta_slab(
             self.buddy_cache(),
             taken.pfn,
             self.pages.phys(desc[0]),
@@ -117,7 +118,7 @@ impl<P: Platform> Mm<P> {
         // The first object of the page is the `struct slab` of the page itself, for good.
         let own = taken.pfn.phys();
         chain.pages += 1;
-        let slab = self.make_slab(slabs, taken.pfn, own, true);
+        let slab = self.make_meta_slab(slabs, taken.pfn, own, true);
         slab.take(&self.pages.map, 1, |index| debug_assert_eq!(index, 0));
         let mut spare = DescList::new();
         if taken.pages >= 2 {
@@ -127,7 +128,7 @@ impl<P: Platform> Mm<P> {
             slab.take(&self.pages.map, 1, |index| {
                 second = PhysAddr(own.0 + slabs.geometry.offset(index) as u64);
             });
-            let buddies = self.make_slab(self.buddy_cache(), taken.pfn.add(1), second, false);
+            let buddies = self.make_meta_slab(self.buddy_cache(), taken.pfn.add(1), second, false);
             spare = self.describe_rest(&taken, 2, buddies);
             self.take_and_list(self.buddy_cache(), buddies, &mut []);
         } else if let Some(word) = taken.word {
@@ -146,6 +147,22 @@ impl<P: Platform> Mm<P> {
             self.put(spare);
         }
         Ok(n)
+    }
+
+    /// A slab in a page that no request was made for.
+    fn make_meta_slab(
+        &self,
+        core: &CacheCore,
+        pfn: Pfn,
+        desc: PhysAddr,
+        self_described: bool,
+    ) -> &Slab {
+        let pin = self.pages.pin();
+        let stats = self.pages.stats(&pin);
+        stats.add(&pin, Event::MetaPage, 1);
+        stats.block_out(&pin, PageType::Slab, 0);
+        drop(pin);
+        self.make_slab(core, pfn, desc, self_described)
     }
 
     /// A page to be had without descriptors: from this CPU's list, or the smallest block.

@@ -143,9 +143,11 @@ impl<P: Platform> Mm<P> {
             return Err(AllocError::BadSize);
         }
         let order = size.div_ceil(PAGE_SIZE).next_power_of_two().ilog2() as usize;
-        let block = self.pages.alloc_block(gfp, order, None, self)?;
+        let block = self
+            .pages
+            .alloc_block(PageType::LargeKmalloc, gfp, order, None, self)?;
         let word = self.own_block(block, DescClass::Buddy, PageType::LargeKmalloc, Some(gfp))?;
-        self.hand_out(block.pfn, word);
+        self.pages.map.publish_block(block.pfn, word);
         let ptr = self.pages.map.virt(block.pfn.phys());
         NonNull::new(ptr).ok_or(AllocError::NoBlock)
     }
@@ -182,14 +184,13 @@ impl<P: Platform> Mm<P> {
     pub unsafe fn kfree(&self, ptr: NonNull<u8>) {
         let caller = Location::caller();
         let pin = self.pages.pin();
-        let stats = self.pages.stats(&pin);
-        stats.enter_free(&pin);
-        match self.where_is(ptr.as_ptr()) {
-            Ok(Where::Object(core)) => self.cache_free(core, ptr, false, caller),
-            Ok(Where::Pages(found)) => self.take_back(found.head, found.word),
-            Err(what) => self.report_object(what, None, ptr.as_ptr(), caller),
-        }
-        stats.leave_free(&pin);
+        self.pages
+            .stats(&pin)
+            .on_free_path_do(&pin, || match self.where_is(ptr.as_ptr()) {
+                Ok(Where::Object(core)) => self.cache_free(&pin, core, ptr, false, caller),
+                Ok(Where::Pages(found)) => self.take_back(&pin, found.head, found.word),
+                Err(what) => self.report_object(what, None, ptr.as_ptr(), caller),
+            });
     }
 
     /// Usable bytes behind a kmalloc pointer (`ksize`): the class's size.

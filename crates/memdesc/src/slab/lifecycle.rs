@@ -37,7 +37,13 @@ impl<P: Platform> Mm<P> {
                 // SAFETY: zeroed, 64-byte aligned, ours until the cache is destroyed.
                 Ok(sheaves) => unsafe { Sheaves::new(sheaves, capacity) },
                 Err(why) => {
-                    self.cache_free(self.cache_cache(), memory, false, Location::caller());
+                    self.cache_free(
+                        &self.pages.pin(),
+                        self.cache_cache(),
+                        memory,
+                        false,
+                        Location::caller(),
+                    );
                     return Err(why);
                 }
             }
@@ -116,10 +122,10 @@ impl<P: Platform> Mm<P> {
     #[track_caller]
     pub unsafe fn kmem_cache_free(&self, cache: &Cache, object: NonNull<u8>) {
         let pin = self.pages.pin();
-        let stats = self.pages.stats(&pin);
-        stats.enter_free(&pin);
-        self.cache_free(self.checked(cache), object, false, Location::caller());
-        stats.leave_free(&pin);
+        let caller = Location::caller();
+        self.pages.stats(&pin).on_free_path_do(&pin, || {
+            self.cache_free(&pin, self.checked(cache), object, false, caller);
+        });
     }
 
     /// As many objects as `out` has room for, or none (`kmem_cache_alloc_bulk`).
@@ -185,18 +191,18 @@ impl<P: Platform> Mm<P> {
         let caller = Location::caller();
         let pin = self.pages.pin();
         let stats = self.pages.stats(&pin);
-        stats.enter_free(&pin);
-        if core.is_debug() || objects.len() < core.sheaves.capacity() / 2 {
-            for object in objects.iter().filter_map(|o| NonNull::new(*o)) {
-                self.cache_free(core, object, false, caller);
+        stats.on_free_path_do(&pin, || {
+            if core.is_debug() || objects.len() < core.sheaves.capacity() / 2 {
+                for object in objects.iter().filter_map(|o| NonNull::new(*o)) {
+                    self.cache_free(&pin, core, object, false, caller);
+                }
+            } else {
+                stats.add(&pin, crate::stats::Event::SlabFree, objects.len() as u64);
+                for batch in objects.chunks(64) {
+                    self.slabs_give(core, batch, false, caller);
+                }
             }
-        } else {
-            stats.add(&pin, crate::stats::Event::SlabFree, objects.len() as u64);
-            for batch in objects.chunks(64) {
-                self.slabs_give(core, batch, false, caller);
-            }
-        }
-        stats.leave_free(&pin);
+        });
     }
 
     /// Gives back a cache's empty slabs, sheaves flushed first (`kmem_cache_shrink`). Says how many pages.
@@ -255,6 +261,7 @@ impl<P: Platform> Mm<P> {
             unsafe { self.kfree(memory) };
         }
         self.cache_free(
+            &self.pages.pin(),
             self.cache_cache(),
             cache.core.cast(),
             false,

@@ -88,7 +88,7 @@ impl<P: Platform> Mm<P> {
         let pin = self.pages.pin();
         let stats = self.pages.stats(&pin);
         if stats.on_free_path() {
-            self.allocation_on_free(&pin);
+            self.pages.allocation_on_free(&pin);
         }
         if core.sheaves.capacity() == 0 {
             return None;
@@ -98,15 +98,6 @@ impl<P: Platform> Mm<P> {
             stats.add(&pin, Event::SlabAlloc, 1);
         }
         Some(object)
-    }
-
-    /// Rule 3 was broken: counted always, fatal where checks are on.
-    #[cold]
-    pub(crate) fn allocation_on_free(&self, pin: &Pin<'_, P>) {
-        self.pages.stats(pin).add(pin, Event::AllocOnFree, 1);
-        if cfg!(any(debug_assertions, feature = "checked")) {
-            panic!("memdesc: an allocation on a free path");
-        }
     }
 
     /// Refills the sheaf from the slabs, half of it, and takes one.
@@ -229,9 +220,13 @@ impl<P: Platform> Mm<P> {
             return Err(AllocError::Injected);
         }
         let gfp = Flags::from_bits(gfp.bits() & !ZONE_FLAGS) | core.gfp;
-        let block = self
-            .pages
-            .alloc_block(gfp, core.geometry.order as usize, None, self)?;
+        let block = self.pages.alloc_block(
+            PageType::Slab,
+            gfp,
+            core.geometry.order as usize,
+            None,
+            self,
+        )?;
         let word = self.own_block(block, DescClass::Slab, PageType::Slab, None)?;
         Ok(self.make_slab(core, block.pfn, word.desc(), false))
     }
@@ -277,7 +272,6 @@ impl<P: Platform> Mm<P> {
         );
         let pin = self.pages.pin();
         let stats = self.pages.stats(&pin);
-        stats.pages_in(&pin, PageType::Slab, 1 << order);
         stats.add(&pin, Event::SlabNew, 1);
         slab
     }
@@ -286,6 +280,7 @@ impl<P: Platform> Mm<P> {
     #[inline]
     pub(crate) fn cache_free(
         &self,
+        pin: &Pin<'_, P>,
         core: &CacheCore,
         object: NonNull<u8>,
         nested: bool,
@@ -294,25 +289,23 @@ impl<P: Platform> Mm<P> {
         if core.is_debug() && !debug::on_free(self, core, object, caller) {
             return;
         }
-        let pin = self.pages.pin();
-        let stats = self.pages.stats(&pin);
+        let stats = self.pages.stats(pin);
         if core.role == Role::Objects {
-            stats.add(&pin, Event::SlabFree, 1);
+            stats.add(pin, Event::SlabFree, 1);
         }
         if core.sheaves.capacity() == 0 {
-            drop(pin);
             self.slabs_give(core, &[object.as_ptr()], nested, caller);
             return;
         }
         if cfg!(any(debug_assertions, feature = "checked"))
-            && !self.check_free(core, object, &pin, caller)
+            && !self.check_free(core, object, pin, caller)
         {
             return;
         }
-        if core.sheaves.owner(&pin, |stack| stack.push(object)) {
+        if core.sheaves.owner(pin, |stack| stack.push(object)) {
             return;
         }
-        self.flush_and_push(core, object, &pin, nested, caller);
+        self.flush_and_push(core, object, pin, nested, caller);
     }
 
     /// Flushes half of a full sheaf and puts the object in.
@@ -446,13 +439,11 @@ impl<P: Platform> Mm<P> {
             let pfn = chain;
             let word = self.pages.map.word(pfn).load_owned();
             chain = self.pages.map.slab_at(word.desc()).links().next();
-            {
-                let pin = self.pages.pin();
-                let stats = self.pages.stats(&pin);
-                stats.pages_out(&pin, PageType::Slab, 1 << word.order());
-                stats.add(&pin, Event::SlabDiscard, 1);
-            }
-            self.pages.free_block(pfn, word, nested, self);
+            let pin = self.pages.pin();
+            let stats = self.pages.stats(&pin);
+            stats.block_back(&pin, PageType::Slab, word.order());
+            stats.add(&pin, Event::SlabDiscard, 1);
+            self.pages.free_block(&pin, pfn, word, nested, self);
         }
     }
 
@@ -577,7 +568,7 @@ impl<P: Platform> Descriptors for Mm<P> {
                     let cache = map.slab_at(found.word.desc()).cache();
                     // SAFETY: a slab's cache lives as long as the slab, and this slab has an object out: `desc`.
                     let core = unsafe { cache.as_ref() };
-                    self.cache_free(core, object, true, Location::caller());
+                    self.cache_free(&self.pages.pin(), core, object, true, Location::caller());
                 }
                 _ => self.report_object(
                     Corruption::WrongType,
