@@ -1,2 +1,74 @@
-//! Developer tasks.
-fn main() {}
+//! What a developer of memdesc runs. `cargo xtask test` is all that CI runs, and sets up what it lacks.
+
+mod recordings;
+mod steps;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use steps::Runner;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Checks of memdesc")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Everything: format, lints, tests, models, Miri, docs, and the replay.
+    Test {
+        /// Replay the recordings in this folder too, and hold them to the numbers.
+        #[arg(long, env = "MEMDESC_RECORDINGS")]
+        recordings: Option<PathBuf>,
+        /// Leave out what takes minutes: models and Miri.
+        #[arg(long)]
+        quick: bool,
+    },
+    /// The model checks under loom.
+    Loom {
+        /// Without a bound on preemptions. Takes long.
+        #[arg(long)]
+        full: bool,
+    },
+    /// The core's tests under Miri, with strict provenance. Wants a nightly toolchain.
+    Miri,
+    /// The owner map and the other threaded tests, for a long time.
+    Stress {
+        /// Seconds for each test.
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+    },
+    /// Replays every recording in a folder and holds it to the numbers.
+    Replay {
+        /// A folder of recordings.
+        recordings: PathBuf,
+    },
+}
+
+fn main() -> ExitCode {
+    let mut runner = Runner::default();
+    match Cli::parse().command {
+        Command::Test { recordings, quick } => {
+            runner.format();
+            runner.lint();
+            runner.tests();
+            if !quick {
+                runner.loom(Some(3));
+                runner.miri();
+            }
+            runner.docs();
+            runner.replay_built_in();
+            if let Some(folder) = recordings {
+                runner.replay(&folder);
+            }
+        }
+        Command::Loom { full } => runner.loom((!full).then_some(3)),
+        Command::Miri => runner.miri(),
+        Command::Stress { seconds } => runner.stress(seconds),
+        Command::Replay { recordings } => runner.replay(&recordings),
+    }
+    runner.finish()
+}

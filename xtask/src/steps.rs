@@ -1,0 +1,278 @@
+//! The steps of a check: run them all, say at the end what failed and what could not be run.
+
+use std::path::Path;
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::recordings;
+
+/// Runs steps and remembers how they ended.
+#[derive(Default)]
+pub(crate) struct Runner {
+    steps: Vec<Step>,
+}
+
+struct Step {
+    name: String,
+    took: Duration,
+    end: End,
+}
+
+enum End {
+    Passed,
+    Failed(String),
+    Skipped(String),
+}
+
+/// cargo, as the workspace uses it.
+fn cargo(args: &[&str]) -> Command {
+    // Within `cargo xtask`, CARGO is the cargo of the pinned toolchain; `cargo +nightly` needs the rustup proxy.
+    let mut command = Command::new("cargo");
+    command.args(args);
+    command
+}
+
+impl Runner {
+    fn step(&mut self, name: &str, run: impl FnOnce() -> End) {
+        println!("\n=== {name}");
+        let start = Instant::now();
+        let end = run();
+        self.steps.push(Step {
+            name: name.to_owned(),
+            took: start.elapsed(),
+            end,
+        });
+    }
+
+    fn command(&mut self, name: &str, mut command: Command) {
+        self.step(name, || run(&mut command));
+    }
+
+    pub(crate) fn format(&mut self) {
+        self.command("format", cargo(&["fmt", "--all", "--check"]));
+    }
+
+    pub(crate) fn lint(&mut self) {
+        let args = [
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            "--",
+            "-D",
+            "warnings",
+        ];
+        self.command("lints", cargo(&args));
+    }
+
+    pub(crate) fn tests(&mut self) {
+        self.command(
+            "tests",
+            cargo(&["test", "--workspace", "--exclude", "xtask"]),
+        );
+        // The checks of debug builds in optimised code: another schedule, the same answers.
+        let args = [
+            "test",
+            "--release",
+            "-p",
+            "memdesc",
+            "--features",
+            "checked",
+            "--test",
+            "owner_map",
+        ];
+        self.command("owner map, optimised and checked", cargo(&args));
+    }
+
+    pub(crate) fn loom(&mut self, preemptions: Option<u32>) {
+        let mut command = cargo(&[
+            "test",
+            "--release",
+            "-p",
+            "memdesc",
+            "--lib",
+            "--target-dir",
+            "target/loom",
+        ]);
+        command.env("RUSTFLAGS", "--cfg loom");
+        let name = match preemptions {
+            Some(n) => {
+                command.env("LOOM_MAX_PREEMPTIONS", n.to_string());
+                format!("models under loom, {n} preemptions")
+            }
+            None => "models under loom, unbounded".to_owned(),
+        };
+        self.command(&name, command);
+    }
+
+    pub(crate) fn miri(&mut self) {
+        self.step("core under Miri, strict provenance", || {
+            if let Err(why) = set_up_miri() {
+                return End::Skipped(why);
+            }
+            // `--tests` leaves the doc tests out: they need a whole host each.
+            let mut command = cargo(&[
+                "+nightly", "miri", "test", "-p", "memdesc", "--lib", "--tests",
+            ]);
+            command.args(["--target-dir", "target/miri"]);
+            command.env(
+                "MIRIFLAGS",
+                "-Zmiri-strict-provenance -Zmiri-disable-isolation",
+            );
+            run(&mut command)
+        });
+    }
+
+    pub(crate) fn docs(&mut self) {
+        let mut command = cargo(&[
+            "doc",
+            "--workspace",
+            "--no-deps",
+            "--document-private-items",
+        ]);
+        command.env(
+            "RUSTDOCFLAGS",
+            "-D warnings -A rustdoc::private_intra_doc_links",
+        );
+        self.command("docs", command);
+    }
+
+    pub(crate) fn stress(&mut self, seconds: u64) {
+        let mut command = cargo(&[
+            "test",
+            "--release",
+            "-p",
+            "memdesc",
+            "--features",
+            "checked",
+            "--test",
+            "owner_map",
+        ]);
+        command.env("MEMDESC_STRESS_SECONDS", seconds.to_string());
+        self.command(&format!("threaded tests, {seconds} s each"), command);
+    }
+
+    pub(crate) fn replay_built_in(&mut self) {
+        self.step(
+            "replay of the built-in recording",
+            || match recordings::check(None) {
+                Ok(summary) => passed(&summary),
+                Err(why) => End::Failed(format!("{why:#}")),
+            },
+        );
+    }
+
+    pub(crate) fn replay(&mut self, folder: &Path) {
+        let found = match recordings::in_folder(folder) {
+            Ok(found) => found,
+            Err(why) => {
+                self.step("replay", || End::Failed(format!("{why:#}")));
+                return;
+            }
+        };
+        for recording in found {
+            let name = format!("replay of {}", recording.display());
+            self.step(&name, || match recordings::check(Some(&recording)) {
+                Ok(summary) => passed(&summary),
+                Err(why) => End::Failed(format!("{why:#}")),
+            });
+        }
+    }
+
+    /// The table of all steps, and how it ended as a whole.
+    pub(crate) fn finish(self) -> ExitCode {
+        println!("\n=== summary");
+        let width = self.steps.iter().map(|s| s.name.len()).max().unwrap_or(0);
+        let (mut passed, mut failed, mut skipped) = (0, 0, 0);
+        for step in &self.steps {
+            let (word, why) = match &step.end {
+                End::Passed => {
+                    passed += 1;
+                    ("passed", "")
+                }
+                End::Failed(why) => {
+                    failed += 1;
+                    ("FAILED", why.as_str())
+                }
+                End::Skipped(why) => {
+                    skipped += 1;
+                    ("skipped", why.as_str())
+                }
+            };
+            println!(
+                "{:width$}  {word:7}  {:6.1} s  {why}",
+                step.name,
+                step.took.as_secs_f64()
+            );
+        }
+        println!("{passed} passed, {failed} failed, {skipped} skipped");
+        if failed == 0 {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn passed(summary: &str) -> End {
+    println!("{summary}");
+    End::Passed
+}
+
+fn run(command: &mut Command) -> End {
+    match command.status() {
+        Ok(status) if status.success() => End::Passed,
+        Ok(status) => End::Failed(format!(
+            "{} ended with {status}",
+            command.get_program().display()
+        )),
+        Err(why) => End::Failed(format!(
+            "cannot run {}: {why}",
+            command.get_program().display()
+        )),
+    }
+}
+
+/// Miri comes with nightly; both are installed if they are missing.
+fn set_up_miri() -> Result<(), String> {
+    let works = || {
+        let mut command = cargo(&["+nightly", "miri", "setup"]);
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        command.status().is_ok_and(|s| s.success())
+    };
+    if works() {
+        return Ok(());
+    }
+    for args in [
+        [
+            "component",
+            "add",
+            "--toolchain",
+            "nightly",
+            "miri",
+            "rust-src",
+        ]
+        .as_slice(),
+        [
+            "toolchain",
+            "install",
+            "nightly",
+            "--profile",
+            "minimal",
+            "-c",
+            "miri",
+            "-c",
+            "rust-src",
+        ]
+        .as_slice(),
+    ] {
+        println!("rustup {}", args.join(" "));
+        let done = Command::new("rustup")
+            .args(args)
+            .status()
+            .is_ok_and(|s| s.success());
+        if done && works() {
+            return Ok(());
+        }
+    }
+    Err("no nightly toolchain with Miri, and rustup could not install one".to_owned())
+}
