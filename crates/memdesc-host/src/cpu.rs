@@ -111,7 +111,7 @@ impl Cpus {
                 return cpu;
             }
             round += 1;
-            if round % 16 == 0 {
+            if round.is_multiple_of(16) {
                 std::thread::yield_now();
             }
             std::hint::spin_loop();

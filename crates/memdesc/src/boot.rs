@@ -7,7 +7,7 @@
 use core::ptr::NonNull;
 
 use crate::address::{MAX_PFN, PAGE_SHIFT, PAGE_SIZE, Pfn, PhysAddr};
-use crate::config::{Config, MAX_CPUS, MAX_NODES, MemRange};
+use crate::config::{Config, MAX_CPUS, MAX_NODES, MAX_SHRINKERS, MemRange};
 use crate::desc::{Folio, PtDesc, Slab};
 use crate::error::InitError;
 use crate::gfp::{self, Flags};
@@ -161,6 +161,7 @@ impl<P: Platform> Mm<P> {
             caches: SpinLock::new(CacheList {
                 head: core::ptr::null_mut(),
             }),
+            shrinkers: SpinLock::new([None; MAX_SHRINKERS]),
             boot: parts.layout,
             bootstrap_depth: AtomicU64::new(0),
             bootstrap_pages: AtomicU64::new(0),
@@ -199,7 +200,8 @@ fn longest_run(ranges: &[MemRange]) -> (u32, u32) {
         }
         (start, end)
     });
-    runs.max_by_key(|(start, end)| end - start).unwrap_or((0, 0))
+    runs.max_by_key(|(start, end)| end - start)
+        .unwrap_or((0, 0))
 }
 
 fn check(ranges: &[MemRange]) -> Result<(), InitError> {

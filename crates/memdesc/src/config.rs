@@ -7,6 +7,9 @@ pub const MAX_NODES: usize = 8;
 /// At most so many CPUs.
 pub const MAX_CPUS: usize = 1024;
 
+/// At most so many registered shrinkers.
+pub const MAX_SHRINKERS: usize = 32;
+
 /// A piece of physical memory, as the platform's memory map gives it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct MemRange {

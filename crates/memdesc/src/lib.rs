@@ -43,6 +43,8 @@ pub mod platform;
 #[cfg(not(loom))]
 pub mod report;
 #[cfg(not(loom))]
+mod shrinker;
+#[cfg(not(loom))]
 pub mod slab;
 #[cfg(not(loom))]
 mod stats;
@@ -63,6 +65,7 @@ pub use {
     page_alloc::{MigrateType, PcpView, ZoneType},
     platform::{FaultPoint, Platform, ReclaimRequest},
     report::{Corruption, Report, Track},
+    shrinker::Shrinker,
     slab::{Cache, CacheFlags, CacheView, DestroyError, KmemCache, SlabBox},
     stats::Event,
 };

@@ -8,11 +8,12 @@ use crate::desc::DescList;
 use crate::memmap::{BootSlice, PageType};
 use crate::page_alloc::alloc::{Descriptors, PageAllocator};
 use crate::platform::Platform;
+use crate::shrinker::Shrinkers;
 use crate::slab::CacheCore;
 use crate::slab::kmalloc::{CLASSES, Kind};
 use crate::stats::Event;
-use crate::sync::SpinLock;
-use crate::sync::atomic::AtomicU64;
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::{SpinGuard, SpinLock};
 
 /// The caches that are there from the start, by place in the table.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -42,8 +43,11 @@ pub struct Mm<P: Platform> {
     pub(crate) pages: PageAllocator<P>,
     /// Boot memory: the caches of [`BuiltIn`].
     pub(crate) built_in: BootSlice<CacheCore>,
-    /// The first of all caches, linked through `next`. The lock order: a leaf.
+    /// The first of all caches, linked through `next`: Linux's `slab_mutex`. The outermost lock: held over a walk of the
+    /// caches, in which all others are taken.
     pub(crate) caches: SpinLock<CacheList>,
+    /// Those to ask when memory is short. Lock order: a leaf, dropped before any of them is called.
+    pub(crate) shrinkers: SpinLock<Shrinkers>,
     pub(crate) boot: BootLayout,
     /// The deepest bootstrap chain so far, and the most pages one took.
     pub(crate) bootstrap_depth: AtomicU64,
@@ -95,19 +99,22 @@ impl<P: Platform> Mm<P> {
         &self.built_in[BuiltIn::Kmalloc as usize + kind as usize * CLASSES.len() + class]
     }
 
-    /// Visits every cache.
+    /// Takes the lock of the list of caches.
+    pub(crate) fn slab_mutex(&self) -> SpinGuard<'_, CacheList> {
+        self.caches.lock(|round| self.pages.platform.relax(round))
+    }
+
+    /// Visits every cache. `visit` may neither create nor destroy one.
     pub(crate) fn for_each_cache(&self, mut visit: impl FnMut(&CacheCore)) {
         self.built_in.iter().for_each(&mut visit);
-        let pin = self.pages.pin();
-        let list = self.caches.lock(|round| self.pages.platform.relax(round));
+        let list = self.slab_mutex();
         let mut at = list.head;
         while let Some(core) = NonNull::new(at) {
             // SAFETY: caches are unlinked under this lock before they are freed.
             let core = unsafe { core.as_ref() };
             visit(core);
-            at = core.next.load(crate::sync::atomic::Ordering::Relaxed);
+            at = core.next.load(Ordering::Relaxed);
         }
-        drop(pin);
     }
 
     /// Sums a counter over all CPUs.
@@ -140,7 +147,7 @@ impl<P: Platform> Mm<P> {
         // Ordinary caches first: their slabs' descriptors come free with them. Descriptors of folios and page tables next,
         // those of slabs and free blocks last, since all the others give those back.
         let mut pages = 0;
-        self.for_each_cache_unlocked(|core| pages += self.cache_shrink(core));
+        self.for_each_cache(|core| pages += self.cache_shrink(core));
         self.drain_all();
         for built_in in [
             BuiltIn::Folio,
@@ -152,26 +159,6 @@ impl<P: Platform> Mm<P> {
             self.drain_all();
         }
         pages
-    }
-
-    /// Visits every cache without the list's lock; the caller sees to it that no cache is destroyed meanwhile.
-    fn for_each_cache_unlocked(&self, mut visit: impl FnMut(&CacheCore)) {
-        let mut index = 0;
-        loop {
-            let mut found: Option<NonNull<CacheCore>> = None;
-            let mut i = 0;
-            self.for_each_cache(|core| {
-                if i == index {
-                    found = Some(NonNull::from(core));
-                }
-                i += 1;
-            });
-            // SAFETY: caches that are in the list live until they are destroyed, and `kmem_cache_destroy` takes the handle by
-            // value from a caller who must not run against `shrink` (its `# Context`).
-            let Some(core) = found else { return };
-            visit(unsafe { core.as_ref() });
-            index += 1;
-        }
     }
 
     /// Empties the per-CPU lists of all CPUs into the zones (`drain_all_pages`).

@@ -176,16 +176,31 @@ impl<P: Platform> Mm<P> {
         Ok(block.pfn)
     }
 
-    /// Many pages of order 0 at once (`alloc_pages_bulk`): fills `out` from the front, says how many there were.
+    /// Many bare pages of order 0 at once (`alloc_pages_bulk`): fills `out` from the front, says how many there were. The
+    /// per-CPU list is entered once for all it has, and refilled by the batch.
     pub fn alloc_pages_bulk(&self, gfp: Flags, out: &mut [Pfn]) -> usize {
         let mut n = 0;
-        // The per-CPU list takes a batch per zone-lock hold; what is left to save here is nothing.
         while n < out.len() {
-            let Ok(pfn) = self.alloc_pages(gfp, 0) else {
-                break;
-            };
-            out[n] = pfn;
-            n += 1;
+            let first = n;
+            let taken = self
+                .pages
+                .alloc_bulk(PageType::Bare, gfp, out.len() - n, |block| {
+                    let word = block.word.to_owned(PageType::Bare);
+                    self.pages.map.publish_block(block.pfn, word);
+                    out[n] = block.pfn;
+                    n += 1;
+                });
+            out[first..n]
+                .iter()
+                .for_each(|&pfn| self.zero_if_asked(pfn, 0, gfp));
+            if taken == 0 {
+                // Empty: one by the ordinary way, which refills the list.
+                match self.alloc_pages(gfp, 0) {
+                    Ok(pfn) => out[n] = pfn,
+                    Err(_) => break,
+                }
+                n += 1;
+            }
         }
         n
     }
@@ -268,20 +283,19 @@ impl<P: Platform> Mm<P> {
     pub unsafe fn free_pages(&self, pfn: Pfn) {
         let caller = core::panic::Location::caller();
         let pin = self.pages.pin();
-        self.pages.stats(&pin).on_free_path_do(&pin, || {
-            let word = match self.pages.map.region(pfn) {
-                Some(region) => region.word(pfn).load_owned(),
-                None => Word::ZERO,
-            };
-            let kind = word.kind();
-            if !kind.is_owned_block() || !pfn.is_aligned(word.order()) {
-                return self.report_page(pfn, word, caller);
-            }
-            if matches!(kind, PageType::File | PageType::Anon) {
-                self.folio_at(word.desc()).freeze();
-            }
-            self.take_back(&pin, pfn, word);
-        });
+        let _free_path = self.pages.stats(&pin).enter_free(&pin);
+        let word = match self.pages.map.region(pfn) {
+            Some(region) => region.word(pfn).load_owned(),
+            None => Word::ZERO,
+        };
+        let kind = word.kind();
+        if !kind.is_owned_block() || !pfn.is_aligned(word.order()) {
+            return self.report_page(pfn, word, caller);
+        }
+        if matches!(kind, PageType::File | PageType::Anon) {
+            self.folio_at(word.desc()).freeze();
+        }
+        self.take_back(&pin, pfn, word);
     }
 
     #[cold]

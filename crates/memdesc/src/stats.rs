@@ -122,13 +122,15 @@ impl CpuStats {
         add(&self.out[to as usize][order], 1);
     }
 
-    /// Runs on a free path: whoever allocates inside breaks rule 3.
+    /// Enters a free path: whoever allocates before the guard goes breaks rule 3.
     #[inline]
-    pub(crate) fn on_free_path_do<P: Platform>(&self, _pin: &Pin<'_, P>, f: impl FnOnce()) {
-        let depth = self.free_depth.load(Ordering::Relaxed);
-        self.free_depth.store(depth + 1, Ordering::Relaxed);
-        f();
-        self.free_depth.store(depth, Ordering::Relaxed);
+    pub(crate) fn enter_free<P: Platform>(&self, _pin: &Pin<'_, P>) -> FreePath<'_> {
+        let before = self.free_depth.load(Ordering::Relaxed);
+        self.free_depth.store(before + 1, Ordering::Relaxed);
+        FreePath {
+            stats: self,
+            before,
+        }
     }
 
     /// Is this CPU on a free path? Then nothing may be allocated.
@@ -168,6 +170,20 @@ impl CpuStats {
                 .fold(0u64, |sum, (order, n)| sum.wrapping_add(load(n) << order))
         };
         sum(&self.out[kind as usize]).wrapping_sub(sum(&self.back[kind as usize]))
+    }
+}
+
+/// This CPU is on a free path as long as this lives; also if a report of corruption unwinds.
+#[must_use]
+pub(crate) struct FreePath<'a> {
+    stats: &'a CpuStats,
+    before: u64,
+}
+
+impl Drop for FreePath<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        self.stats.free_depth.store(self.before, Ordering::Relaxed);
     }
 }
 

@@ -14,25 +14,63 @@ use proptest::prelude::{Just, ProptestConfig, Strategy, any, prop_oneof};
 
 #[derive(Clone, Copy, Debug)]
 enum Op {
-    Pages { order: usize, gfp: usize },
-    Folio { order: usize, file: bool },
-    Table { order: usize },
-    At { place: u32, order: usize },
-    Retype { which: usize, to: usize },
-    Free { which: usize },
-    FreeMany { n: usize },
+    Pages {
+        order: usize,
+        gfp: usize,
+    },
+    Folio {
+        order: usize,
+        file: bool,
+    },
+    Table {
+        order: usize,
+    },
+    At {
+        place: u32,
+        order: usize,
+    },
+    Retype {
+        which: usize,
+        to: usize,
+    },
+    Free {
+        which: usize,
+    },
+    FreeMany {
+        n: usize,
+    },
     DrainAll,
     Shrink,
-    SetPageblock { place: u32, mt: usize },
-    Cpu { cpu: usize },
+    SetPageblock {
+        place: u32,
+        mt: usize,
+    },
+    Cpu {
+        cpu: usize,
+    },
     /// Many pages of one order at once: fills memory.
-    Many { order: usize, gfp: usize, n: usize },
+    Many {
+        order: usize,
+        gfp: usize,
+        n: usize,
+    },
 }
 
-const GFPS: [Flags; 6] = [GFP_KERNEL, GFP_ATOMIC, GFP_HIGHUSER_MOVABLE, GFP_NOWAIT, GFP_DMA, gfp::GFP_DMA32];
+const GFPS: [Flags; 6] = [
+    GFP_KERNEL,
+    GFP_ATOMIC,
+    GFP_HIGHUSER_MOVABLE,
+    GFP_NOWAIT,
+    GFP_DMA,
+    gfp::GFP_DMA32,
+];
 
 fn gfp_of(index: usize) -> Flags {
-    if index == 3 { GFP_NOWAIT | gfp::__GFP_RECLAIMABLE } else { GFPS[index % GFPS.len()] }
+    if index == 3 {
+        GFP_NOWAIT | gfp::__GFP_RECLAIMABLE
+    } else {
+        GFPS[index % GFPS.len()]
+    }
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -56,8 +94,18 @@ fn op() -> impl Strategy<Value = Op> {
 /// What holds of watermarks: a request held to the low mark first and to the min mark in the end, with no discount, is served only from a
 /// zone in which, before the request and all per-CPU pages counted, more was free than the mark and the lowmem protection, the
 /// block itself less its first page not counted. What a refill takes along, and slabs of descriptors, come on top.
-fn check_watermark(machine: &Machine, before: &[ZoneView], pcp: &[u64], pfn: Pfn, order: usize, gfp: Flags) {
-    let at = before.iter().position(|z| z.kind == machine.zone_of(pfn) && z.node == machine.node_of(pfn.0)).unwrap();
+fn check_watermark(
+    machine: &Machine,
+    before: &[ZoneView],
+    pcp: &[u64],
+    pfn: Pfn,
+    order: usize,
+    gfp: Flags,
+) {
+    let at = before
+        .iter()
+        .position(|z| z.kind == machine.zone_of(pfn) && z.node == machine.node_of(pfn.0))
+        .unwrap();
     let zone = &before[at];
     let mut min = zone.watermarks[0];
     if gfp.contains(gfp::__GFP_HIGH) {
@@ -87,7 +135,13 @@ struct Test<'m> {
 impl Test<'_> {
     fn pcp(&self) -> Vec<u64> {
         let zones = zones(self.mm).len();
-        (0..zones).map(|z| (0..self.cpus).map(|cpu| u64::from(self.mm.pcp(cpu, z).count)).sum()).collect()
+        (0..zones)
+            .map(|z| {
+                (0..self.cpus)
+                    .map(|cpu| u64::from(self.mm.pcp(cpu, z).count))
+                    .sum()
+            })
+            .collect()
     }
 
     fn alloc(&mut self, gfp: Flags, order: usize, kind: Kind) -> bool {
@@ -108,9 +162,16 @@ impl Test<'_> {
             }
             Err(why) => {
                 use AllocError::{NoBlock, NoDescriptor, NoZone, Watermark};
-                assert!(matches!(why, NoBlock | NoDescriptor | NoZone | Watermark), "{why:?}");
+                assert!(
+                    matches!(why, NoBlock | NoDescriptor | NoZone | Watermark),
+                    "{why:?}"
+                );
                 let zone = gfp.zone_type();
-                assert_eq!(why == NoZone, before.iter().all(|z| z.kind > zone), "{why:?} {gfp:?}");
+                assert_eq!(
+                    why == NoZone,
+                    before.iter().all(|z| z.kind > zone),
+                    "{why:?} {gfp:?}"
+                );
                 false
             }
         }
@@ -121,7 +182,11 @@ impl Test<'_> {
         match op {
             Op::Pages { order, gfp } => drop(self.alloc(gfp_of(gfp), order, Kind::Bare)),
             Op::Folio { order, file } => {
-                self.alloc(GFP_HIGHUSER_MOVABLE, order, if file { Kind::File } else { Kind::Anon });
+                self.alloc(
+                    GFP_HIGHUSER_MOVABLE,
+                    order,
+                    if file { Kind::File } else { Kind::Anon },
+                );
             }
             Op::Table { order } => drop(self.alloc(GFP_KERNEL, order, Kind::Table)),
             Op::At { place, order } => {
@@ -129,15 +194,24 @@ impl Test<'_> {
                 let all = (pfn.0..pfn.0 + (1 << order)).collect::<Vec<_>>();
                 // Whole and free, not in a per-CPU list, before the call: then it must be had.
                 let (head, o, memory) = mm.lookup(pfn);
-                let whole = matches!(memory, Memory::Free { in_pcp: false }) && o >= order && head.align_down(o) == head;
+                let whole = matches!(memory, Memory::Free { in_pcp: false })
+                    && o >= order
+                    && head.align_down(o) == head;
                 match mm.alloc_pages_at(pfn, order) {
                     Ok(()) => self.pages.got(mm, pfn, order, Kind::Bare),
                     Err(AllocError::NoDescriptor) => {}
                     Err(why) => {
-                        assert!(matches!(why, AllocError::Busy | AllocError::NoZone), "{why:?}");
+                        assert!(
+                            matches!(why, AllocError::Busy | AllocError::NoZone),
+                            "{why:?}"
+                        );
                         // Descriptors for the split may be made of what is left when there is nothing else.
-                        let still = matches!(mm.lookup(pfn).2, Memory::Free { in_pcp: false }) && mm.lookup(pfn).1 >= order;
-                        assert!(!(whole && still), "{pfn:?} order {order} is free and could not be had: {why:?}");
+                        let still = matches!(mm.lookup(pfn).2, Memory::Free { in_pcp: false })
+                            && mm.lookup(pfn).1 >= order;
+                        assert!(
+                            !(whole && still),
+                            "{pfn:?} order {order} is free and could not be had: {why:?}"
+                        );
                         let hole = all.iter().any(|&p| !self.pages.machine.is_ram(p));
                         assert!(!hole || why == AllocError::NoZone);
                     }
@@ -198,8 +272,15 @@ impl Test<'_> {
 fn run(machine: &Machine, ops: &[Op]) {
     let mm = machine.boot();
     assert_eq!(ledger(&mm).by_type, [0; PageType::COUNT]);
-    let guards: Vec<_> = (0..machine.cpus).map(|cpu| mm.platform().claim(cpu).unwrap()).collect();
-    let mut test = Test { mm: &mm, pages: Pages::new(machine), cpus: machine.cpus, rng: Rng(ops.len() as u64) };
+    let guards: Vec<_> = (0..machine.cpus)
+        .map(|cpu| mm.platform().claim(cpu).unwrap())
+        .collect();
+    let mut test = Test {
+        mm: &mm,
+        pages: Pages::new(machine),
+        cpus: machine.cpus,
+        rng: Rng(ops.len() as u64),
+    };
     for (i, &op) in ops.iter().enumerate() {
         test.step(op, &guards);
         if i % 32 == 31 {
@@ -225,11 +306,15 @@ fn config() -> ProptestConfig {
 
 fn on(index: usize) {
     let machines = machines();
-    let Some(machine) = machines.get(index) else { return };
+    let Some(machine) = machines.get(index) else {
+        return;
+    };
     let ops = proptest::collection::vec(op(), 1..=scaled(300, 10));
     let mut runner = proptest::test_runner::TestRunner::new_with_rng(
         config(),
-        proptest::test_runner::TestRng::deterministic_rng(proptest::test_runner::RngAlgorithm::ChaCha),
+        proptest::test_runner::TestRng::deterministic_rng(
+            proptest::test_runner::RngAlgorithm::ChaCha,
+        ),
     );
     if let Err(why) = runner.run(&ops, |ops| {
         run(machine, &ops);

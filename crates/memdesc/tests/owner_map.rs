@@ -18,7 +18,9 @@ use memdesc_host::Host;
 const THREADS: usize = 4;
 
 fn duration() -> Duration {
-    let seconds = std::env::var("MEMDESC_STRESS_SECONDS").ok().and_then(|s| s.parse().ok());
+    let seconds = std::env::var("MEMDESC_STRESS_SECONDS")
+        .ok()
+        .and_then(|s| s.parse().ok());
     Duration::from_millis(seconds.map_or(2500, |s: u64| s * 1000))
 }
 
@@ -27,7 +29,11 @@ struct Until(Instant, AtomicU64, AtomicBool);
 
 impl Until {
     fn new() -> Until {
-        Until(Instant::now() + duration(), AtomicU64::new(0), AtomicBool::new(false))
+        Until(
+            Instant::now() + duration(),
+            AtomicU64::new(0),
+            AtomicBool::new(false),
+        )
     }
 
     fn done(&self) -> bool {
@@ -35,7 +41,11 @@ impl Until {
         if std::thread::panicking() || self.2.load(Ordering::Relaxed) {
             return true;
         }
-        if cfg!(miri) { round > 400 } else { round % 16 == 0 && Instant::now() >= self.0 }
+        if cfg!(miri) {
+            round > 400
+        } else {
+            round % 16 == 0 && Instant::now() >= self.0
+        }
     }
 }
 
@@ -60,14 +70,20 @@ impl Owners {
     fn take(&self, pfn: Pfn, order: usize, who: u32) {
         for page in &self.0[pfn.0 as usize..][..1 << order] {
             let before = page.swap(who, Ordering::Relaxed);
-            assert_eq!(before, 0, "{pfn:?} order {order} was handed to {who} while {before} had it");
+            assert_eq!(
+                before, 0,
+                "{pfn:?} order {order} was handed to {who} while {before} had it"
+            );
         }
     }
 
     fn give(&self, pfn: Pfn, order: usize, who: u32) {
         for page in &self.0[pfn.0 as usize..][..1 << order] {
             let before = page.swap(0, Ordering::Relaxed);
-            assert_eq!(before, who, "{pfn:?} order {order} of {who} was taken by {before}");
+            assert_eq!(
+                before, who,
+                "{pfn:?} order {order} of {who} was taken by {before}"
+            );
         }
     }
 }
@@ -91,7 +107,11 @@ fn alloc_some(mm: &Mm<Host>, rng: &mut Rng, orders: &[usize]) -> Option<(Pfn, us
 
 fn pages_stress(machine: &Machine, orders: &[usize], share: u64, claimed: bool) {
     let builder = Host::builder().memory(&machine.ranges);
-    let builder = if claimed { builder.cpus(THREADS).floating(1) } else { builder.floating(2) };
+    let builder = if claimed {
+        builder.cpus(THREADS).floating(1)
+    } else {
+        builder.floating(2)
+    };
     let mm = machine.boot_on(builder.build().unwrap());
     let owners = Owners::new(machine.end());
     let mail: Mailboxes<(Pfn, usize, u32)> = Default::default();
@@ -133,7 +153,10 @@ fn pages_stress(machine: &Machine, orders: &[usize], share: u64, claimed: bool) 
                         let (head, o, _) = mm.lookup(pfn.add(rng.below(1 << order) as u32));
                         assert_eq!((head, o), (pfn, order));
                         if rng.one_in(3) {
-                            mail[rng.below(THREADS)].lock().unwrap().push((pfn, order, who));
+                            mail[rng.below(THREADS)]
+                                .lock()
+                                .unwrap()
+                                .push((pfn, order, who));
                         } else {
                             owners.give(pfn, order, who);
                             free(mm, pfn);
@@ -173,7 +196,12 @@ fn pages_stress(machine: &Machine, orders: &[usize], share: u64, claimed: bool) 
         owners.give(pfn, order, who);
         free(&mm, pfn);
     }
-    println!("{}: {} blocks, {} slow", machine.name, got.into_inner(), mm.event(Event::SlowPath));
+    println!(
+        "{}: {} blocks, {} slow",
+        machine.name,
+        got.into_inner(),
+        mm.event(Event::SlowPath)
+    );
     teardown(machine, &mm);
 }
 

@@ -35,6 +35,8 @@ pub(crate) trait Descriptors {
     fn get(&self, n: usize) -> Result<DescList, AllocError>;
     /// Descriptors of any class go back to where they came from. Never allocates.
     fn put(&self, list: DescList);
+    /// Memory is short: says how many pages or objects came free. May sleep.
+    fn reclaim(&self, request: &ReclaimRequest) -> usize;
 }
 
 /// The zones that may serve a request, best first.
@@ -179,6 +181,37 @@ impl<P: Platform> PageAllocator<P> {
         Some(block)
     }
 
+    /// Up to `n` order-0 blocks from this CPU's list, in one go; none if the fast path is not open. Says how many.
+    pub(crate) fn alloc_bulk(
+        &self,
+        kind: PageType,
+        gfp: Flags,
+        n: usize,
+        mut each: impl FnMut(Block),
+    ) -> usize {
+        let pin = self.pin();
+        let node = self.platform.cpu_to_node(pin.cpu());
+        let zone_type = gfp.zone_type();
+        let best = self
+            .zonelists
+            .get(node)
+            .and_then(|lists| lists[zone_type as usize].best());
+        let Some(zone) = best else { return 0 };
+        let mut taken = 0;
+        if self.zones[zone].has_headroom(0, zone_type)
+            && !self.platform.should_fail(FaultPoint::AllocPages)
+        {
+            self.pcp(&pin, zone)
+                .pop_many(&pin, &self.map, n, gfp.migratetype(), |block| {
+                    self.platform.pages_allocated(block.pfn, 0);
+                    self.stats(&pin).block_out(&pin, kind, 0);
+                    each(block);
+                    taken += 1;
+                });
+        }
+        taken
+    }
+
     /// Rule 3 was broken: counted always, fatal where checks are on.
     #[cold]
     pub(crate) fn allocation_on_free(&self, pin: &Pin<'_, P>) {
@@ -210,7 +243,7 @@ impl<P: Platform> PageAllocator<P> {
             Some(_) => return Err(AllocError::NoZone),
             None => {
                 let pin = self.pin();
-                self.platform.cpu_to_node(pin.cpu())
+                self.platform.cpu_to_node(pin.cpu()).min(MAX_NODES - 1)
             }
         };
         let result = match self.get_page(gfp, order, node, AllocFlags::FIRST, descs) {
@@ -377,11 +410,12 @@ impl<P: Platform> PageAllocator<P> {
             if attempt >= limit {
                 return Err(why);
             }
-            let progress = self.platform.reclaim(ReclaimRequest {
+            let request = ReclaimRequest {
                 gfp,
                 order,
                 attempt,
-            });
+            };
+            let progress = descs.reclaim(&request) + self.platform.reclaim(request);
             // What is in other CPUs' lists, or kept for atomic requests, is free memory too.
             let mut found = progress > 0;
             if attempt == 0 || progress > 0 {
@@ -432,10 +466,10 @@ impl<P: Platform> PageAllocator<P> {
         }
         let mt = region.block_migratetype(pfn);
         let pcp = self.pcp(pin, index);
-        if let Some(pages) = pcp.push(pin, &self.map, region.word(pfn), pfn, word, mt) {
-            if !nested {
-                self.drain_some(pin, index, pages, descs);
-            }
+        if let Some(pages) = pcp.push(pin, &self.map, region.word(pfn), pfn, word, mt)
+            && !nested
+        {
+            self.drain_some(pin, index, pages, descs);
         }
     }
 

@@ -43,10 +43,10 @@ impl LockedZone<'_> {
         search: Search,
         spare: &mut DescList,
     ) -> Removed {
-        if search.highatomic {
-            if let Some(block) = self.rmqueue_smallest(order, MigrateType::HighAtomic, spare) {
-                return Removed::Block(block);
-            }
+        if search.highatomic
+            && let Some(block) = self.rmqueue_smallest(order, MigrateType::HighAtomic, spare)
+        {
+            return Removed::Block(block);
         }
         if let Some(block) = self.rmqueue_smallest(order, mt, spare) {
             return Removed::Block(block);
@@ -61,10 +61,10 @@ impl LockedZone<'_> {
         if let Some(block) = self.claim(order, mt, search, spare) {
             return Removed::Block(block);
         }
-        if !search.no_fragment {
-            if let Some(block) = self.steal(order, mt, spare) {
-                return Removed::Block(block);
-            }
+        if !search.no_fragment
+            && let Some(block) = self.steal(order, mt, spare)
+        {
+            return Removed::Block(block);
         }
         Removed::Nothing
     }

@@ -186,6 +186,25 @@ impl PerCpuPages {
         self.owner(pin, |lists| lists.pop(map, index(order, mt)))
     }
 
+    /// Takes up to `n` order-0 blocks, under one hold of the lock.
+    pub(crate) fn pop_many<P: Platform>(
+        &self,
+        pin: &Pin<'_, P>,
+        map: &MemMap,
+        n: usize,
+        mt: MigrateType,
+        mut each: impl FnMut(Block),
+    ) {
+        self.owner(pin, |lists| {
+            for _ in 0..n {
+                let Some(block) = lists.pop(map, index(0, mt)) else {
+                    break;
+                };
+                each(block);
+            }
+        });
+    }
+
     /// Puts a block in: its tails' words are zero. If that is one too many, so many pages should be drained.
     #[inline]
     pub(crate) fn push<P: Platform>(

@@ -18,7 +18,7 @@ use crate::desc::{BITMAP_INLINE, Slab, SlabList};
 use crate::gfp::Flags;
 use crate::memmap::MemMap;
 use crate::sync::SpinLock;
-use crate::sync::atomic::{AtomicPtr, AtomicU64};
+use crate::sync::atomic::AtomicPtr;
 
 /// Empty slabs a cache keeps for the next burst (`MIN_PARTIAL`).
 pub(crate) const MIN_PARTIAL: u32 = 5;
@@ -168,7 +168,7 @@ impl Geometry {
     pub(crate) fn index(&self, offset: usize) -> Option<usize> {
         let from = offset.checked_sub(self.first as usize + self.lead as usize)?;
         // Exact for all offsets below 2^32 / size, and a slab is at most 4 MiB: checked by a test.
-        let index = (from as u64 * self.reciprocal >> 32) as usize;
+        let index = ((from as u64 * self.reciprocal) >> 32) as usize;
         (index * self.size as usize == from && index < self.objects as usize).then_some(index)
     }
 }
@@ -207,8 +207,6 @@ pub(crate) struct Lists {
     pub(crate) nr_empty: u32,
     /// Objects handed out, those in sheaves included.
     pub(crate) inuse: u64,
-    /// No more slabs: the cache is being destroyed.
-    pub(crate) dying: bool,
 }
 
 impl Lists {
@@ -270,8 +268,7 @@ pub(crate) struct CacheCore {
     pub(crate) lists: SpinLock<Lists>,
     /// The next in the list of all caches; guarded by that list's lock.
     pub(crate) next: AtomicPtr<CacheCore>,
-    /// Bytes asked for that are wasted in the classes (kmalloc); for the ledger's slack.
-    pub(crate) failures: AtomicU64,
+
     name: [u8; NAME_LEN],
     name_len: u8,
 }
@@ -316,10 +313,9 @@ impl CacheCore {
                 },
                 nr_empty: 0,
                 inuse: 0,
-                dying: false,
             }),
             next: AtomicPtr::new(core::ptr::null_mut()),
-            failures: AtomicU64::new(0),
+
             name: bytes,
             name_len: len as u8,
         }

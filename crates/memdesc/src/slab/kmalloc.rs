@@ -184,13 +184,12 @@ impl<P: Platform> Mm<P> {
     pub unsafe fn kfree(&self, ptr: NonNull<u8>) {
         let caller = Location::caller();
         let pin = self.pages.pin();
-        self.pages
-            .stats(&pin)
-            .on_free_path_do(&pin, || match self.where_is(ptr.as_ptr()) {
-                Ok(Where::Object(core)) => self.cache_free(&pin, core, ptr, false, caller),
-                Ok(Where::Pages(found)) => self.take_back(&pin, found.head, found.word),
-                Err(what) => self.report_object(what, None, ptr.as_ptr(), caller),
-            });
+        let _free_path = self.pages.stats(&pin).enter_free(&pin);
+        match self.where_is(ptr.as_ptr()) {
+            Ok(Where::Object(core)) => self.cache_free(&pin, core, ptr, false, caller),
+            Ok(Where::Pages(found)) => self.take_back(&pin, found.head, found.word),
+            Err(what) => self.report_object(what, None, ptr.as_ptr(), caller),
+        }
     }
 
     /// Usable bytes behind a kmalloc pointer (`ksize`): the class's size.
@@ -227,10 +226,10 @@ impl<P: Platform> Mm<P> {
         let old = unsafe { self.ksize(ptr) };
         let fits = size != 0 && size <= old && (size > old / 2 || old <= 8);
         if fits {
-            if let Ok(Where::Object(core)) = self.where_is(ptr.as_ptr()) {
-                if core.is_debug() {
-                    debug::on_resize(core, ptr, size);
-                }
+            if let Ok(Where::Object(core)) = self.where_is(ptr.as_ptr())
+                && core.is_debug()
+            {
+                debug::on_resize(core, ptr, size);
             }
             return Ok(ptr);
         }

@@ -68,15 +68,13 @@ impl<P: Platform> Mm<P> {
         );
         // SAFETY: an object of the cache of caches is ours, of the right size and alignment.
         unsafe { core.write(value) };
-        let pin = self.pages.pin();
-        let mut list = self.caches.lock(|round| self.pages.platform.relax(round));
+        let mut list = self.slab_mutex();
         // SAFETY: just written.
         unsafe { core.as_ref() }
             .next
             .store(list.head, Ordering::Relaxed);
         list.head = core.as_ptr();
         drop(list);
-        drop(pin);
         Ok(Cache { core })
     }
 
@@ -122,10 +120,9 @@ impl<P: Platform> Mm<P> {
     #[track_caller]
     pub unsafe fn kmem_cache_free(&self, cache: &Cache, object: NonNull<u8>) {
         let pin = self.pages.pin();
-        let caller = Location::caller();
-        self.pages.stats(&pin).on_free_path_do(&pin, || {
-            self.cache_free(&pin, self.checked(cache), object, false, caller);
-        });
+        let _free_path = self.pages.stats(&pin).enter_free(&pin);
+        let core = self.checked(cache);
+        self.cache_free(&pin, core, object, false, Location::caller());
     }
 
     /// As many objects as `out` has room for, or none (`kmem_cache_alloc_bulk`).
@@ -191,18 +188,17 @@ impl<P: Platform> Mm<P> {
         let caller = Location::caller();
         let pin = self.pages.pin();
         let stats = self.pages.stats(&pin);
-        stats.on_free_path_do(&pin, || {
-            if core.is_debug() || objects.len() < core.sheaves.capacity() / 2 {
-                for object in objects.iter().filter_map(|o| NonNull::new(*o)) {
-                    self.cache_free(&pin, core, object, false, caller);
-                }
-            } else {
-                stats.add(&pin, crate::stats::Event::SlabFree, objects.len() as u64);
-                for batch in objects.chunks(64) {
-                    self.slabs_give(core, batch, false, caller);
-                }
+        let _free_path = stats.enter_free(&pin);
+        if core.is_debug() || objects.len() < core.sheaves.capacity() / 2 {
+            for object in objects.iter().filter_map(|o| NonNull::new(*o)) {
+                self.cache_free(&pin, core, object, false, caller);
             }
-        });
+        } else {
+            stats.add(&pin, crate::stats::Event::SlabFree, objects.len() as u64);
+            for batch in objects.chunks(64) {
+                self.slabs_give(core, batch, false, caller);
+            }
+        }
     }
 
     /// Gives back a cache's empty slabs, sheaves flushed first (`kmem_cache_shrink`). Says how many pages.
@@ -218,7 +214,7 @@ impl<P: Platform> Mm<P> {
     ///
     /// # Context
     ///
-    /// May wait for other CPUs. Not while [`Mm::shrink`] or the views run on another CPU.
+    /// May wait for other CPUs, and for [`Mm::shrink`] and the views to end.
     ///
     /// # Errors
     ///
@@ -228,16 +224,14 @@ impl<P: Platform> Mm<P> {
         self.cache_shrink(core);
         let (live, slabs) = {
             let pin = self.pages.pin();
-            let mut lists = self.lists(core, &pin);
-            lists.dying = lists.inuse == 0;
+            let lists = self.lists(core, &pin);
             (lists.inuse, lists.partial.nr + lists.full.nr)
         };
         if live > 0 || slabs > 0 {
             return Err(DestroyError { cache, live });
         }
         {
-            let _pin = self.pages.pin();
-            let mut list = self.caches.lock(|round| self.pages.platform.relax(round));
+            let mut list = self.slab_mutex();
             if list.head == cache.core.as_ptr() {
                 list.head = core.next.load(Ordering::Relaxed);
             } else {
@@ -312,7 +306,7 @@ impl<P: Platform> Mm<P> {
         }
     }
 
-    /// Visits all caches: the slabinfo view.
+    /// Visits all caches: the slabinfo view. `visit` may not create or destroy caches.
     pub fn slabinfo(&self, mut visit: impl FnMut(CacheView<'_>)) {
         self.for_each_cache(|core| visit(self.view(core)));
     }

@@ -13,7 +13,7 @@ use crate::gfp::{self, Flags};
 use crate::memmap::{DescClass, PageType, Word};
 use crate::mm::Mm;
 use crate::page_alloc::alloc::Descriptors;
-use crate::platform::{FaultPoint, Pin, Platform};
+use crate::platform::{FaultPoint, Pin, Platform, ReclaimRequest};
 use crate::report::{Corruption, Report};
 use crate::stats::Event;
 use crate::sync::SpinGuard;
@@ -555,6 +555,10 @@ impl<P: Platform> Descriptors for Mm<P> {
             }
         }
         Ok(list)
+    }
+
+    fn reclaim(&self, request: &ReclaimRequest) -> usize {
+        self.shrink_slab(request)
     }
 
     fn put(&self, mut list: DescList) {

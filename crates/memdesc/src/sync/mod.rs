@@ -1,8 +1,8 @@
 //! The one door to atomics, cells and locks: `core` in production, loom under test.
 //!
-//! Lock order of the whole crate: every lock here is a leaf. A CPU's [`LocalLock`], a zone's lock and
-//! a cache's list lock are never held together; what has to pass from one to the other is carried in
-//! a list on the stack.
+//! Lock order of the whole crate: the list of caches (`slab_mutex`) first, and all others are leaves. A CPU's
+//! [`LocalLock`], a zone's lock and a cache's list lock are never held together; what has to pass from one to the
+//! other is carried in a list on the stack.
 
 mod local;
 mod spin;

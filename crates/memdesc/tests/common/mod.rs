@@ -45,7 +45,11 @@ pub struct Machine {
 }
 
 pub fn range(start: u32, end: u32, node: u8) -> MemRange {
-    MemRange { start: Pfn(start).phys(), end: Pfn(end).phys(), node }
+    MemRange {
+        start: Pfn(start).phys(),
+        end: Pfn(end).phys(),
+        node,
+    }
 }
 
 impl Machine {
@@ -53,7 +57,10 @@ impl Machine {
         Machine {
             name,
             ranges: ranges.to_vec(),
-            config: Config { memory_is_zeroed: true, ..Config::default() },
+            config: Config {
+                memory_is_zeroed: true,
+                ..Config::default()
+            },
             cpus: 1,
             nodes: 1,
         }
@@ -70,7 +77,10 @@ impl Machine {
     }
 
     pub fn host(&self) -> memdesc_host::HostBuilder {
-        Host::builder().memory(&self.ranges).cpus(self.cpus).nodes(self.nodes)
+        Host::builder()
+            .memory(&self.ranges)
+            .cpus(self.cpus)
+            .nodes(self.nodes)
     }
 
     pub fn boot(&self) -> Mm<Host> {
@@ -83,15 +93,24 @@ impl Machine {
 
     /// Is this page RAM?
     pub fn is_ram(&self, pfn: u32) -> bool {
-        self.ranges.iter().any(|r| Pfn(pfn).phys() >= r.start && Pfn(pfn).phys() < r.end)
+        self.ranges
+            .iter()
+            .any(|r| Pfn(pfn).phys() >= r.start && Pfn(pfn).phys() < r.end)
     }
 
     pub fn end(&self) -> u32 {
-        self.ranges.iter().map(|r| (r.end.0 >> PAGE_SHIFT) as u32).max().unwrap()
+        self.ranges
+            .iter()
+            .map(|r| (r.end.0 >> PAGE_SHIFT) as u32)
+            .max()
+            .unwrap()
     }
 
     pub fn node_of(&self, pfn: u32) -> usize {
-        let range = self.ranges.iter().find(|r| Pfn(pfn).phys() >= r.start && Pfn(pfn).phys() < r.end);
+        let range = self
+            .ranges
+            .iter()
+            .find(|r| Pfn(pfn).phys() >= r.start && Pfn(pfn).phys() < r.end);
         usize::from(range.unwrap().node)
     }
 
@@ -110,7 +129,12 @@ impl Machine {
 
     /// Pages that a zone keeps from requests that could have been served from `highest`.
     pub fn lowmem_reserve(&self, zones: &[ZoneView], zone: &ZoneView, highest: ZoneType) -> u64 {
-        let ratio = self.config.lowmem_reserve_ratio.get(zone.kind as usize).copied().unwrap_or(0);
+        let ratio = self
+            .config
+            .lowmem_reserve_ratio
+            .get(zone.kind as usize)
+            .copied()
+            .unwrap_or(0);
         let above: u64 = zones
             .iter()
             .filter(|z| z.node == zone.node && z.kind > zone.kind && z.kind <= highest)
@@ -131,7 +155,10 @@ pub fn machines() -> Vec<Machine> {
     let mut zones = Machine::new("zones", &[range(0, p(64), 0)]);
     zones.config.dma_limit = PhysAddr(4 * MIB);
     zones.config.dma32_limit = PhysAddr(24 * MIB);
-    let mut nodes = Machine::new("two nodes", &[range(0, p(32) + 77, 0), range(p(32) + 77, p(64), 1)]);
+    let mut nodes = Machine::new(
+        "two nodes",
+        &[range(0, p(32) + 77, 0), range(p(32) + 77, p(64), 1)],
+    );
     nodes.nodes = 2;
     nodes.cpus = 2;
     let mut movable = Machine::new("movable", &[range(1, p(48), 0)]);
@@ -140,10 +167,21 @@ pub fn machines() -> Vec<Machine> {
     let unaligned = Machine::new("unaligned", &[range(3, p(40) - 5, 0)]);
     let holes = Machine::new(
         "holes",
-        &[range(0, 5000, 0), range(5120, 9000, 0), range(9001, 9003, 0), range(12289, p(64) + 7, 0)],
+        &[
+            range(0, 5000, 0),
+            range(5120, 9000, 0),
+            range(9001, 9003, 0),
+            range(12289, p(64) + 7, 0),
+        ],
     );
-    let adjacent =
-        Machine::new("adjacent ranges", &[range(p(32), p(40), 0), range(0, p(32), 0), range(p(40), p(44), 0)]);
+    let adjacent = Machine::new(
+        "adjacent ranges",
+        &[
+            range(p(32), p(40), 0),
+            range(0, p(32), 0),
+            range(p(40), p(44), 0),
+        ],
+    );
     vec![zones, nodes, movable, unaligned, holes, adjacent]
 }
 
@@ -219,14 +257,29 @@ pub fn ledger<P: Platform>(mm: &Mm<P>) -> Ledger {
     let ledger = mm.ledger();
     assert!(ledger.balanced, "{ledger:#?}");
     assert_eq!(ledger.walk.lost, 0);
-    let sum = ledger.free + ledger.untouched + ledger.pcp + ledger.metadata + ledger.by_type.iter().sum::<u64>();
+    let sum = ledger.free
+        + ledger.untouched
+        + ledger.pcp
+        + ledger.metadata
+        + ledger.by_type.iter().sum::<u64>();
     assert_eq!(sum, ledger.given, "{ledger:#?}");
     let zones = zones(mm);
-    assert_eq!(zones.iter().map(|z| z.free).sum::<u64>(), ledger.free + ledger.untouched);
+    assert_eq!(
+        zones.iter().map(|z| z.free).sum::<u64>(),
+        ledger.free + ledger.untouched
+    );
     for zone in &zones {
-        let blocks: u64 = zone.free_blocks.iter().enumerate().map(|(o, row)| row.iter().sum::<u64>() << o).sum();
+        let blocks: u64 = zone
+            .free_blocks
+            .iter()
+            .enumerate()
+            .map(|(o, row)| row.iter().sum::<u64>() << o)
+            .sum();
         assert_eq!(blocks, zone.free, "{zone:?}");
-        assert!(zone.free <= zone.managed && zone.managed <= zone.present, "{zone:?}");
+        assert!(
+            zone.free <= zone.managed && zone.managed <= zone.present,
+            "{zone:?}"
+        );
     }
     ledger
 }
@@ -262,7 +315,10 @@ pub fn merged<P: Platform>(machine: &Machine, mm: &Mm<P>) {
                 let same = machine.is_ram(buddy.0)
                     && machine.node_of(buddy.0) == machine.node_of(at)
                     && machine.zone_of(buddy) == machine.zone_of(head);
-                assert!(!(apart && same), "{head:?} and {buddy:?} are free, order {order}, and were not merged");
+                assert!(
+                    !(apart && same),
+                    "{head:?} and {buddy:?} are free, order {order}, and were not merged"
+                );
             }
             at += 1 << order;
         } else {
@@ -282,8 +338,14 @@ impl OwnerMap {
 
     #[track_caller]
     pub fn take(&mut self, pfn: Pfn, order: usize, who: u32) {
-        for (i, page) in self.0[pfn.0 as usize..][..1 << order].iter_mut().enumerate() {
-            assert_eq!(*page, 0, "page {i} of {pfn:?} order {order} belongs to somebody");
+        for (i, page) in self.0[pfn.0 as usize..][..1 << order]
+            .iter_mut()
+            .enumerate()
+        {
+            assert_eq!(
+                *page, 0,
+                "page {i} of {pfn:?} order {order} belongs to somebody"
+            );
             *page = who;
         }
     }
@@ -351,8 +413,15 @@ impl Block {
     pub fn check<P: Platform>(&self, mm: &Mm<P>) {
         for page in 0..1 << self.order {
             let (head, order, memory) = mm.lookup(self.pfn.add(page));
-            assert_eq!((head, order), (self.pfn, self.order), "page {page} of {self:?}");
-            assert!(self.kind.is(&memory), "page {page} of {self:?} is {memory:?}");
+            assert_eq!(
+                (head, order),
+                (self.pfn, self.order),
+                "page {page} of {self:?}"
+            );
+            assert!(
+                self.kind.is(&memory),
+                "page {page} of {self:?} is {memory:?}"
+            );
         }
     }
 }
@@ -368,18 +437,35 @@ pub struct Pages {
 
 impl Pages {
     pub fn new(machine: &Machine) -> Pages {
-        Pages { machine: machine.clone(), owners: OwnerMap::new(machine.end()), live: Vec::new(), next: 0 }
+        Pages {
+            machine: machine.clone(),
+            owners: OwnerMap::new(machine.end()),
+            live: Vec::new(),
+            next: 0,
+        }
     }
 
     /// The allocator handed this out.
     #[track_caller]
     pub fn got<P: Platform>(&mut self, mm: &Mm<P>, pfn: Pfn, order: usize, kind: Kind) {
         self.next += 1;
-        let block = Block { pfn, order, kind, id: self.next };
+        let block = Block {
+            pfn,
+            order,
+            kind,
+            id: self.next,
+        };
         assert!(pfn.is_aligned(order), "{block:?}");
-        assert!((pfn.0..pfn.0 + (1 << order)).all(|p| self.machine.is_ram(p)), "{block:?} is not RAM");
+        assert!(
+            (pfn.0..pfn.0 + (1 << order)).all(|p| self.machine.is_ram(p)),
+            "{block:?} is not RAM"
+        );
         let place = |p: u32| (self.machine.node_of(p), self.machine.zone_of(Pfn(p)));
-        assert_eq!(place(pfn.0), place(pfn.0 + (1 << order) - 1), "{block:?} crosses zones");
+        assert_eq!(
+            place(pfn.0),
+            place(pfn.0 + (1 << order) - 1),
+            "{block:?} crosses zones"
+        );
         self.owners.take(pfn, order, block.id);
         block.check(mm);
         self.live.push(block);
@@ -394,7 +480,10 @@ impl Pages {
         free(mm, block.pfn);
         let (_, _, memory) = mm.lookup(block.pfn);
         // Freed pages may have become a slab of descriptors at most in another CPU's hands; here nobody else is at it.
-        assert!(matches!(memory, Memory::Free { .. }), "{block:?} was freed and is {memory:?}");
+        assert!(
+            matches!(memory, Memory::Free { .. }),
+            "{block:?} was freed and is {memory:?}"
+        );
     }
 
     pub fn free_all<P: Platform>(&mut self, mm: &Mm<P>, rng: &mut Rng) {
@@ -418,7 +507,10 @@ impl Pages {
         for pfn in 0..self.machine.end() {
             let (head, order, memory) = mm.lookup(Pfn(pfn));
             if !self.machine.is_ram(pfn) {
-                assert!(matches!(memory, Memory::Hole), "{pfn:#x} is a hole and says {memory:?}");
+                assert!(
+                    matches!(memory, Memory::Hole),
+                    "{pfn:#x} is a hole and says {memory:?}"
+                );
                 continue;
             }
             assert!(head.0 <= pfn && pfn - head.0 < 1 << order);
