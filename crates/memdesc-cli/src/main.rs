@@ -1,2 +1,75 @@
-//! The command `memdesc`.
-fn main() {}
+//! The command `memdesc`: replays what a real Linux kernel's allocators did, and says what it found.
+
+mod cli;
+mod cut;
+mod error;
+mod handles;
+mod ledger;
+mod output;
+mod progress;
+mod replay;
+mod report;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use cli::{Cli, Command};
+use error::Error;
+
+/// Something failed.
+const FAILED: u8 = 1;
+/// Nothing could be done.
+const NOTHING: u8 = 2;
+/// The recording broke off.
+const BROKEN_OFF: u8 = 3;
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Replay(args) => replay_command(&args),
+        Command::Cut(args) => cut::run(&args).map(|text| {
+            output::print(&text);
+            0
+        }),
+        Command::Ledger(args) => ledger::run(&args),
+    };
+    match result {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("memdesc: {error}");
+            ExitCode::from(NOTHING)
+        }
+    }
+}
+
+fn replay_command(args: &cli::Replay) -> Result<u8, Error> {
+    let options = replay::Options {
+        path: args.recording.clone(),
+        no_snapshot: args.no_snapshot,
+        pages_only: args.pages_only,
+        cpus: args.cpus.map(usize::from),
+        memory: args.memory,
+        limit: args.limit,
+        direct_map_base: args.direct_map_base,
+        quiet: args.quiet,
+    };
+    let replay = replay::run(&options)?;
+    if args.json {
+        output::print(&format!("{:#}\n", report::json::object(&replay)));
+    } else {
+        output::print(&report::text::report(&replay));
+    }
+    let failures = replay.failures();
+    for failure in &failures {
+        eprintln!("memdesc: {failure}");
+    }
+    let truncated = replay.source.recording.truncated.as_ref();
+    if let Some(truncated) = truncated {
+        eprintln!("memdesc: {}: {truncated}; what came before is replayed", replay.source.name);
+    }
+    Ok(match (failures.is_empty(), truncated) {
+        (false, _) => FAILED,
+        (true, Some(_)) => BROKEN_OFF,
+        (true, None) => 0,
+    })
+}

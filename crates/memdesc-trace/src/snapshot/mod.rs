@@ -46,9 +46,9 @@ pub struct Snapshot {
 }
 
 /// Reads one file if it is there, compressed or not.
-fn read(folder: &Path, name: &str, suffix: &str) -> Result<Option<(Vec<u8>, PathBuf)>, TraceError> {
+fn read(folder: &Path, name: &str) -> Result<Option<(Vec<u8>, PathBuf)>, TraceError> {
     for ending in ["", ".zst", ".gz"] {
-        let path = folder.join(format!("{name}{suffix}{ending}"));
+        let path = folder.join(format!("{name}{ending}"));
         match Source::open(&path) {
             Ok(source) => return Ok(Some((source.read_whole()?, path))),
             Err(TraceError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
@@ -59,6 +59,24 @@ fn read(folder: &Path, name: &str, suffix: &str) -> Result<Option<(Vec<u8>, Path
     Ok(None)
 }
 
+/// The same from memory.
+fn read_embedded(
+    files: &[(&str, &'static [u8])],
+    name: &str,
+) -> Result<Option<(Vec<u8>, PathBuf)>, TraceError> {
+    for ending in ["", ".zst", ".gz"] {
+        let wanted = format!("{name}{ending}");
+        if let Some((_, data)) = files.iter().find(|(n, _)| *n == wanted) {
+            let path = PathBuf::from(wanted);
+            let source = Source::new(std::io::Cursor::new(*data), &path, None)?;
+            return Ok(Some((source.read_whole()?, path)));
+        }
+    }
+    Ok(None)
+}
+
+type File = Result<Option<(Vec<u8>, PathBuf)>, TraceError>;
+
 impl Snapshot {
     /// Reads the files `buddyinfo`, `zoneinfo`, … of a folder, each with `suffix` behind its name
     /// (`.before`) and possibly `.zst` or `.gz` behind that. `Snapshot::load("/proc".as_ref(), "")`
@@ -66,8 +84,20 @@ impl Snapshot {
     ///
     /// A file that is missing is `None`; one that cannot be read or understood is an error.
     pub fn load(folder: &Path, suffix: &str) -> Result<Snapshot, TraceError> {
+        Snapshot::gather(|name| read(folder, &format!("{name}{suffix}")))
+    }
+
+    /// The same from files that are in memory, by their names (`buddyinfo.before`, `kpageflags.before.zst`, …).
+    pub fn from_files(
+        files: &[(&str, &'static [u8])],
+        suffix: &str,
+    ) -> Result<Snapshot, TraceError> {
+        Snapshot::gather(|name| read_embedded(files, &format!("{name}{suffix}")))
+    }
+
+    fn gather(file: impl Fn(&str) -> File) -> Result<Snapshot, TraceError> {
         fn text<T>(
-            file: Result<Option<(Vec<u8>, PathBuf)>, TraceError>,
+            file: File,
             parse: fn(&str, &Path) -> Result<T, TraceError>,
         ) -> Result<Option<T>, TraceError> {
             let Some((bytes, path)) = file? else {
@@ -75,7 +105,6 @@ impl Snapshot {
             };
             parse(&String::from_utf8_lossy(&bytes), &path).map(Some)
         }
-        let file = |name| read(folder, name, suffix);
         let words = |name| match file(name)? {
             Some((bytes, path)) => kpageflags::words(&bytes, &path).map(Some),
             None => Ok(None),

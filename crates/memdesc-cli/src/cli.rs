@@ -1,0 +1,133 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  all is well
+  1  something failed: an allocation where Linux had none fail, a ledger that does not balance, a page that did not come back
+  2  wrong usage, or nothing could be replayed
+  3  the recording breaks off; what was good of it is replayed, and all is well with that";
+
+/// A memory manager in which struct page is one word: what it would do on your machine.
+#[derive(Debug, Parser)]
+#[command(name = "memdesc", version, after_help = EXIT_CODES)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Replay what a Linux kernel's allocators did on ours, and report
+    #[command(after_help = EXIT_CODES)]
+    Replay(Replay),
+    /// Cut the beginning of a recording out, with the snapshots before it
+    Cut(Cut),
+    /// What metadata costs, a page, for memory that is all of one kind
+    Ledger(LedgerArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Replay {
+    /// A folder with events.txt[.zst|.gz] and snapshots, a file of events (`perf script -F cpu,time,event,trace`, ftrace's
+    /// `trace`), or - for standard input. Without it, a recording that is inside the program
+    pub(crate) recording: Option<PathBuf>,
+    /// Print one JSON object instead of the report. Counts of pages are of blocks; `*_pages` count pages
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Begin with empty memory, whatever the snapshot says
+    #[arg(long)]
+    pub(crate) no_snapshot: bool,
+    /// Replay pages only: Linux's slab pages as pages, no objects
+    #[arg(long)]
+    pub(crate) pages_only: bool,
+    /// So many CPUs, rather than those in the events
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) cpus: Option<u16>,
+    /// So much memory from address 0, rather than what the snapshot or the events say (24G, 512M)
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(crate) memory: Option<u64>,
+    /// Only the first N events
+    #[arg(long, value_name = "N")]
+    pub(crate) limit: Option<usize>,
+    /// Where Linux maps physical address 0, if it is not found by itself
+    #[arg(long, value_name = "ADDRESS", value_parser = address)]
+    pub(crate) direct_map_base: Option<u64>,
+    /// No progress bars, no warnings
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Cut {
+    /// A recording, as for replay
+    pub(crate) recording: PathBuf,
+    /// The folder to make: events.txt.zst and the snapshots before it
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// So many events from the beginning
+    #[arg(long, value_name = "N", required_unless_present = "seconds")]
+    pub(crate) events: Option<usize>,
+    /// So much time from the beginning
+    #[arg(long, value_name = "S")]
+    pub(crate) seconds: Option<f64>,
+    /// Leave out this many events at the beginning; the snapshots stay behind then
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) from_events: usize,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LedgerArgs {
+    /// Of a machine with so much memory
+    #[arg(long, value_name = "SIZE", value_parser = size, default_value = "1G")]
+    pub(crate) memory: u64,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `24G`, `512M`, `1048576`.
+fn size(text: &str) -> Result<u64, String> {
+    let wrong = || format!("{text:?} is no size: 512M, 24G");
+    let upper = text.trim().to_ascii_uppercase();
+    let plain = upper.trim_end_matches("IB").trim_end_matches('B');
+    let (number, shift) = match plain.char_indices().last().ok_or_else(wrong)? {
+        (i, 'K') => (&plain[..i], 10),
+        (i, 'M') => (&plain[..i], 20),
+        (i, 'G') => (&plain[..i], 30),
+        (i, 'T') => (&plain[..i], 40),
+        _ => (plain, 0),
+    };
+    let number: u64 = number.trim().parse().map_err(|_| wrong())?;
+    let bytes = number.checked_mul(1 << shift).filter(|&b| b >= 1 << 20);
+    bytes.ok_or_else(|| format!("{text}: at least 1M and less than 16E"))
+}
+
+/// `0xffff888000000000`.
+fn address(text: &str) -> Result<u64, String> {
+    let hex = text.trim_start_matches("0x").replace('_', "");
+    u64::from_str_radix(&hex, 16).map_err(|_| format!("{text:?} is no address: 0xffff888000000000"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn command_line_is_sound() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes() {
+        assert_eq!(size("24G"), Ok(24 << 30));
+        assert_eq!(size("512MiB"), Ok(512 << 20));
+        assert_eq!(size("1048576"), Ok(1 << 20));
+        assert!(size("").is_err() && size("G").is_err() && size("4k").is_err() && size("99999999999T").is_err());
+        assert_eq!(address("0xffff888000000000"), Ok(0xffff_8880_0000_0000));
+    }
+}

@@ -1,0 +1,88 @@
+//! What the machine of a recording was like: its memory and its CPUs.
+
+use memdesc::{MemRange, Pfn, PhysAddr};
+use memdesc_trace::{Event, EventKind, Snapshot};
+
+use crate::error::Error;
+
+/// Without a snapshot memory ends at a multiple of this, with room to spare.
+const ROUND: u64 = 1 << 28;
+
+/// Memory and CPUs, and how they are known.
+#[derive(Clone, Debug)]
+pub(crate) struct Shape {
+    pub(crate) ranges: Vec<MemRange>,
+    pub(crate) cpus: usize,
+    /// One more than the highest page that is memory or in an event.
+    pub(crate) pages: usize,
+    pub(crate) memory_from: &'static str,
+}
+
+impl Shape {
+    /// The page ranges of memory.
+    pub(crate) fn ram(&self) -> Vec<(u32, u32)> {
+        let page = |at: PhysAddr| (at.0 >> memdesc::PAGE_SHIFT) as u32;
+        self.ranges.iter().map(|r| (page(r.start), page(r.end))).collect()
+    }
+
+    pub(crate) fn bytes(&self) -> u64 {
+        self.ranges.iter().map(|r| r.end.0 - r.start.0).sum()
+    }
+}
+
+/// One more than the highest page in any event.
+fn pages_in(events: &[Event]) -> u64 {
+    let end = |event: &Event| match event.kind() {
+        EventKind::PageAlloc { pfn, order, .. } | EventKind::PageFree { pfn, order } => {
+            u64::from(pfn) + (1u64 << order.min(32))
+        }
+        _ => 0,
+    };
+    events.iter().map(end).max().unwrap_or(0)
+}
+
+/// Finds out what machine the events need. `memory` and `cpus` are what the user said.
+pub(crate) fn shape(
+    events: &[Event],
+    cpus_seen: usize,
+    snapshot: Option<&Snapshot>,
+    memory: Option<u64>,
+    cpus: Option<usize>,
+) -> Result<Shape, Error> {
+    let seen = pages_in(events);
+    let iomem = snapshot.and_then(|s| s.iomem.as_ref());
+    let range = |start: u64, end: u64| MemRange { start: PhysAddr(start), end: PhysAddr(end), node: 0 };
+    let mut ranges = Vec::new();
+    let memory_from;
+    if let Some(bytes) = memory {
+        memory_from = "--memory";
+        ranges.push(range(0, bytes & !4095));
+    } else if let Some(iomem) = iomem {
+        memory_from = "iomem";
+        ranges.extend(iomem.ram_pfns().map(|r| range(r.start << 12, r.end << 12)));
+    } else {
+        memory_from = "the highest page in the events, and a quarter more";
+        let bytes = seen << 12;
+        ranges.push(range(0, (bytes + bytes / 4).next_multiple_of(ROUND).max(ROUND)));
+    }
+    let end = ranges.iter().map(|r| r.end.0 >> 12).max().unwrap_or(0);
+    if seen > end {
+        return Err(Error::PageBeyondMemory { pfn: seen - 1, end, memory_from });
+    }
+    if end > u64::from(memdesc::address::MAX_PFN) || Pfn::NONE.0 as u64 <= end {
+        return Err(Error::TooLarge { bytes: end << 12 });
+    }
+    let order = |event: &Event| match event.kind() {
+        EventKind::PageAlloc { order, .. } | EventKind::PageFree { order, .. } => order,
+        _ => 0,
+    };
+    if let Some(order) = events.iter().map(order).find(|&o| usize::from(o) > memdesc::MAX_ORDER) {
+        return Err(Error::OrderTooLarge { order });
+    }
+    Ok(Shape {
+        ranges,
+        cpus: cpus.unwrap_or(cpus_seen).max(1),
+        pages: end as usize,
+        memory_from,
+    })
+}

@@ -1,0 +1,290 @@
+//! Replays a recording on our allocator.
+
+mod classify;
+pub(crate) mod counts;
+mod engine;
+pub(crate) mod latency;
+mod layout;
+pub(crate) mod linux;
+mod machine;
+pub(crate) mod mix;
+mod objects;
+mod pages;
+mod slabs;
+pub(crate) mod source;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use memdesc::{Event as Counter, Fragmentation, Ledger, PageType};
+use memdesc_trace::snapshot::evidence::Evidence;
+use memdesc_trace::{Event, EventKind};
+
+use crate::error::Error;
+use crate::handles::Machine;
+use crate::progress;
+
+use counts::{PageCounts, SlabCounts, Traffic};
+use engine::{Engine, LoopTime};
+use latency::Latencies;
+pub(crate) use layout::Claims;
+use linux::LinuxFragmentation;
+use mix::Mix;
+use objects::Objects;
+use pages::Pages;
+pub(crate) use slabs::Told;
+use source::Source;
+
+/// How to replay.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Options {
+    pub(crate) path: Option<PathBuf>,
+    pub(crate) no_snapshot: bool,
+    pub(crate) pages_only: bool,
+    pub(crate) cpus: Option<usize>,
+    pub(crate) memory: Option<u64>,
+    pub(crate) limit: Option<usize>,
+    pub(crate) direct_map_base: Option<u64>,
+    pub(crate) quiet: bool,
+}
+
+/// How long each phase took.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Times {
+    pub(crate) parse: Duration,
+    /// Reading snapshots and taking Linux's layout.
+    pub(crate) setup: Duration,
+    /// Telling slab pages.
+    pub(crate) pair: Duration,
+    pub(crate) replay: LoopTime,
+    /// Inside our allocator.
+    pub(crate) allocator: Duration,
+    pub(crate) teardown: Duration,
+}
+
+impl Times {
+    /// Text to results: what events a second are counted by.
+    pub(crate) fn overall(&self) -> Duration {
+        self.parse + self.pair + self.replay.wall
+    }
+}
+
+/// What is left when everything was given back.
+#[derive(Clone, Debug)]
+pub(crate) struct Teardown {
+    pub(crate) ledger: Ledger,
+    pub(crate) blocks: u64,
+    pub(crate) objects: u64,
+    pub(crate) stuck_caches: Vec<String>,
+    /// Pages that were given and are neither free, nor metadata, nor reserved by the layout.
+    pub(crate) missing: u64,
+}
+
+/// Everything that a report can say.
+pub(crate) struct Replay {
+    pub(crate) source: Source,
+    pub(crate) cpus: usize,
+    pub(crate) ram_bytes: u64,
+    pub(crate) memory_from: &'static str,
+    pub(crate) limited: bool,
+    pub(crate) slabs_told: Option<Told>,
+    pub(crate) claims: Option<Claims>,
+    pub(crate) times: Times,
+    pub(crate) traffic: Traffic,
+    pub(crate) pages: PageCounts,
+    pub(crate) slab: SlabCounts,
+    pub(crate) ledger: Ledger,
+    pub(crate) mix: Mix,
+    /// Bytes of descriptors at their peak, and after how many events.
+    pub(crate) peak: (u64, usize),
+    pub(crate) fragmentation: Fragmentation,
+    pub(crate) linux_before: Option<LinuxFragmentation>,
+    pub(crate) linux_after: Option<LinuxFragmentation>,
+    pub(crate) linux_derived: Option<LinuxFragmentation>,
+    pub(crate) latencies: Latencies,
+    pub(crate) alloc_on_free: u64,
+    pub(crate) vmstat: Vec<(&'static str, u64)>,
+    pub(crate) teardown: Teardown,
+    pub(crate) corruptions: (u64, Option<String>),
+}
+
+impl Replay {
+    /// What went wrong, in words. Nothing: all is well.
+    pub(crate) fn failures(&self) -> Vec<String> {
+        let mut all = Vec::new();
+        let mut check = |bad: bool, text: String| {
+            if bad {
+                all.push(text);
+            }
+        };
+        let (pages, slab) = (self.pages.failed, self.slab.failed);
+        check(pages > 0, format!("{pages} page allocations failed where Linux had none fail"));
+        check(slab > 0, format!("{slab} object allocations failed where Linux had none fail"));
+        check(!self.ledger.balanced, "the ledger does not balance at the end of the recording".into());
+        let down = &self.teardown;
+        check(!down.ledger.balanced, "the ledger does not balance after the teardown".into());
+        check(down.missing > 0, format!("{} pages did not come back", down.missing));
+        check(
+            self.alloc_on_free > 0,
+            format!("{} allocations on free paths", self.alloc_on_free),
+        );
+        for cache in &down.stuck_caches {
+            check(true, format!("a cache could not be destroyed: {cache}"));
+        }
+        if let (n @ 1.., Some(first)) = &self.corruptions {
+            check(true, format!("{n} reports of corruption, the first: {first}"));
+        }
+        all
+    }
+
+    /// Linux's fragmentation at the end of the recording, and how it is known.
+    pub(crate) fn linux(&self) -> Option<(LinuxFragmentation, &'static str)> {
+        let snapshot = self.linux_after.map(|l| (l, "snapshot"));
+        snapshot.or(self.linux_derived.map(|l| (l, "events")))
+    }
+
+    /// Metadata at its peak, as a share of memory.
+    pub(crate) fn peak_percent(&self) -> f64 {
+        let ledger = &self.ledger;
+        let descriptors = self.peak.0.max(ledger.descriptor_bytes);
+        let bytes = ledger.memmap_bytes + ledger.other_metadata_bytes + descriptors;
+        bytes as f64 * 100.0 / self.ram_bytes.max(1) as f64
+    }
+
+    /// Events that became calls or are accounted for, a second.
+    pub(crate) fn events_per_second(&self) -> f64 {
+        self.source.recording.events.len() as f64 / self.times.overall().as_secs_f64().max(1e-9)
+    }
+}
+
+/// Are there objects among the events?
+fn has_objects(events: &[Event]) -> bool {
+    use EventKind::{CacheAlloc, CacheFree, Kfree, Kmalloc};
+    let is_object = |e: &Event| {
+        matches!(e.kind(), Kmalloc { .. } | Kfree { .. } | CacheAlloc { .. } | CacheFree { .. })
+    };
+    events.iter().any(is_object)
+}
+
+/// Does everything.
+pub(crate) fn run(options: &Options) -> Result<Replay, Error> {
+    let mut source = source::load(options.path.as_deref(), !options.no_snapshot, options.quiet)?;
+    let limited = options.limit.is_some_and(|n| n < source.recording.events.len());
+    if let Some(limit) = options.limit.filter(|_| limited) {
+        source.recording.events.truncate(limit);
+        source.recording.after = None;
+    }
+    let recording = &source.recording;
+    let events = &recording.events;
+    let nothing = |why: &str| Error::Nothing { name: source.name.clone(), why: why.into() };
+    if events.is_empty() {
+        return Err(nothing("no events"));
+    }
+    let mut times = Times { parse: source.parse, ..Times::default() };
+
+    let before = recording.before.as_ref();
+    let shape = machine::shape(events, recording.cpus(), before, options.memory, options.cpus)?;
+    let objects_too = !options.pages_only && has_objects(events);
+    let start = Instant::now();
+    let slabs = objects_too.then(|| slabs::find(events, shape.pages, options.direct_map_base));
+    times.pair = start.elapsed();
+    let slabs_told = slabs.as_ref().map(|s| s.told);
+    if options.pages_only {
+        let is_page = |e: &Event| matches!(e.kind(), EventKind::PageAlloc { .. } | EventKind::PageFree { .. });
+        if !events.iter().any(is_page) {
+            return Err(nothing("--pages-only, and there is no event of a page"));
+        }
+    }
+
+    let start = Instant::now();
+    let machine = Machine::new(&shape.ranges, shape.cpus).map_err(|why| Error::Machine {
+        name: source.name.clone(),
+        bytes: shape.bytes(),
+        source: why,
+    })?;
+    let guards: Vec<_> = (0..shape.cpus).filter_map(|cpu| machine.mm.platform().claim(cpu)).collect();
+    guards[0].switch();
+    let mut pages = Pages::new(shape.pages);
+    let mut claims = None;
+    if let Some(snapshot) = before
+        && let Some(flags) = &snapshot.kpageflags
+        && let Some(layout) = snapshot.layout(Some(&Evidence::of_start(events)))
+    {
+        claims = Some(layout::claim(&machine, &mut pages, &layout, flags, &shape.ram()));
+    }
+    let base = match slabs_told {
+        Some(Told::ByAddress(base)) => Some(base),
+        _ => None,
+    };
+    let objects = Objects::new(base, shape.pages);
+    times.setup = source.load + start.elapsed();
+
+    let mut engine =
+        Engine::new(&machine, &guards, pages, objects, slabs, recording.caches.len());
+    let bar = progress::events(options.quiet, events.len() as u64);
+    times.replay = engine.run(events, &recording.caches, |done| bar.set_position(done as u64));
+    bar.finish_and_clear();
+    times.allocator = engine.latencies.total(times.replay.ns_per_tick);
+
+    // The end of the recording.
+    let ledger = machine.mm.ledger();
+    let fragmentation = machine.mm.fragmentation();
+    let mix = Mix::of(&machine, &ledger);
+    let mut page_counts = engine.page_counts.clone();
+    page_counts.from_snapshot = claims.as_ref().map_or(0, |c| c.all_blocks() - c.blocks[5]);
+    page_counts.live = (page_counts.from_snapshot + page_counts.allocated).saturating_sub(page_counts.freed);
+    let mut slab_counts = engine.slab_counts.clone();
+    slab_counts.live = engine.objects.len() as u64;
+    let linux_derived = claims.as_ref().map(|_| linux::of_events(&engine.pages, &shape.ram()));
+    let linux_before = before.and_then(linux::of_snapshot);
+    let linux_after = recording.after.as_ref().and_then(linux::of_snapshot);
+    let mut vmstat = Vec::new();
+    machine.mm.vmstat(|name, value| vmstat.push((name, value)));
+
+    let start = Instant::now();
+    let teardown = tear_down(&machine, &mut engine, claims.as_ref());
+    times.teardown = start.elapsed();
+    let (latencies, traffic, peak) = (engine.latencies, engine.traffic, engine.peak);
+    let alloc_on_free = machine.mm.event(Counter::AllocOnFree);
+    let corruptions = machine.corruptions.get();
+    drop(guards);
+    Ok(Replay {
+        cpus: shape.cpus,
+        ram_bytes: shape.bytes(),
+        memory_from: shape.memory_from,
+        limited,
+        slabs_told,
+        claims,
+        times,
+        traffic,
+        pages: page_counts,
+        slab: slab_counts,
+        ledger,
+        mix,
+        peak,
+        fragmentation,
+        linux_before,
+        linux_after,
+        linux_derived,
+        latencies,
+        alloc_on_free,
+        vmstat,
+        teardown,
+        corruptions,
+        source,
+    })
+}
+
+fn tear_down(machine: &Machine, engine: &mut Engine<'_>, claims: Option<&Claims>) -> Teardown {
+    let (blocks, objects, stuck_caches) = engine.tear_down();
+    // Twice: the first gives back descriptors, the second the slabs that they were in.
+    machine.mm.shrink();
+    machine.mm.shrink();
+    let ledger = machine.mm.ledger();
+    let reserved = claims.map_or(0, |c| c.reserved_pages);
+    let back = ledger.free + ledger.untouched + ledger.pcp + ledger.metadata + reserved;
+    let left: u64 = ledger.by_type.iter().sum();
+    let kept = ledger.by_type[PageType::Reserved as usize];
+    let missing = ledger.given.saturating_sub(back).max(left.saturating_sub(kept));
+    Teardown { ledger, blocks, objects, stuck_caches, missing }
+}

@@ -1,0 +1,80 @@
+//! Linux's objects: address there, object here.
+
+use rustc_hash::FxHashMap;
+
+use crate::handles::OwnedObject;
+
+/// Everything up to this address is no object: NULL, and what `kmalloc(0)` gives.
+pub(crate) const ZERO_SIZE_PTR: u64 = 16;
+
+/// All objects that are live.
+pub(crate) struct Objects {
+    map: FxHashMap<u64, OwnedObject>,
+    /// Where Linux maps physical address 0, if that is known.
+    base: Option<u64>,
+    /// How many objects begin in each page of Linux.
+    in_page: Vec<u16>,
+}
+
+impl Objects {
+    pub(crate) fn new(base: Option<u64>, pages: usize) -> Objects {
+        Objects {
+            map: FxHashMap::default(),
+            base,
+            in_page: vec![0; if base.is_some() { pages } else { 0 }],
+        }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.map.len()
+    }
+
+    #[inline]
+    fn count(&mut self, ptr: u64, change: i16) {
+        let Some(base) = self.base else { return };
+        if let Some(n) = self.in_page.get_mut((ptr.wrapping_sub(base) >> 12) as usize) {
+            *n = n.wrapping_add_signed(change);
+        }
+    }
+
+    /// An object stands for this address. If there was one already, it comes back: its free was not seen.
+    #[inline]
+    pub(crate) fn put(&mut self, ptr: u64, object: OwnedObject) -> Option<OwnedObject> {
+        let old = self.map.insert(ptr, object);
+        if old.is_none() {
+            self.count(ptr, 1);
+        }
+        old
+    }
+
+    #[inline]
+    pub(crate) fn take(&mut self, ptr: u64) -> Option<OwnedObject> {
+        let object = self.map.remove(&ptr)?;
+        self.count(ptr, -1);
+        Some(object)
+    }
+
+    /// The objects in a page that Linux's slab gave back: they were freed unseen.
+    #[inline]
+    pub(crate) fn take_page(&mut self, pfn: u32, found: &mut Vec<OwnedObject>) {
+        match (self.base, self.in_page.get(pfn as usize)) {
+            (Some(base), Some(1..)) => self.search_page(base, pfn, found),
+            _ => {}
+        }
+    }
+
+    #[cold]
+    fn search_page(&mut self, base: u64, pfn: u32, found: &mut Vec<OwnedObject>) {
+        let start = base + (u64::from(pfn) << 12);
+        for ptr in (start..start + 4096).step_by(8) {
+            if self.in_page[pfn as usize] == 0 {
+                return;
+            }
+            found.extend(self.take(ptr));
+        }
+    }
+
+    pub(crate) fn drain(&mut self) -> impl Iterator<Item = OwnedObject> + '_ {
+        self.map.drain().map(|(_, object)| object)
+    }
+}

@@ -1,0 +1,83 @@
+//! Where a recording comes from: a path, or the one inside the program.
+
+use std::io::Cursor;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use memdesc_trace::{Reader, Recording, Snapshot, TraceError};
+
+use crate::progress;
+
+/// The recording inside the program: a file of each kind.
+const EMBEDDED: &[(&str, &[u8])] = &[];
+/// What the embedded recording is called.
+pub(crate) const EMBEDDED_NAME: &str = "(built in: cargo build on Linux 6.18)";
+
+/// A recording, and how long it took to read.
+pub(crate) struct Source {
+    pub(crate) name: String,
+    pub(crate) kernel: Option<String>,
+    pub(crate) recording: Recording,
+    pub(crate) parse: Duration,
+    /// Reading the snapshots.
+    pub(crate) load: Duration,
+}
+
+/// Reads a recording, or the embedded one.
+pub(crate) fn load(path: Option<&Path>, snapshots: bool, quiet: bool) -> Result<Source, TraceError> {
+    match path {
+        Some(path) => from_path(path, snapshots, quiet),
+        None => embedded(snapshots, quiet),
+    }
+}
+
+fn from_path(path: &Path, snapshots: bool, quiet: bool) -> Result<Source, TraceError> {
+    let start = Instant::now();
+    let bar = progress::bytes(quiet);
+    let mut parse = None;
+    let recording = Recording::open(path, &mut |p| {
+        progress::reading(&bar, p);
+        parse = Some(start.elapsed());
+    });
+    bar.finish_and_clear();
+    let mut recording = recording?;
+    let all = start.elapsed();
+    let parse = parse.unwrap_or(all);
+    if !snapshots {
+        recording.before = None;
+        recording.after = None;
+    }
+    let folder = if path.is_dir() { Some(path) } else { path.parent() };
+    let kernel = folder.and_then(|f| std::fs::read_to_string(f.join("kernel")).ok());
+    Ok(Source {
+        name: path.display().to_string(),
+        kernel: kernel.map(|k| k.trim().to_string()).filter(|k| !k.is_empty()),
+        recording,
+        parse,
+        load: all.saturating_sub(parse),
+    })
+}
+
+fn embedded(snapshots: bool, quiet: bool) -> Result<Source, TraceError> {
+    let name = PathBuf::from(EMBEDDED_NAME);
+    let events = EMBEDDED.iter().find(|(n, _)| n.starts_with("events.txt"));
+    let events = events.map_or(&[][..], |(_, data)| data);
+    let start = Instant::now();
+    let bar = progress::bytes(quiet);
+    let reader = Reader::new(Cursor::new(events), &name)?;
+    let recording = Recording::read(reader, &mut |p| progress::reading(&bar, p));
+    bar.finish_and_clear();
+    let mut recording = recording?;
+    let parse = start.elapsed();
+    if snapshots {
+        recording.before = Snapshot::from_files(EMBEDDED, ".before")?.non_empty();
+    }
+    let kernel = EMBEDDED.iter().find(|(n, _)| *n == "kernel");
+    Ok(Source {
+        name: EMBEDDED_NAME.into(),
+        kernel: kernel.map(|(_, data)| String::from_utf8_lossy(data).trim().to_string()),
+        recording,
+        parse,
+        load: start.elapsed().saturating_sub(parse),
+    })
+}

@@ -1,0 +1,5 @@
+//! What is said of a replay: to people, and to programs.
+
+pub(crate) mod json;
+pub(crate) mod picture;
+pub(crate) mod text;
