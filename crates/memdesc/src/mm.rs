@@ -166,6 +166,16 @@ impl<P: Platform> Mm<P> {
         self.pages.drain_all(self);
     }
 
+    /// The periodic work of the CPU it is called on, about once a second: per-CPU lists that are no longer used much shrink
+    /// (`refresh_cpu_vm_stats`). Without it they stay at what their busiest hour made of them.
+    ///
+    /// # Context
+    ///
+    /// Any that may pin a CPU.
+    pub fn tick(&self) {
+        self.pages.decay(self);
+    }
+
     /// Gives descriptors back.
     pub(crate) fn put_desc(&self, desc: crate::address::PhysAddr) {
         let mut list = DescList::new();

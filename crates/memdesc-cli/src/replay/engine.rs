@@ -38,6 +38,8 @@ pub(crate) struct Engine<'m> {
     /// The most bytes of metadata seen, and after how many events.
     pub(crate) peak: (u64, usize),
     dead: Vec<OwnedObject>,
+    /// When the next second of the recording is over.
+    next_tick: u64,
 }
 
 /// How long the loop took.
@@ -75,6 +77,7 @@ impl<'m> Engine<'m> {
             slab_counts: SlabCounts::default(),
             peak: (0, 0),
             dead: Vec::new(),
+            next_tick: 0,
         }
     }
 
@@ -107,6 +110,17 @@ impl<'m> Engine<'m> {
         }
     }
 
+    /// A second of the recording has gone by: every CPU does its periodic work, as Linux's do.
+    #[cold]
+    fn tick(&mut self, now: u64) {
+        for guard in self.guards {
+            guard.switch();
+            self.machine.mm.tick();
+        }
+        self.cpu = usize::MAX;
+        self.next_tick = now + 1_000_000_000;
+    }
+
     /// Bytes of slabs of descriptors, now.
     fn metadata_bytes(&self) -> u64 {
         let mut pages = 0;
@@ -119,7 +133,11 @@ impl<'m> Engine<'m> {
     }
 
     #[inline]
-    fn event(&mut self, index: usize, event: &Event, table: &CacheTable) {
+        fn event(&mut self, index: usize, event: &Event, table: &CacheTable) {
+        if event.time_ns >= self.next_tick {
+            self.tick(event.time_ns);
+        }
+
         let cpu = usize::from(event.cpu);
         if cpu != self.cpu {
             self.cpu = cpu;

@@ -24,10 +24,12 @@ pub(crate) const BITMAP_INLINE: usize = BITMAP_WORDS * 64;
 pub(crate) enum SlabList {
     /// None: being set up, or being given back.
     None = 0,
-    /// Has free objects.
-    Partial = 1,
+    /// Has free objects, and is at least half full or was when it last changed lists: allocated from first.
+    Dense = 1,
     /// Has none.
     Full = 2,
+    /// Has free objects and few others: left alone while there is a dense one, so that it may become empty.
+    Sparse = 3,
 }
 
 /// The descriptor of a slab.
@@ -121,8 +123,9 @@ impl Slab {
 
     pub(crate) fn list(&self) -> SlabList {
         match self.list.load(Ordering::Relaxed) {
-            1 => SlabList::Partial,
+            1 => SlabList::Dense,
             2 => SlabList::Full,
+            3 => SlabList::Sparse,
             _ => SlabList::None,
         }
     }

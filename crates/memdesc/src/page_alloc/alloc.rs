@@ -492,6 +492,17 @@ impl<P: Platform> PageAllocator<P> {
         self.free_chain(chain, index, pin, descs);
     }
 
+    /// The periodic work of one CPU: the marks of its lists fall, and what is above them goes back (`refresh_cpu_vm_stats`).
+    pub(crate) fn decay(&self, descs: &impl Descriptors) {
+        let pin = self.pin();
+        for index in 0..self.zones.len() {
+            let pages = self.pcp(&pin, index).decay(&pin);
+            if pages > 0 {
+                self.drain_some(&pin, index, pages, descs);
+            }
+        }
+    }
+
     /// Gives a chain back to its zone, a bounded number of blocks a hold.
     fn free_chain(
         &self,

@@ -283,6 +283,22 @@ impl PerCpuPages {
         self.owner(pin, |lists| lists.take(map, pages))
     }
 
+    /// Lets the mark fall back towards its minimum by an eighth, as long as use does not raise it again
+    /// (`decay_pcp_high`). Says how many pages are above it then.
+    pub(crate) fn decay<P: Platform>(&self, pin: &Pin<'_, P>) -> u32 {
+        self.owner(pin, |lists| {
+            if lists.high > lists.high_min {
+                let floor = lists
+                    .count
+                    .saturating_sub(lists.batch << PCP_BATCH_SCALE_MAX);
+                lists.high = (lists.high - (lists.high >> 3))
+                    .max(floor)
+                    .max(lists.high_min);
+            }
+            lists.count.saturating_sub(lists.high)
+        })
+    }
+
     /// Takes everything out, from any CPU, and lowers the mark: memory is short.
     pub(crate) fn take_all<P: Platform>(&self, platform: &P, map: &MemMap) -> Chain {
         self.remote(platform, |lists| {

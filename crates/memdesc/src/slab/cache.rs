@@ -2,7 +2,8 @@
 //!
 //! | slab | in list | its objects |
 //! |---|---|---|
-//! | partial | `partial` | some free; at most [`MIN_PARTIAL`] of them have all free |
+//! | dense | `dense` | some free: allocated from first |
+//! | sparse | `sparse` | most free, at most [`MIN_PARTIAL`] of them all: left to become empty while there is a dense one |
 //! | full | `full` | none free in the bitmap (some may be in sheaves) |
 //! | being made or given back | none | – |
 //!
@@ -201,9 +202,10 @@ pub(crate) struct SlabHead {
 /// What the list lock guards, with all bitmaps of the cache's slabs.
 #[derive(Debug)]
 pub(crate) struct Lists {
-    pub(crate) partial: SlabHead,
+    pub(crate) dense: SlabHead,
+    pub(crate) sparse: SlabHead,
     pub(crate) full: SlabHead,
-    /// Partial slabs with no object handed out.
+    /// Slabs with no object handed out; they are in `sparse`.
     pub(crate) nr_empty: u32,
     /// Objects handed out, those in sheaves included.
     pub(crate) inuse: u64,
@@ -213,7 +215,8 @@ impl Lists {
     fn head(&mut self, list: SlabList) -> &mut SlabHead {
         match list {
             SlabList::Full => &mut self.full,
-            _ => &mut self.partial,
+            SlabList::Sparse => &mut self.sparse,
+            _ => &mut self.dense,
         }
     }
 
@@ -229,6 +232,43 @@ impl Lists {
         head.head = pfn;
         head.nr += 1;
         slab.set_list(list);
+    }
+
+    /// The slab to allocate from next; [`Pfn::NONE`] if all are full.
+    pub(crate) fn next_partial(&self) -> Pfn {
+        if self.dense.head != Pfn::NONE {
+            self.dense.head
+        } else {
+            self.sparse.head
+        }
+    }
+
+    /// Puts a slab whose objects came or went into the list it belongs to. Between a quarter and a half it stays where it
+    /// is, so that slabs do not wander to and fro.
+    pub(crate) fn relist(&mut self, map: &MemMap, slab: &Slab) {
+        let (inuse, objects, now) = (slab.inuse(), slab.objects(), slab.list());
+        let list = if inuse == objects {
+            SlabList::Full
+        } else if inuse * 2 >= objects {
+            SlabList::Dense
+        } else if inuse * 4 < objects || now == SlabList::None {
+            SlabList::Sparse
+        } else if now == SlabList::Full {
+            SlabList::Dense
+        } else {
+            now
+        };
+        if list != now {
+            if now != SlabList::None {
+                self.remove(map, slab);
+            }
+            self.add(map, slab, list);
+        }
+    }
+
+    /// How many slabs there are.
+    pub(crate) fn nr_slabs(&self) -> u32 {
+        self.dense.nr + self.sparse.nr + self.full.nr
     }
 
     /// Takes a slab out of its list.
@@ -303,7 +343,11 @@ impl CacheCore {
             ctor,
             owner,
             lists: SpinLock::new(Lists {
-                partial: SlabHead {
+                dense: SlabHead {
+                    head: Pfn::NONE,
+                    nr: 0,
+                },
+                sparse: SlabHead {
                     head: Pfn::NONE,
                     nr: 0,
                 },

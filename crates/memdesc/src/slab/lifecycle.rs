@@ -225,7 +225,7 @@ impl<P: Platform> Mm<P> {
         let (live, slabs) = {
             let pin = self.pages.pin();
             let lists = self.lists(core, &pin);
-            (lists.inuse, lists.partial.nr + lists.full.nr)
+            (lists.inuse, lists.nr_slabs())
         };
         if live > 0 || slabs > 0 {
             return Err(DestroyError { cache, live });
@@ -275,7 +275,7 @@ impl<P: Platform> Mm<P> {
         let map = &self.pages.map;
         let pin = self.pages.pin();
         let lists = self.lists(core, &pin);
-        for mut at in [lists.partial.head, lists.full.head] {
+        for mut at in [lists.dense.head, lists.sparse.head, lists.full.head] {
             while at != crate::address::Pfn::NONE {
                 let slab = super::cache::slab_of(map, at);
                 let base = map.virt(slab.pfn().phys());
@@ -324,7 +324,7 @@ impl<P: Platform> Mm<P> {
         };
         let pin = self.pages.pin();
         let lists = self.lists(core, &pin);
-        let num_slabs = u64::from(lists.partial.nr + lists.full.nr);
+        let num_slabs = u64::from(lists.nr_slabs());
         let geometry = &core.geometry;
         CacheView {
             name: core.name(),

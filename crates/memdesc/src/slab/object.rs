@@ -165,16 +165,13 @@ impl<P: Platform> Mm<P> {
         let mut n = 0;
         let pin = self.pages.pin();
         let mut lists = self.lists(core, &pin);
-        while n < out.len() && lists.partial.head != Pfn::NONE {
-            let slab = slab_of(map, lists.partial.head);
+        while n < out.len() && lists.next_partial() != Pfn::NONE {
+            let slab = slab_of(map, lists.next_partial());
             if slab.inuse() == 0 {
                 lists.nr_empty -= 1;
             }
             n += self.take_from(core, slab, &mut out[n..]);
-            if slab.inuse() == slab.objects() {
-                lists.remove(map, slab);
-                lists.add(map, slab, SlabList::Full);
-            }
+            lists.relist(map, slab);
         }
         lists.inuse += n as u64;
         n
@@ -198,19 +195,16 @@ impl<P: Platform> Mm<P> {
         slab: &Slab,
         out: &mut [*mut u8],
     ) -> usize {
-        let n = self.take_from(core, slab, out);
         let map = &self.pages.map;
         let pin = self.pages.pin();
+        // Descriptors of the slab may be out already, and come back on another CPU: the lock comes first.
         let mut lists = self.lists(core, &pin);
+        let n = self.take_from(core, slab, out);
         lists.inuse += n as u64;
-        if slab.inuse() == slab.objects() {
-            lists.add(map, slab, SlabList::Full);
-        } else {
-            if slab.inuse() == 0 {
-                lists.nr_empty += 1;
-            }
-            lists.add(map, slab, SlabList::Partial);
+        if slab.inuse() == 0 {
+            lists.nr_empty += 1;
         }
+        lists.relist(map, slab);
         n
     }
 
@@ -412,18 +406,19 @@ impl<P: Platform> Mm<P> {
                     continue;
                 }
                 lists.inuse -= 1;
-                if slab.list() == SlabList::Full {
-                    lists.remove(map, slab);
-                    lists.add(map, slab, SlabList::Partial);
+                // A slab that is still being made is listed by its maker.
+                if slab.list() == SlabList::None {
+                    continue;
                 }
-                if slab.inuse() == 0 {
-                    if lists.nr_empty < MIN_PARTIAL {
-                        lists.nr_empty += 1;
-                    } else {
-                        lists.remove(map, slab);
-                        slab.links().set_next(empty);
-                        empty = slab.pfn();
-                    }
+                if slab.inuse() > 0 {
+                    lists.relist(map, slab);
+                } else if lists.nr_empty < MIN_PARTIAL {
+                    lists.nr_empty += 1;
+                    lists.relist(map, slab);
+                } else {
+                    lists.remove(map, slab);
+                    slab.links().set_next(empty);
+                    empty = slab.pfn();
                 }
             }
         }
@@ -470,7 +465,7 @@ impl<P: Platform> Mm<P> {
         {
             let pin = self.pages.pin();
             let mut lists = self.lists(core, &pin);
-            let mut at = lists.partial.head;
+            let mut at = lists.sparse.head;
             while at != Pfn::NONE {
                 let slab = slab_of(map, at);
                 at = slab.links().next();
