@@ -179,6 +179,16 @@ impl<P: Platform> Mm<P> {
         self.pages.drain_all(self);
     }
 
+    /// Upkeep of the calling CPU: call it once a second on each (`refresh_cpu_vm_stats`). Its per-CPU lists shrink to what it
+    /// uses.
+    ///
+    /// # Context
+    ///
+    /// Any that may pin a CPU. Allocates nothing, does not wait.
+    pub fn tick(&self) {
+        self.pages.decay_pcp(self);
+    }
+
     /// Gives descriptors back.
     pub(crate) fn put_desc(&self, desc: crate::address::PhysAddr) {
         let mut list = DescList::new();

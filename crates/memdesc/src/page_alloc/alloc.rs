@@ -172,6 +172,10 @@ impl<P: Platform> PageAllocator<P> {
         if !self.zones[zone].has_headroom(order, zone_type) {
             return None;
         }
+        // The list of a node without such a zone starts with another's.
+        if gfp.contains(gfp::__GFP_THISNODE) && self.zones[zone].node as usize != node {
+            return None;
+        }
         let block = self
             .pcp(&pin, zone)
             .pop(&pin, &self.map, order, gfp.migratetype())?;
@@ -496,6 +500,20 @@ impl<P: Platform> PageAllocator<P> {
         let pin = self.pin();
         self.stats(&pin).add(&pin, Event::DrainAll, 1);
         blocks
+    }
+
+    /// Lets the calling CPU's lists shrink to what it uses.
+    pub(crate) fn decay_pcp(&self, descs: &impl Descriptors) {
+        for index in 0..self.zones.len() {
+            let pin = self.pin();
+            let pcp = self.pcp(&pin, index);
+            let pages = pcp.decay(&pin);
+            if pages > 0 {
+                let chain = pcp.take(&pin, &self.map, pages);
+                self.stats(&pin).add(&pin, Event::PcpDrain, 1);
+                self.free_chain(chain, index, &pin, descs);
+            }
+        }
     }
 
     /// Takes a certain block out of free memory (`alloc_contig_range` of one block, `take_page_off_buddy`).

@@ -273,6 +273,16 @@ impl PerCpuPages {
         })
     }
 
+    /// Lowers the mark by an eighth, as long as nothing calls for it; says how many pages are too many then
+    /// (`decay_pcp_high`). Without this a burst of requests would leave its pages in the lists for good.
+    pub(crate) fn decay<P: Platform>(&self, pin: &Pin<'_, P>) -> u32 {
+        self.owner(pin, |l| {
+            let bound = l.count.saturating_sub(l.batch << PCP_BATCH_SCALE_MAX);
+            l.high = bound.max(l.high - (l.high >> 3)).max(l.high_min);
+            l.count.saturating_sub(l.high)
+        })
+    }
+
     /// A look from any CPU.
     pub(crate) fn view<P: Platform>(&self, platform: &P) -> PcpView {
         self.remote(platform, |l| PcpView {
