@@ -38,7 +38,12 @@ pub(crate) struct Engine<'m> {
     /// The most bytes of metadata seen, and after how many events.
     pub(crate) peak: (u64, usize),
     dead: Vec<OwnedObject>,
+    /// When the CPUs do their upkeep next, on the recording's clock.
+    next_tick: u64,
 }
+
+/// Nanoseconds between two rounds of upkeep: Linux does it every second (`vm.stat_interval`).
+const TICK: u64 = 1_000_000_000;
 
 /// How long the loop took.
 #[derive(Clone, Copy, Debug, Default)]
@@ -75,6 +80,7 @@ impl<'m> Engine<'m> {
             slab_counts: SlabCounts::default(),
             peak: (0, 0),
             dead: Vec::new(),
+            next_tick: 0,
         }
     }
 
@@ -120,6 +126,9 @@ impl<'m> Engine<'m> {
 
     #[inline]
     fn event(&mut self, index: usize, event: &Event, table: &CacheTable) {
+        if event.time_ns >= self.next_tick {
+            self.tick(event.time_ns);
+        }
         let cpu = usize::from(event.cpu);
         if cpu != self.cpu {
             self.cpu = cpu;
@@ -154,6 +163,19 @@ impl<'m> Engine<'m> {
                 self.object_free(ptr);
             }
         }
+    }
+
+    /// A second has passed: every CPU does its upkeep.
+    #[cold]
+    fn tick(&mut self, now: u64) {
+        if self.next_tick > 0 {
+            for guard in self.guards {
+                guard.switch();
+                self.machine.mm.tick();
+            }
+            self.cpu = usize::MAX;
+        }
+        self.next_tick = now + TICK;
     }
 
     #[inline]

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use memdesc::{Event as Counter, Fragmentation, Ledger, PageType};
 use memdesc_trace::snapshot::evidence::Evidence;
-use memdesc_trace::{Event, EventKind};
+use memdesc_trace::{Event, EventKind, Snapshot};
 
 use crate::error::Error;
 use crate::handles::Machine;
@@ -80,6 +80,42 @@ pub(crate) struct Teardown {
     pub(crate) missing: u64,
 }
 
+/// A cache of descriptors at the end of the recording.
+#[derive(Clone, Debug)]
+pub(crate) struct DescriptorCache {
+    pub(crate) name: String,
+    pub(crate) size: usize,
+    pub(crate) live: u64,
+    pub(crate) in_sheaves: u64,
+    pub(crate) room: u64,
+    pub(crate) bytes: u64,
+}
+
+impl DescriptorCache {
+    fn all(machine: &Machine) -> Vec<DescriptorCache> {
+        let mut all = Vec::new();
+        machine.mm.slabinfo(|cache| {
+            if cache.metadata {
+                all.push(DescriptorCache {
+                    name: cache.name.to_string(),
+                    size: cache.size,
+                    live: cache.active_objs,
+                    in_sheaves: cache.in_sheaves,
+                    room: cache.num_objs,
+                    bytes: cache.num_slabs * (cache.pages_per_slab * memdesc::PAGE_SIZE) as u64,
+                });
+            }
+        });
+        all
+    }
+}
+
+/// Pages in per-CPU lists, by zoneinfo.
+fn pcp_of(snapshot: Option<&Snapshot>) -> Option<u64> {
+    let zones = &snapshot?.zoneinfo.as_ref()?.zones;
+    Some(zones.iter().map(|zone| zone.pcp_pages()).sum())
+}
+
 /// Everything that a report can say.
 pub(crate) struct Replay {
     pub(crate) source: Source,
@@ -104,6 +140,10 @@ pub(crate) struct Replay {
     pub(crate) latencies: Latencies,
     pub(crate) alloc_on_free: u64,
     pub(crate) vmstat: Vec<(&'static str, u64)>,
+    /// The caches that descriptors come from: name, live objects, room for objects, bytes.
+    pub(crate) descriptor_caches: Vec<DescriptorCache>,
+    /// Pages in Linux's per-CPU lists, before and after.
+    pub(crate) linux_pcp: (Option<u64>, Option<u64>),
     pub(crate) teardown: Teardown,
     pub(crate) corruptions: (u64, Option<String>),
 }
@@ -238,6 +278,8 @@ pub(crate) fn run(options: &Options) -> Result<Replay, Error> {
     let linux_derived = claims.as_ref().map(|_| linux::of_events(&engine.pages, &shape.ram()));
     let linux_before = before.and_then(linux::of_snapshot);
     let linux_after = recording.after.as_ref().and_then(linux::of_snapshot);
+    let linux_pcp = (pcp_of(before), pcp_of(recording.after.as_ref()));
+    let descriptor_caches = DescriptorCache::all(&machine);
     let mut vmstat = Vec::new();
     machine.mm.vmstat(|name, value| vmstat.push((name, value)));
 
@@ -269,6 +311,8 @@ pub(crate) fn run(options: &Options) -> Result<Replay, Error> {
         latencies,
         alloc_on_free,
         vmstat,
+        descriptor_caches,
+        linux_pcp,
         teardown,
         corruptions,
         source,
