@@ -286,10 +286,13 @@ impl<P: Platform> Mm<P> {
 
     #[cold]
     fn report_page(&self, pfn: Pfn, word: Word, caller: &'static core::panic::Location<'static>) {
+        // The tails of larger blocks have no word of their own.
+        let found = self.pages.map.lookup(pfn);
+        let word = found.map_or(word, |f| f.word);
         let what = match word.kind() {
             _ if self.pages.map.region(pfn).is_none() => Corruption::NotRam,
             PageType::Free | PageType::None => Corruption::DoubleFree,
-            _ if !pfn.is_aligned(word.order()) => Corruption::NotAHead,
+            _ if found.is_some_and(|f| f.head != pfn) => Corruption::NotAHead,
             _ => Corruption::WrongType,
         };
         self.pages.platform.corruption(&Report {

@@ -254,6 +254,10 @@ impl<P: Platform> PageAllocator<P> {
                 if this_node && zone.node as usize != node {
                     continue;
                 }
+                // Staying near is worth more than staying unmixed.
+                if no_fragment && zone.node as usize != node {
+                    break;
+                }
                 if !zone.watermark_ok(order, gfp.zone_type(), flags) {
                     why = AllocError::Watermark;
                     continue;
