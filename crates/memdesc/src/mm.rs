@@ -21,10 +21,11 @@ use crate::sync::{SpinGuard, SpinLock};
 pub(crate) enum BuiltIn {
     Buddy = 0,
     Slab = 1,
-    Folio = 2,
-    PtDesc = 3,
-    Cache = 4,
-    Kmalloc = 5,
+    File = 2,
+    Anon = 3,
+    PtDesc = 4,
+    Cache = 5,
+    Kmalloc = 6,
 }
 
 impl BuiltIn {
@@ -75,23 +76,19 @@ impl<P: Platform> Mm<P> {
     }
 
     pub(crate) fn buddy_cache(&self) -> &CacheCore {
-        &self.built_in[BuiltIn::Buddy as usize]
+        self.built_in(BuiltIn::Buddy)
     }
 
     pub(crate) fn slab_cache(&self) -> &CacheCore {
-        &self.built_in[BuiltIn::Slab as usize]
+        self.built_in(BuiltIn::Slab)
     }
 
-    pub(crate) fn folio_cache(&self) -> &CacheCore {
-        &self.built_in[BuiltIn::Folio as usize]
-    }
-
-    pub(crate) fn ptdesc_cache(&self) -> &CacheCore {
-        &self.built_in[BuiltIn::PtDesc as usize]
+    pub(crate) fn built_in(&self, which: BuiltIn) -> &CacheCore {
+        &self.built_in[which as usize]
     }
 
     pub(crate) fn cache_cache(&self) -> &CacheCore {
-        &self.built_in[BuiltIn::Cache as usize]
+        self.built_in(BuiltIn::Cache)
     }
 
     #[inline]
@@ -150,7 +147,8 @@ impl<P: Platform> Mm<P> {
         self.for_each_cache(|core| pages += self.cache_shrink(core));
         self.drain_all();
         for built_in in [
-            BuiltIn::Folio,
+            BuiltIn::File,
+            BuiltIn::Anon,
             BuiltIn::PtDesc,
             BuiltIn::Buddy,
             BuiltIn::Slab,

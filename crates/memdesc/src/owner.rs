@@ -14,7 +14,7 @@ use crate::desc::{Folio, PtDesc};
 use crate::error::AllocError;
 use crate::gfp::{self, Flags};
 use crate::memmap::{DescClass, Found, PageType, Word};
-use crate::mm::Mm;
+use crate::mm::{BuiltIn, Mm};
 use crate::page_alloc::MigrateType;
 use crate::page_alloc::buddy::Block;
 use crate::platform::{FaultPoint, Pin, Platform};
@@ -149,12 +149,12 @@ impl<P: Platform> Mm<P> {
         order: usize,
         kind: FolioKind,
     ) -> Result<Pfn, AllocError> {
-        let kind = match kind {
-            FolioKind::File => PageType::File,
-            FolioKind::Anon => PageType::Anon,
+        let (kind, class) = match kind {
+            FolioKind::File => (PageType::File, DescClass::File),
+            FolioKind::Anon => (PageType::Anon, DescClass::Anon),
         };
         let block = self.pages.alloc_block(kind, gfp, order, None, self)?;
-        let word = self.own_block(block, DescClass::Folio, kind, Some(gfp))?;
+        let word = self.own_block(block, class, kind, Some(gfp))?;
         self.folio_at(word.desc()).init();
         self.pages.map.publish_block(block.pfn, word);
         Ok(block.pfn)
@@ -246,7 +246,8 @@ impl<P: Platform> Mm<P> {
             return Err(AllocError::Busy);
         }
         let class = match kind {
-            PageType::Anon | PageType::File => DescClass::Folio,
+            PageType::Anon => DescClass::Anon,
+            PageType::File => DescClass::File,
             PageType::PageTable => DescClass::PtDesc,
             PageType::LargeKmalloc | PageType::Bare => DescClass::Buddy,
             _ => return Err(AllocError::BadSize),
@@ -256,7 +257,7 @@ impl<P: Platform> Mm<P> {
             None => word.to_owned(kind),
         };
         match class {
-            DescClass::Folio => self.folio_at(new.desc()).init(),
+            DescClass::File | DescClass::Anon => self.folio_at(new.desc()).init(),
             DescClass::PtDesc => self.ptdesc_at(new.desc()).init(),
             _ => {}
         }
@@ -300,10 +301,13 @@ impl<P: Platform> Mm<P> {
 
     #[cold]
     fn report_page(&self, pfn: Pfn, word: Word, caller: &'static core::panic::Location<'static>) {
+        // The tails of larger blocks have no word of their own.
+        let found = self.pages.map.lookup(pfn);
+        let word = found.map_or(word, |f| f.word);
         let what = match word.kind() {
             _ if self.pages.map.region(pfn).is_none() => Corruption::NotRam,
             PageType::Free | PageType::None => Corruption::DoubleFree,
-            _ if !pfn.is_aligned(word.order()) => Corruption::NotAHead,
+            _ if found.is_some_and(|f| f.head != pfn) => Corruption::NotAHead,
             _ => Corruption::WrongType,
         };
         self.pages.platform.corruption(&Report {
@@ -417,9 +421,10 @@ impl<P: Platform> Mm<P> {
             return Err(AllocError::NoDescriptor);
         }
         let core = match class {
-            DescClass::Folio => self.folio_cache(),
+            DescClass::File => self.built_in(BuiltIn::File),
+            DescClass::Anon => self.built_in(BuiltIn::Anon),
             DescClass::Slab => self.slab_cache(),
-            DescClass::PtDesc => self.ptdesc_cache(),
+            DescClass::PtDesc => self.built_in(BuiltIn::PtDesc),
             DescClass::Buddy | DescClass::Yours => return Ok(None),
         };
         let caller = core::panic::Location::caller();

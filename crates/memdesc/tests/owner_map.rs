@@ -6,8 +6,9 @@
 
 mod common;
 
-use std::sync::Mutex;
+use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Mutex, RwLock};
 use std::time::{Duration, Instant};
 
 use common::*;
@@ -222,4 +223,184 @@ fn pages_small_orders_nearly_full() {
 #[test]
 fn pages_on_floating_cpus() {
     pages_stress(&arena(), &[0, 0, 1, 3, 4, 7, 8, 9, 10], 97, false);
+}
+
+/// An object on its way from one thread to another.
+#[derive(Clone, Copy)]
+struct Object {
+    ptr: NonNull<u8>,
+    size: usize,
+    tag: u8,
+    /// Which shared cache; none for kmalloc.
+    cache: Option<usize>,
+}
+
+// SAFETY: a live object belongs to whoever has this, on whatever thread.
+unsafe impl Send for Object {}
+
+impl Object {
+    fn new(ptr: NonNull<u8>, size: usize, tag: u8, cache: Option<usize>) -> Object {
+        fill(ptr, size, tag);
+        Object {
+            ptr,
+            size,
+            tag,
+            cache,
+        }
+    }
+
+    /// Nobody else wrote here.
+    fn check(&self) {
+        let bytes = bytes(self.ptr, self.size);
+        let bad = bytes.iter().position(|&b| b != self.tag);
+        assert!(
+            bad.is_none(),
+            "byte {bad:?} of an object of {} is not {:#x}: {bytes:x?}",
+            self.size,
+            self.tag
+        );
+    }
+
+    fn free(self, mm: &Mm<Host>, caches: &[Cache]) {
+        self.check();
+        match self.cache {
+            Some(cache) => cache_free(mm, &caches[cache], self.ptr),
+            None => kfree(mm, self.ptr),
+        }
+    }
+}
+
+/// Objects, freed on other threads than they were allocated on, while others drain, shrink, and make and destroy caches.
+#[test]
+fn objects_across_threads() {
+    let machine = arena();
+    let mm = machine.boot_on(
+        Host::builder()
+            .memory(&machine.ranges)
+            .cpus(THREADS)
+            .floating(1)
+            .build()
+            .unwrap(),
+    );
+    let caches: Vec<_> = [
+        ("eight", 8, CacheFlags::EMPTY),
+        ("hundred", 104, CacheFlags::EMPTY),
+        ("large", 9000, CacheFlags::EMPTY),
+        ("no sheaves", 48, CacheFlags::NO_SHEAVES),
+        ("checked", 24, ALL),
+    ]
+    .map(|(name, size, flags)| mm.kmem_cache_create(name, size, 8, flags, None).unwrap())
+    .into();
+    let until = Until::new();
+    let mail: Mailboxes<Object> = Default::default();
+    // A cache is not destroyed while `shrink` or the views walk over all of them (`# Context` of `kmem_cache_destroy`).
+    let walk = RwLock::new(());
+    std::thread::scope(|scope| {
+        for thread in 0..THREADS {
+            let (mm, caches, mail, until, walk) = (&mm, &caches[..], &mail, &until, &walk);
+            scope.spawn(move || {
+                let _stop = StopOnPanic(until);
+                let _cpu = mm.platform().claim(thread).unwrap();
+                let mut rng = Rng(thread as u64 + 10);
+                let mut live: Vec<Object> = Vec::new();
+                let limit = scaled(6000, 100);
+                while !until.done() {
+                    let tag = rng.next() as u8;
+                    if live.len() < limit && rng.below(100) < 55 {
+                        if rng.one_in(2) {
+                            let index = rng.below(caches.len());
+                            let size = caches[index].object_size();
+                            if rng.one_in(20) {
+                                let mut out = [std::ptr::null_mut(); 50];
+                                if mm
+                                    .kmem_cache_alloc_bulk(&caches[index], GFP_KERNEL, &mut out)
+                                    .is_ok()
+                                {
+                                    let new = |p| {
+                                        Object::new(
+                                            NonNull::new(p).unwrap(),
+                                            size,
+                                            tag,
+                                            Some(index),
+                                        )
+                                    };
+                                    live.extend(out.map(new));
+                                }
+                            } else if let Ok(ptr) = mm.kmem_cache_alloc(&caches[index], GFP_KERNEL)
+                            {
+                                live.push(Object::new(ptr, size, tag, Some(index)));
+                            }
+                        } else {
+                            let most = if rng.one_in(8) { 30_000 } else { 300 };
+                            let size = 1 + rng.below(most);
+                            if let Ok(ptr) = mm.kmalloc(size, GFP_ATOMIC) {
+                                live.push(Object::new(ptr, size, tag, None));
+                            }
+                        }
+                    } else if !live.is_empty() {
+                        let object = live.swap_remove(rng.below(live.len()));
+                        if rng.one_in(2) {
+                            mail[rng.below(THREADS)].lock().unwrap().push(object);
+                        } else {
+                            object.free(mm, caches);
+                        }
+                    }
+                    for object in std::mem::take(&mut *mail[thread].lock().unwrap()) {
+                        object.free(mm, caches);
+                    }
+                    if rng.one_in(400) {
+                        own_cache(mm, &mut rng, thread, walk);
+                    }
+                }
+                live.into_iter().for_each(|object| object.free(mm, caches));
+            });
+        }
+        let (mm, until, walk) = (&mm, &until, &walk);
+        scope.spawn(move || {
+            let _stop = StopOnPanic(until);
+            while !until.done() {
+                {
+                    let _walk = walk.write().unwrap();
+                    mm.shrink();
+                    let mut n = 0;
+                    mm.slabinfo(|c| n += c.active_objs);
+                }
+                std::thread::sleep(Duration::from_micros(200));
+                mm.drain_all();
+            }
+        });
+    });
+    for object in mail.into_iter().flat_map(|m| m.into_inner().unwrap()) {
+        object.free(&mm, &caches);
+    }
+    for cache in caches {
+        mm.kmem_cache_destroy(cache).unwrap();
+    }
+    teardown(&machine, &mm);
+}
+
+/// A cache of this thread alone, from creation to destruction.
+fn own_cache(mm: &Mm<Host>, rng: &mut Rng, thread: usize, walk: &RwLock<()>) {
+    let size = 1 + rng.below(2000);
+    let Ok(cache) = mm.kmem_cache_create(
+        &format!("thread {thread}"),
+        size,
+        8,
+        CacheFlags::EMPTY,
+        None,
+    ) else {
+        return;
+    };
+    let mut live = Vec::new();
+    for _ in 0..rng.below(scaled(300, 10)) {
+        if let Ok(ptr) = mm.kmem_cache_alloc(&cache, GFP_KERNEL) {
+            live.push(Object::new(ptr, size, thread as u8, None));
+        }
+    }
+    for object in live {
+        object.check();
+        cache_free(mm, &cache, object.ptr);
+    }
+    let _walk = walk.read().unwrap();
+    mm.kmem_cache_destroy(cache).unwrap();
 }

@@ -275,8 +275,15 @@ mod tests {
             let i = bucket(value);
             assert!(i < BUCKETS, "{value}");
             assert!(upper(i) >= value, "{value} is above its bucket");
-            assert!(upper(i) - value <= value / 32, "{value} is far below {}", upper(i));
-            assert!(i == 0 || upper(i - 1) < value, "{value} fits a lower bucket");
+            assert!(
+                upper(i) - value <= value / 32,
+                "{value} is far below {}",
+                upper(i)
+            );
+            assert!(
+                i == 0 || upper(i - 1) < value,
+                "{value} fits a lower bucket"
+            );
         }
     }
 
@@ -286,7 +293,10 @@ mod tests {
         (1..=1000).for_each(|v| h.record(v));
         let s = h.summary(1.0);
         assert_eq!((s.count, s.max), (1000, 1000));
-        assert!((500..=516).contains(&s.p50) && (990..=1000).contains(&s.p99), "{s:?}");
+        assert!(
+            (500..=516).contains(&s.p50) && (990..=1000).contains(&s.p99),
+            "{s:?}"
+        );
         assert_eq!(Histogram::new().summary(1.0).max, 0);
     }
 }

@@ -27,7 +27,10 @@ impl Mix {
     pub(crate) fn of(machine: &Machine, ledger: &Ledger) -> Mix {
         use memdesc::Memory;
         let mm = &machine.mm;
-        let mut mix = Mix { ram_pages: ledger.given, ..Mix::default() };
+        let mut mix = Mix {
+            ram_pages: ledger.given,
+            ..Mix::default()
+        };
         for (start, end) in machine.ram() {
             let mut pfn = start;
             while pfn < end {

@@ -24,7 +24,11 @@ pub(crate) struct Source {
 }
 
 /// Reads a recording, or the embedded one.
-pub(crate) fn load(path: Option<&Path>, snapshots: bool, quiet: bool) -> Result<Source, TraceError> {
+pub(crate) fn load(
+    path: Option<&Path>,
+    snapshots: bool,
+    quiet: bool,
+) -> Result<Source, TraceError> {
     match path {
         Some(path) => from_path(path, snapshots, quiet),
         None => embedded(snapshots, quiet),
@@ -47,11 +51,17 @@ fn from_path(path: &Path, snapshots: bool, quiet: bool) -> Result<Source, TraceE
         recording.before = None;
         recording.after = None;
     }
-    let folder = if path.is_dir() { Some(path) } else { path.parent() };
+    let folder = if path.is_dir() {
+        Some(path)
+    } else {
+        path.parent()
+    };
     let kernel = folder.and_then(|f| std::fs::read_to_string(f.join("kernel")).ok());
     Ok(Source {
         name: path.display().to_string(),
-        kernel: kernel.map(|k| k.trim().to_string()).filter(|k| !k.is_empty()),
+        kernel: kernel
+            .map(|k| k.trim().to_string())
+            .filter(|k| !k.is_empty()),
         recording,
         parse,
         load: all.saturating_sub(parse),

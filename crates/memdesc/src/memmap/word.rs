@@ -169,19 +169,17 @@ impl PageType {
 pub enum DescClass {
     /// A `struct buddy`, 8 bytes.
     Buddy = 0,
-    /// A `folio`, 32 bytes.
-    Folio = 1,
+    /// A `folio` of file cache, 32 bytes.
+    File = 1,
     /// A `struct slab`, 64 bytes.
     Slab = 2,
     /// A `ptdesc`, 32 bytes.
     PtDesc = 3,
     /// Of the kernel's own caches.
     Yours = 4,
-}
-
-impl DescClass {
-    /// How many the allocator itself has a cache for.
-    pub const BUILT_IN: usize = 4;
+    /// A `folio` of anonymous memory. Kept apart from those of files: processes end and files stay, and a slab with both
+    /// would never come free.
+    Anon = 5,
 }
 
 /// A memdesc: the word of one page, as a value.
@@ -259,9 +257,10 @@ impl Word {
     pub const fn class(self) -> DescClass {
         match (self.0 & CLASS_MASK) >> CLASS_SHIFT {
             0 => DescClass::Buddy,
-            1 => DescClass::Folio,
+            1 => DescClass::File,
             2 => DescClass::Slab,
             3 => DescClass::PtDesc,
+            5 => DescClass::Anon,
             _ => DescClass::Yours,
         }
     }
@@ -385,7 +384,7 @@ mod tests {
             for order in 0..=10 {
                 for class in [
                     DescClass::Buddy,
-                    DescClass::Folio,
+                    DescClass::Anon,
                     DescClass::Slab,
                     DescClass::Yours,
                 ] {

@@ -174,6 +174,10 @@ impl<P: Platform> PageAllocator<P> {
         if !self.zones[zone].has_headroom(order, zone_type) {
             return None;
         }
+        // The list of a node without such a zone starts with another's.
+        if gfp.contains(gfp::__GFP_THISNODE) && self.zones[zone].node as usize != node {
+            return None;
+        }
         let block = self
             .pcp(&pin, zone)
             .pop(&pin, &self.map, order, gfp.migratetype())?;
@@ -282,6 +286,10 @@ impl<P: Platform> PageAllocator<P> {
                 let zone = &self.zones[index];
                 if this_node && zone.node as usize != node {
                     continue;
+                }
+                // Staying near is worth more than staying unmixed.
+                if no_fragment && zone.node as usize != node {
+                    break;
                 }
                 if !zone.watermark_ok(order, gfp.zone_type(), flags) {
                     why = AllocError::Watermark;

@@ -50,8 +50,8 @@ impl CacheFlags {
     /// No per-CPU sheaves: every operation goes to the slabs.
     pub const NO_SHEAVES: CacheFlags = CacheFlags(1 << 6);
 
-    /// Any of the flags that check objects.
-    pub(crate) const DEBUG: CacheFlags = CacheFlags(0b111);
+    /// All of the flags that check objects.
+    pub const DEBUG: CacheFlags = CacheFlags(0b111);
 
     /// Are all of `other` set?
     pub const fn contains(self, other: CacheFlags) -> bool {
@@ -123,7 +123,11 @@ pub(crate) struct Geometry {
 impl Geometry {
     /// The geometry for objects of this size (`calculate_sizes`, `calculate_order`); `None` if they do not fit a block.
     pub(crate) fn new(object_size: usize, align: usize, flags: CacheFlags) -> Option<Geometry> {
-        if object_size == 0 || !align.is_power_of_two() || align > PAGE_SIZE {
+        if object_size == 0
+            || object_size > PAGE_SIZE << MAX_ORDER
+            || !align.is_power_of_two()
+            || align > PAGE_SIZE
+        {
             return None;
         }
         let align = align
@@ -501,5 +505,6 @@ mod tests {
         );
         assert!(Geometry::new(0, 8, CacheFlags::EMPTY).is_none());
         assert!(Geometry::new(8 << 20, 8, CacheFlags::EMPTY).is_none());
+        assert!(Geometry::new(usize::MAX, 8, CacheFlags::HWCACHE_ALIGN).is_none());
     }
 }

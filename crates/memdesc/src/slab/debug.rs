@@ -161,6 +161,15 @@ pub(crate) fn on_alloc<P: Platform>(
         if let Some(byte) = bad {
             report(mm, core, object, Corruption::RedzoneLeft, byte, caller);
         }
+        let bad = first_bad(
+            object,
+            size as isize,
+            rounded(core) + RED_TAIL - size,
+            RED_INACTIVE,
+        );
+        if let Some(byte) = bad {
+            report(mm, core, object, Corruption::RedzoneRight, byte, caller);
+        }
         // SAFETY: as above. The red zone starts where the request ends.
         unsafe {
             fill(object, -(lead as isize), lead, RED_ACTIVE);

@@ -164,7 +164,7 @@ fn publish_and_read(publish: fn(&AtomicWord, Word)) {
         unsafe { *d.0.get_mut_ptr() = 7 };
         publish(
             &w,
-            Word::described(PageType::Anon, 0, PhysAddr(64), DescClass::Folio),
+            Word::described(PageType::Anon, 0, PhysAddr(64), DescClass::Anon),
         );
     });
     let seen = word.load();
@@ -194,7 +194,7 @@ fn planted_bug_word_published_relaxed() {
 fn an_owner_finds_its_head_while_neighbours_split_and_merge() {
     loom::model(|| {
         let words: Arc<Vec<AtomicWord>> = Arc::new((0..8).map(|_| AtomicWord::zero()).collect());
-        let word = |order| Word::described(PageType::Anon, order, PhysAddr(64), DescClass::Folio);
+        let word = |order| Word::described(PageType::Anon, order, PhysAddr(64), DescClass::Anon);
         words[0].publish(word(2));
         words[4].publish(word(2));
         let other = words.clone();

@@ -525,3 +525,165 @@ impl Pages {
         assert_eq!(metadata, ledger.metadata);
     }
 }
+
+/// All checks of a debug cache.
+pub const ALL: CacheFlags = CacheFlags::DEBUG;
+
+/// A host with hooks of the test's own before it.
+pub struct Hooked {
+    pub host: Host,
+    /// Called for pages that come back.
+    pub on_free: Option<Box<dyn Fn(Pfn, usize) + Send + Sync>>,
+    /// Called for direct reclaim.
+    pub on_reclaim: Option<Box<dyn Fn(ReclaimRequest) -> usize + Send + Sync>>,
+    /// Each time background reclaim was woken: node and order.
+    pub wakes: std::sync::Mutex<Vec<(usize, usize)>>,
+}
+
+impl Hooked {
+    pub fn new(host: Host) -> Hooked {
+        Hooked {
+            host,
+            on_free: None,
+            on_reclaim: None,
+            wakes: Default::default(),
+        }
+    }
+}
+
+// SAFETY: everything that the promises are about is the host's, which keeps them.
+unsafe impl Platform for Hooked {
+    fn direct_map(&self) -> *mut u8 {
+        self.host.direct_map()
+    }
+    fn nr_cpus(&self) -> usize {
+        self.host.nr_cpus()
+    }
+    fn pin(&self) -> usize {
+        self.host.pin()
+    }
+    unsafe fn unpin(&self, cpu: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { self.host.unpin(cpu) }
+    }
+    fn cpu_to_node(&self, cpu: usize) -> usize {
+        self.host.cpu_to_node(cpu)
+    }
+    fn light_barrier(&self) {
+        self.host.light_barrier();
+    }
+    fn heavy_barrier(&self) {
+        self.host.heavy_barrier();
+    }
+    fn relax(&self, round: u32) {
+        self.host.relax(round);
+    }
+    fn reclaim(&self, request: ReclaimRequest) -> usize {
+        self.on_reclaim.as_ref().map_or(0, |f| f(request))
+    }
+    fn wake_reclaim(&self, node: usize, order: usize) {
+        self.wakes.lock().unwrap().push((node, order));
+    }
+    fn pages_allocated(&self, pfn: Pfn, order: usize) {
+        self.host.pages_allocated(pfn, order);
+    }
+    fn pages_freed(&self, pfn: Pfn, order: usize) {
+        self.host.pages_freed(pfn, order);
+        if let Some(f) = &self.on_free {
+            f(pfn, order);
+        }
+    }
+    fn should_fail(&self, point: FaultPoint) -> bool {
+        self.host.should_fail(point)
+    }
+    fn now(&self) -> u64 {
+        self.host.now()
+    }
+    fn corruption(&self, report: &Report<'_>) {
+        self.host.corruption(report);
+    }
+}
+
+/// The memory manager, for hooks that are made before it.
+pub struct Later<P: Platform>(std::sync::Arc<std::sync::atomic::AtomicPtr<Mm<P>>>);
+
+impl<P: Platform> Clone for Later<P> {
+    fn clone(&self) -> Self {
+        Later(self.0.clone())
+    }
+}
+
+impl<P: Platform> Default for Later<P> {
+    fn default() -> Self {
+        Later(Default::default())
+    }
+}
+
+impl<P: Platform> Later<P> {
+    /// `mm` stays where it is as long as hooks may run.
+    pub fn set(&self, mm: &Mm<P>) {
+        self.0.store(
+            (&raw const *mm).cast_mut(),
+            std::sync::atomic::Ordering::Release,
+        );
+    }
+
+    pub fn get(&self) -> Option<&Mm<P>> {
+        // SAFETY: null or set by `set` to what stays there; only shared references to it exist.
+        unsafe { self.0.load(std::sync::atomic::Ordering::Acquire).as_ref() }
+    }
+}
+
+/// A report that was made, kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seen {
+    pub what: Corruption,
+    pub cache: Option<String>,
+    pub pfn: Pfn,
+    pub kind: PageType,
+    pub address: usize,
+    pub byte: Option<(isize, u8, u8)>,
+    /// File and line.
+    pub allocated: Option<(String, u32)>,
+    pub freed: Option<(String, u32)>,
+    pub caller: (String, u32),
+    pub text: String,
+}
+
+/// All reports of a host.
+#[derive(Clone, Debug, Default)]
+pub struct Reports(std::sync::Arc<std::sync::Mutex<Vec<Seen>>>);
+
+impl Reports {
+    pub fn on(&self, builder: memdesc_host::HostBuilder) -> memdesc_host::HostBuilder {
+        let all = self.0.clone();
+        builder.on_corruption(move |r| {
+            let place = |l: &std::panic::Location<'_>| (l.file().to_owned(), l.line());
+            all.lock().unwrap().push(Seen {
+                what: r.what,
+                cache: r.cache.map(str::to_owned),
+                pfn: r.pfn,
+                kind: r.word.kind(),
+                address: r.address,
+                byte: r.byte,
+                allocated: r.allocated.map(|t| place(t.location)),
+                freed: r.freed.map(|t| place(t.location)),
+                caller: place(r.caller),
+                text: r.to_string(),
+            });
+        })
+    }
+
+    /// What was reported since the last call.
+    pub fn take(&self) -> Vec<Seen> {
+        std::mem::take(&mut self.0.lock().unwrap())
+    }
+
+    /// The one report since the last call.
+    #[track_caller]
+    pub fn one(&self) -> Seen {
+        let all = self.take();
+        assert_eq!(all.len(), 1, "{all:#?}");
+        all.into_iter().next().unwrap()
+    }
+}
