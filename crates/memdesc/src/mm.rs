@@ -165,13 +165,15 @@ impl<P: Platform> Mm<P> {
     }
 
     /// The periodic work of the CPU it is called on, about once a second: per-CPU lists that are no longer used much shrink
-    /// (`refresh_cpu_vm_stats`). Without it they stay at what their busiest hour made of them.
+    /// (`refresh_cpu_vm_stats`), and free blocks give back the descriptors that their last owners left them. Without it
+    /// both stay at what their busiest hour made of them.
     ///
     /// # Context
     ///
     /// Any that may pin a CPU.
     pub fn tick(&self) {
         self.pages.decay(self);
+        self.pages.settle(self);
     }
 
     /// Gives descriptors back.

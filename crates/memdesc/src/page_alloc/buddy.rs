@@ -76,6 +76,7 @@ impl LockedZone<'_> {
         }
         list.nr += 1;
         self.lists.nr_listed += 1 << order;
+        self.lists.nr_morphed += u64::from(word.class() != DescClass::Buddy);
     }
 
     /// Takes a block out of its list. Its word stays as it is.
@@ -102,6 +103,7 @@ impl LockedZone<'_> {
         }
         list.nr -= 1;
         self.lists.nr_listed -= 1 << order;
+        self.lists.nr_morphed -= u64::from(word.class() != DescClass::Buddy);
     }
 
     /// Takes the first block of exactly this list. Its word stays as it is: [`detach`](Self::detach) or link it before the

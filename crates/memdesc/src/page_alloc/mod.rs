@@ -8,6 +8,7 @@ pub(crate) mod alloc;
 pub(crate) mod buddy;
 pub(crate) mod fallback;
 pub(crate) mod pcp;
+pub(crate) mod settle;
 mod types;
 pub(crate) mod watermark;
 pub(crate) mod zone;

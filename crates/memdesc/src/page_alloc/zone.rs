@@ -35,6 +35,10 @@ pub(crate) struct ZoneLists {
     pub(crate) lists: [[FreeList; MigrateType::COUNT]; MAX_ORDER + 1],
     pub(crate) nr_listed: u64,
     pub(crate) nr_untouched: u64,
+    /// Blocks in lists whose descriptor is not a `struct buddy` but what their last owner left.
+    pub(crate) nr_morphed: u64,
+    /// Where the search for them goes on.
+    pub(crate) settle_at: Pfn,
     pub(crate) nr_highatomic: u64,
     pub(crate) events: ZoneEvents,
 }
@@ -117,6 +121,8 @@ impl Zone {
                 lists: [[FreeList::EMPTY; MigrateType::COUNT]; MAX_ORDER + 1],
                 nr_listed: 0,
                 nr_untouched: managed,
+                nr_morphed: 0,
+                settle_at: Pfn(0),
                 nr_highatomic: 0,
                 events: ZoneEvents::default(),
             }),
