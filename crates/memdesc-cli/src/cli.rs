@@ -127,7 +127,12 @@ mod tests {
         assert_eq!(size("24G"), Ok(24 << 30));
         assert_eq!(size("512MiB"), Ok(512 << 20));
         assert_eq!(size("1048576"), Ok(1 << 20));
-        assert!(size("").is_err() && size("G").is_err() && size("4k").is_err() && size("99999999999T").is_err());
+        assert!(
+            size("").is_err()
+                && size("G").is_err()
+                && size("4k").is_err()
+                && size("99999999999T").is_err()
+        );
         assert_eq!(address("0xffff888000000000"), Ok(0xffff_8880_0000_0000));
     }
 }

@@ -12,20 +12,31 @@ pub(crate) enum Error {
     #[error("{0}")]
     Trace(#[from] TraceError),
     #[error("{name}: {bytes} bytes of memory are too large for this machine: {source}")]
-    Machine { name: String, bytes: u64, source: MachineError },
+    Machine {
+        name: String,
+        bytes: u64,
+        source: MachineError,
+    },
     #[error("{name}: nothing in it can be replayed: {why}")]
     Nothing { name: String, why: String },
     #[error(
         "page {pfn:#x} is in the events, but memory ends at page {end:#x} (from {memory_from}): say more with --memory, \
          or leave the snapshot aside with --no-snapshot"
     )]
-    PageBeyondMemory { pfn: u64, end: u64, memory_from: &'static str },
+    PageBeyondMemory {
+        pfn: u64,
+        end: u64,
+        memory_from: &'static str,
+    },
     #[error("{bytes} bytes of memory are too large: at most 16 TiB can be replayed")]
     TooLarge { bytes: u64 },
     #[error("a block of order {order} is in the events: orders up to 10 can be replayed")]
     OrderTooLarge { order: u8 },
     #[error("{path}: {source}", path = .path.display())]
-    Io { path: PathBuf, source: std::io::Error },
+    Io {
+        path: PathBuf,
+        source: std::io::Error,
+    },
     #[error("{0}")]
     Usage(String),
 }

@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use memdesc::gfp::{__GFP_ZERO, Flags};
 use memdesc::{
-    AllocError, Cache, Config, DestroyError, FolioKind, InitError, MemRange, Mm, PAGE_SHIFT, PageType, Pfn,
-    PhysAddr,
+    AllocError, Cache, Config, DestroyError, FolioKind, InitError, MemRange, Mm, PAGE_SHIFT,
+    PageType, Pfn, PhysAddr,
 };
 use memdesc_host::{Host, HostError};
 
@@ -139,8 +139,15 @@ impl Machine {
         };
         let mm = Mm::new(host, &config, ranges)?;
         let page = |at: PhysAddr| (at.0 >> PAGE_SHIFT) as u32;
-        let ram = ranges.iter().map(|r| (page(r.start), page(r.end))).collect();
-        Ok(Machine { mm, corruptions, ram })
+        let ram = ranges
+            .iter()
+            .map(|r| (page(r.start), page(r.end)))
+            .collect();
+        Ok(Machine {
+            mm,
+            corruptions,
+            ram,
+        })
     }
 
     /// The page ranges of memory.

@@ -65,7 +65,10 @@ fn replay_command(args: &cli::Replay) -> Result<u8, Error> {
     }
     let truncated = replay.source.recording.truncated.as_ref();
     if let Some(truncated) = truncated {
-        eprintln!("memdesc: {}: {truncated}; what came before is replayed", replay.source.name);
+        eprintln!(
+            "memdesc: {}: {truncated}; what came before is replayed",
+            replay.source.name
+        );
     }
     Ok(match (failures.is_empty(), truncated) {
         (false, _) => FAILED,

@@ -9,6 +9,10 @@ pub(crate) fn print(text: &str) {
         if error.kind() != ErrorKind::BrokenPipe {
             eprintln!("memdesc: standard output: {error}");
         }
-        std::process::exit(if error.kind() == ErrorKind::BrokenPipe { 141 } else { 2 });
+        std::process::exit(if error.kind() == ErrorKind::BrokenPipe {
+            141
+        } else {
+            2
+        });
     }
 }

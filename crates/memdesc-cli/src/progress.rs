@@ -19,7 +19,11 @@ fn bar(quiet: bool, total: u64, template: &str) -> ProgressBar {
 
 /// For reading a file.
 pub(crate) fn bytes(quiet: bool) -> ProgressBar {
-    bar(quiet, 0, "reading   {wide_bar:.cyan} {bytes}/{total_bytes} {msg}")
+    bar(
+        quiet,
+        0,
+        "reading   {wide_bar:.cyan} {bytes}/{total_bytes} {msg}",
+    )
 }
 
 /// How far the reading has come.
@@ -32,5 +36,9 @@ pub(crate) fn reading(bar: &ProgressBar, progress: Progress) {
 
 /// For replaying events.
 pub(crate) fn events(quiet: bool, total: u64) -> ProgressBar {
-    bar(quiet, total, "replaying {wide_bar:.green} {human_pos}/{human_len} {per_sec}")
+    bar(
+        quiet,
+        total,
+        "replaying {wide_bar:.green} {human_pos}/{human_len} {per_sec}",
+    )
 }

@@ -58,15 +58,30 @@ mod tests {
 
     #[test]
     fn purposes() {
-        assert_eq!(of("GFP_HIGHUSER_MOVABLE|__GFP_ZERO|__GFP_COMP", 0), Purpose::Anon);
+        assert_eq!(
+            of("GFP_HIGHUSER_MOVABLE|__GFP_ZERO|__GFP_COMP", 0),
+            Purpose::Anon
+        );
         assert_eq!(of("GFP_HIGHUSER_MOVABLE|__GFP_COMP", 0), Purpose::Anon);
         assert_eq!(of("GFP_TRANSHUGE|__GFP_NORETRY", 9), Purpose::Anon);
-        assert_eq!(of("GFP_HIGHUSER_MOVABLE|__GFP_WRITE|__GFP_COMP", 0), Purpose::File);
+        assert_eq!(
+            of("GFP_HIGHUSER_MOVABLE|__GFP_WRITE|__GFP_COMP", 0),
+            Purpose::File
+        );
         let readahead = "GFP_NOFS|__GFP_HIGHMEM|__GFP_MOVABLE|__GFP_NOWARN|__GFP_NORETRY|__GFP_COMP|__GFP_HARDWALL";
         assert_eq!(of(readahead, 2), Purpose::File);
-        assert_eq!(of("GFP_KERNEL_ACCOUNT|__GFP_ZERO|__GFP_COMP", 0), Purpose::PageTable);
-        assert_eq!(of("GFP_KERNEL|__GFP_ZERO|__GFP_COMP", 0), Purpose::PageTable);
-        assert_eq!(of("GFP_KERNEL_ACCOUNT|__GFP_ZERO|__GFP_COMP", 2), Purpose::Bare);
+        assert_eq!(
+            of("GFP_KERNEL_ACCOUNT|__GFP_ZERO|__GFP_COMP", 0),
+            Purpose::PageTable
+        );
+        assert_eq!(
+            of("GFP_KERNEL|__GFP_ZERO|__GFP_COMP", 0),
+            Purpose::PageTable
+        );
+        assert_eq!(
+            of("GFP_KERNEL_ACCOUNT|__GFP_ZERO|__GFP_COMP", 2),
+            Purpose::Bare
+        );
         assert_eq!(of("GFP_HIGHUSER|__GFP_ACCOUNT", 0), Purpose::Bare);
         assert_eq!(of("GFP_NOWAIT", 0), Purpose::Bare);
     }

@@ -135,7 +135,9 @@ impl<'m> Engine<'m> {
             self.guards[cpu % self.guards.len()].switch();
         }
         match event.kind() {
-            EventKind::PageAlloc { pfn, order, gfp, .. } => {
+            EventKind::PageAlloc {
+                pfn, order, gfp, ..
+            } => {
                 self.traffic.page_alloc += 1;
                 self.page_alloc(index, pfn, order, gfp);
             }
@@ -145,9 +147,16 @@ impl<'m> Engine<'m> {
                 self.page_free(pfn, order);
             }
             EventKind::PageFreeBatched { .. } => self.traffic.page_free_batched += 1,
-            EventKind::Kmalloc { ptr, bytes_req, gfp, .. } => {
+            EventKind::Kmalloc {
+                ptr,
+                bytes_req,
+                gfp,
+                ..
+            } => {
                 self.traffic.kmalloc += 1;
-                self.object_alloc(ptr, bytes_req.into(), |engine| engine.kmalloc(bytes_req as usize, gfp));
+                self.object_alloc(ptr, bytes_req.into(), |engine| {
+                    engine.kmalloc(bytes_req as usize, gfp)
+                });
             }
             EventKind::Kfree { ptr } => {
                 self.traffic.kfree += 1;
@@ -180,7 +189,9 @@ impl<'m> Engine<'m> {
 
     #[inline]
     fn counter(&self, counter: Counter) -> u64 {
-        self.machine.mm.cpu_event(self.cpu % self.guards.len(), counter)
+        self.machine
+            .mm
+            .cpu_event(self.cpu % self.guards.len(), counter)
     }
 
     #[inline]
@@ -188,20 +199,26 @@ impl<'m> Engine<'m> {
         if self.pages.is_taken(pfn, order) {
             self.reused(pfn, order);
         }
-        if self.slabs.as_ref().is_some_and(|slabs| slabs.contains(index)) {
+        if self
+            .slabs
+            .as_ref()
+            .is_some_and(|slabs| slabs.contains(index))
+        {
             self.pages.mark(pfn, order, Holder::Slab);
             self.page_counts.slab_allocated += 1;
             return;
         }
         let purpose = classify::purpose(gfp, order);
-        let before = [Counter::PcpRefill, Counter::ZoneAlloc, Counter::SlowPath].map(|c| self.counter(c));
+        let before =
+            [Counter::PcpRefill, Counter::ZoneAlloc, Counter::SlowPath].map(|c| self.counter(c));
         let start = self.clock.now();
         let result = self.machine.alloc(purpose, gfp, order.into());
         let ticks = self.clock.now().wrapping_sub(start);
         match result {
             Ok(block) => {
                 let [refill, zone, slow] =
-                    [Counter::PcpRefill, Counter::ZoneAlloc, Counter::SlowPath].map(|c| self.counter(c));
+                    [Counter::PcpRefill, Counter::ZoneAlloc, Counter::SlowPath]
+                        .map(|c| self.counter(c));
                 let path = if slow != before[2] {
                     Path::SlowPath
                 } else if zone != before[1] {
@@ -229,7 +246,11 @@ impl<'m> Engine<'m> {
     #[cold]
     fn page_failed(&mut self, why: AllocError, order: u8) {
         self.page_counts.failed += 1;
-        *self.page_counts.failures.entry((reason(why), order.into())).or_default() += 1;
+        *self
+            .page_counts
+            .failures
+            .entry((reason(why), order.into()))
+            .or_default() += 1;
     }
 
     /// Pages are handed out that were never seen to come back: whole blocks did, then.
@@ -238,7 +259,9 @@ impl<'m> Engine<'m> {
     fn reused(&mut self, pfn: u32, order: u8) {
         let end = pfn + (1 << order);
         for page in pfn..end {
-            let Some((head, size)) = self.pages.block_of(page) else { continue };
+            let Some((head, size)) = self.pages.block_of(page) else {
+                continue;
+            };
             match self.pages.holder(page) {
                 Holder::Slab => {
                     self.free_objects_of(head, size);
@@ -349,7 +372,11 @@ impl<'m> Engine<'m> {
             }
             Err(why) => {
                 self.slab_counts.failed += 1;
-                *self.slab_counts.failures.entry((reason(why), size)).or_default() += 1;
+                *self
+                    .slab_counts
+                    .failures
+                    .entry((reason(why), size))
+                    .or_default() += 1;
             }
         }
     }
@@ -382,7 +409,9 @@ impl<'m> Engine<'m> {
 
     #[inline]
     fn kmalloc(&mut self, size: usize, gfp: Flags) -> Result<OwnedObject, AllocError> {
-        self.timed_alloc(size > KMALLOC_MAX_CACHE_SIZE, |machine| machine.kmalloc(size, gfp))
+        self.timed_alloc(size > KMALLOC_MAX_CACHE_SIZE, |machine| {
+            machine.kmalloc(size, gfp)
+        })
     }
 
     #[inline]
@@ -392,12 +421,17 @@ impl<'m> Engine<'m> {
         table: &CacheTable,
         gfp: Flags,
     ) -> Result<OwnedObject, AllocError> {
-        let number = id.index().filter(|&n| n < MAX_CACHES).ok_or(AllocError::BadSize)?;
+        let number = id
+            .index()
+            .filter(|&n| n < MAX_CACHES)
+            .ok_or(AllocError::BadSize)?;
         if self.caches.get(number).is_none_or(Option::is_none) {
             self.create_cache(number, id, table)?;
         }
         // Out of its place for the call, so that the engine is free for the clock.
-        let Some(cache) = self.caches[number].take() else { return Err(AllocError::BadSize) };
+        let Some(cache) = self.caches[number].take() else {
+            return Err(AllocError::BadSize);
+        };
         let result = self.timed_alloc(false, |machine| machine.cache_alloc(&cache, number, gfp));
         self.caches[number] = Some(cache);
         result
@@ -405,14 +439,32 @@ impl<'m> Engine<'m> {
 
     /// The cache comes with its first object: same name, same size, and where Linux aligns to cache lines, so do we.
     #[cold]
-    fn create_cache(&mut self, number: usize, id: CacheId, table: &CacheTable) -> Result<(), AllocError> {
+    fn create_cache(
+        &mut self,
+        number: usize,
+        id: CacheId,
+        table: &CacheTable,
+    ) -> Result<(), AllocError> {
         let cache = table.get(id).ok_or(AllocError::BadSize)?;
-        let size = if cache.bytes_req > 0 { cache.bytes_req } else { cache.bytes_alloc };
+        let size = if cache.bytes_req > 0 {
+            cache.bytes_req
+        } else {
+            cache.bytes_alloc
+        };
         let lines = cache.bytes_alloc % 64 == 0 && size > 32;
         let align = if lines { 64 } else { 8 };
-        let name = if cache.name.is_empty() { "unnamed" } else { &cache.name };
-        let made =
-            self.machine.mm.kmem_cache_create(name, size as usize, align, CacheFlags::EMPTY, None)?;
+        let name = if cache.name.is_empty() {
+            "unnamed"
+        } else {
+            &cache.name
+        };
+        let made = self.machine.mm.kmem_cache_create(
+            name,
+            size as usize,
+            align,
+            CacheFlags::EMPTY,
+            None,
+        )?;
         if self.caches.len() <= number {
             self.caches.resize_with(number + 1, || None);
         }

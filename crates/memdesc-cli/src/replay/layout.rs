@@ -27,8 +27,14 @@ pub(crate) struct Claims {
 }
 
 impl Claims {
-    pub(crate) const NAMES: [&'static str; 6] =
-        ["bare", "anon", "file", "page_table", "linux_slab", "reserved"];
+    pub(crate) const NAMES: [&'static str; 6] = [
+        "bare",
+        "anon",
+        "file",
+        "page_table",
+        "linux_slab",
+        "reserved",
+    ];
 
     pub(crate) fn all_blocks(&self) -> u64 {
         self.blocks.iter().sum()
@@ -158,7 +164,9 @@ fn reserve(
     let mut start = block.pfn;
     while start < end {
         let known = flagged(start);
-        let run = (start..end).take_while(|&pfn| flagged(pfn) == known).count() as u32;
+        let run = (start..end)
+            .take_while(|&pfn| flagged(pfn) == known)
+            .count() as u32;
         for (pfn, order) in pieces(start, run).filter(|&(pfn, _)| is_ram(pfn)) {
             if !known {
                 pages.mark(pfn, order, Holder::Unseen);
@@ -197,7 +205,9 @@ fn set_mobility(machine: &Machine, layout: &Layout, claims: &mut Claims) {
     }
     for (i, (of_kernel, of_users)) in counts.into_iter().enumerate() {
         if of_kernel > of_users {
-            machine.mm.set_pageblock_migratetype(Pfn(i as u32 * PAGEBLOCK), MigrateType::Unmovable);
+            machine
+                .mm
+                .set_pageblock_migratetype(Pfn(i as u32 * PAGEBLOCK), MigrateType::Unmovable);
             claims.unmovable_pageblocks += 1;
         }
     }

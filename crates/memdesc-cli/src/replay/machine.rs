@@ -22,7 +22,10 @@ impl Shape {
     /// The page ranges of memory.
     pub(crate) fn ram(&self) -> Vec<(u32, u32)> {
         let page = |at: PhysAddr| (at.0 >> memdesc::PAGE_SHIFT) as u32;
-        self.ranges.iter().map(|r| (page(r.start), page(r.end))).collect()
+        self.ranges
+            .iter()
+            .map(|r| (page(r.start), page(r.end)))
+            .collect()
     }
 
     pub(crate) fn bytes(&self) -> u64 {
@@ -51,7 +54,11 @@ pub(crate) fn shape(
 ) -> Result<Shape, Error> {
     let seen = pages_in(events);
     let iomem = snapshot.and_then(|s| s.iomem.as_ref());
-    let range = |start: u64, end: u64| MemRange { start: PhysAddr(start), end: PhysAddr(end), node: 0 };
+    let range = |start: u64, end: u64| MemRange {
+        start: PhysAddr(start),
+        end: PhysAddr(end),
+        node: 0,
+    };
     let mut ranges = Vec::new();
     let memory_from;
     if let Some(bytes) = memory {
@@ -63,11 +70,18 @@ pub(crate) fn shape(
     } else {
         memory_from = "the highest page in the events, and a quarter more";
         let bytes = seen << 12;
-        ranges.push(range(0, (bytes + bytes / 4).next_multiple_of(ROUND).max(ROUND)));
+        ranges.push(range(
+            0,
+            (bytes + bytes / 4).next_multiple_of(ROUND).max(ROUND),
+        ));
     }
     let end = ranges.iter().map(|r| r.end.0 >> 12).max().unwrap_or(0);
     if seen > end {
-        return Err(Error::PageBeyondMemory { pfn: seen - 1, end, memory_from });
+        return Err(Error::PageBeyondMemory {
+            pfn: seen - 1,
+            end,
+            memory_from,
+        });
     }
     if end > u64::from(memdesc::address::MAX_PFN) || Pfn::NONE.0 as u64 <= end {
         return Err(Error::TooLarge { bytes: end << 12 });
@@ -76,7 +90,11 @@ pub(crate) fn shape(
         EventKind::PageAlloc { order, .. } | EventKind::PageFree { order, .. } => order,
         _ => 0,
     };
-    if let Some(order) = events.iter().map(order).find(|&o| usize::from(o) > memdesc::MAX_ORDER) {
+    if let Some(order) = events
+        .iter()
+        .map(order)
+        .find(|&o| usize::from(o) > memdesc::MAX_ORDER)
+    {
         return Err(Error::OrderTooLarge { order });
     }
     Ok(Shape {

@@ -38,7 +38,10 @@ const PIECES: u64 = 768;
 /// Looks at every block of memory.
 pub(crate) fn survey(machine: &Machine, ledger: &Ledger) -> (Mix, Picture) {
     let mm = &machine.mm;
-    let mut mix = Mix { ram_pages: ledger.given, ..Mix::default() };
+    let mut mix = Mix {
+        ram_pages: ledger.given,
+        ..Mix::default()
+    };
     let piece = (ledger.given / PIECES).next_power_of_two().max(1);
     let mut taken = vec![0u64; ledger.given.div_ceil(piece) as usize];
     // Pages of memory so far, holes left out.
@@ -90,7 +93,8 @@ pub(crate) fn survey(machine: &Machine, ledger: &Ledger) -> (Mix, Picture) {
     let mut ours = 0;
     mm.slabinfo(|cache| ours += if cache.metadata { cache.num_slabs } else { 0 });
     mix.slabs = mix.slabs.saturating_sub(ours);
-    let share = |(i, &n): (usize, &u64)| n as f64 / piece.min(ledger.given - i as u64 * piece) as f64;
+    let share =
+        |(i, &n): (usize, &u64)| n as f64 / piece.min(ledger.given - i as u64 * piece) as f64;
     let picture = Picture {
         piece: piece * PAGE_SIZE as u64,
         taken: taken.iter().enumerate().map(share).collect(),

@@ -160,12 +160,27 @@ impl Replay {
             }
         };
         let (pages, slab) = (self.pages.failed, self.slab.failed);
-        check(pages > 0, format!("{pages} page allocations failed where Linux had none fail"));
-        check(slab > 0, format!("{slab} object allocations failed where Linux had none fail"));
-        check(!self.ledger.balanced, "the ledger does not balance at the end of the recording".into());
+        check(
+            pages > 0,
+            format!("{pages} page allocations failed where Linux had none fail"),
+        );
+        check(
+            slab > 0,
+            format!("{slab} object allocations failed where Linux had none fail"),
+        );
+        check(
+            !self.ledger.balanced,
+            "the ledger does not balance at the end of the recording".into(),
+        );
         let down = &self.teardown;
-        check(!down.ledger.balanced, "the ledger does not balance after the teardown".into());
-        check(down.missing > 0, format!("{} pages did not come back", down.missing));
+        check(
+            !down.ledger.balanced,
+            "the ledger does not balance after the teardown".into(),
+        );
+        check(
+            down.missing > 0,
+            format!("{} pages did not come back", down.missing),
+        );
         check(
             self.alloc_on_free > 0,
             format!("{} allocations on free paths", self.alloc_on_free),
@@ -174,7 +189,10 @@ impl Replay {
             check(true, format!("a cache could not be destroyed: {cache}"));
         }
         if let (n @ 1.., Some(first)) = &self.corruptions {
-            check(true, format!("{n} reports of corruption, the first: {first}"));
+            check(
+                true,
+                format!("{n} reports of corruption, the first: {first}"),
+            );
         }
         all
     }
@@ -203,7 +221,10 @@ impl Replay {
 fn has_objects(events: &[Event]) -> bool {
     use EventKind::{CacheAlloc, CacheFree, Kfree, Kmalloc};
     let is_object = |e: &Event| {
-        matches!(e.kind(), Kmalloc { .. } | Kfree { .. } | CacheAlloc { .. } | CacheFree { .. })
+        matches!(
+            e.kind(),
+            Kmalloc { .. } | Kfree { .. } | CacheAlloc { .. } | CacheFree { .. }
+        )
     };
     events.iter().any(is_object)
 }
@@ -211,28 +232,47 @@ fn has_objects(events: &[Event]) -> bool {
 /// Does everything.
 pub(crate) fn run(options: &Options) -> Result<Replay, Error> {
     let mut source = source::load(options.path.as_deref(), !options.no_snapshot, options.quiet)?;
-    let limited = options.limit.is_some_and(|n| n < source.recording.events.len());
+    let limited = options
+        .limit
+        .is_some_and(|n| n < source.recording.events.len());
     if let Some(limit) = options.limit.filter(|_| limited) {
         source.recording.events.truncate(limit);
         source.recording.after = None;
     }
     let recording = &source.recording;
     let events = &recording.events;
-    let nothing = |why: &str| Error::Nothing { name: source.name.clone(), why: why.into() };
+    let nothing = |why: &str| Error::Nothing {
+        name: source.name.clone(),
+        why: why.into(),
+    };
     if events.is_empty() {
         return Err(nothing("no events"));
     }
-    let mut times = Times { parse: source.parse, ..Times::default() };
+    let mut times = Times {
+        parse: source.parse,
+        ..Times::default()
+    };
 
     let before = recording.before.as_ref();
-    let shape = machine::shape(events, recording.cpus(), before, options.memory, options.cpus)?;
+    let shape = machine::shape(
+        events,
+        recording.cpus(),
+        before,
+        options.memory,
+        options.cpus,
+    )?;
     let objects_too = !options.pages_only && has_objects(events);
     let start = Instant::now();
     let slabs = objects_too.then(|| slabs::find(events, shape.pages, options.direct_map_base));
     times.pair = start.elapsed();
     let slabs_told = slabs.as_ref().map(|s| s.told);
     if options.pages_only {
-        let is_page = |e: &Event| matches!(e.kind(), EventKind::PageAlloc { .. } | EventKind::PageFree { .. });
+        let is_page = |e: &Event| {
+            matches!(
+                e.kind(),
+                EventKind::PageAlloc { .. } | EventKind::PageFree { .. }
+            )
+        };
         if !events.iter().any(is_page) {
             return Err(nothing("--pages-only, and there is no event of a page"));
         }
@@ -244,7 +284,9 @@ pub(crate) fn run(options: &Options) -> Result<Replay, Error> {
         bytes: shape.bytes(),
         source: why,
     })?;
-    let guards: Vec<_> = (0..shape.cpus).filter_map(|cpu| machine.mm.platform().claim(cpu)).collect();
+    let guards: Vec<_> = (0..shape.cpus)
+        .filter_map(|cpu| machine.mm.platform().claim(cpu))
+        .collect();
     guards[0].switch();
     let mut pages = Pages::new(shape.pages);
     let mut claims = None;
@@ -252,7 +294,13 @@ pub(crate) fn run(options: &Options) -> Result<Replay, Error> {
         && let Some(flags) = &snapshot.kpageflags
         && let Some(layout) = snapshot.layout(Some(&Evidence::of_start(events)))
     {
-        claims = Some(layout::claim(&machine, &mut pages, &layout, flags, &shape.ram()));
+        claims = Some(layout::claim(
+            &machine,
+            &mut pages,
+            &layout,
+            flags,
+            &shape.ram(),
+        ));
     }
     let base = match slabs_told {
         Some(Told::ByAddress(base)) => Some(base),
@@ -261,10 +309,18 @@ pub(crate) fn run(options: &Options) -> Result<Replay, Error> {
     let objects = Objects::new(base, shape.pages);
     times.setup = source.load + start.elapsed();
 
-    let mut engine =
-        Engine::new(&machine, &guards, pages, objects, slabs, recording.caches.len());
+    let mut engine = Engine::new(
+        &machine,
+        &guards,
+        pages,
+        objects,
+        slabs,
+        recording.caches.len(),
+    );
     let bar = progress::events(options.quiet, events.len() as u64);
-    times.replay = engine.run(events, &recording.caches, |done| bar.set_position(done as u64));
+    times.replay = engine.run(events, &recording.caches, |done| {
+        bar.set_position(done as u64)
+    });
     bar.finish_and_clear();
     times.allocator = engine.latencies.total(times.replay.ns_per_tick);
 
@@ -274,10 +330,13 @@ pub(crate) fn run(options: &Options) -> Result<Replay, Error> {
     let (mix, picture) = mix::survey(&machine, &ledger);
     let mut page_counts = engine.page_counts.clone();
     page_counts.from_snapshot = claims.as_ref().map_or(0, |c| c.all_blocks() - c.blocks[5]);
-    page_counts.live = (page_counts.from_snapshot + page_counts.allocated).saturating_sub(page_counts.freed);
+    page_counts.live =
+        (page_counts.from_snapshot + page_counts.allocated).saturating_sub(page_counts.freed);
     let mut slab_counts = engine.slab_counts.clone();
     slab_counts.live = engine.objects.len() as u64;
-    let linux_derived = claims.as_ref().map(|_| linux::of_events(&engine.pages, &shape.ram()));
+    let linux_derived = claims
+        .as_ref()
+        .map(|_| linux::of_events(&engine.pages, &shape.ram()));
     let linux_before = before.and_then(linux::of_snapshot);
     let linux_after = recording.after.as_ref().and_then(linux::of_snapshot);
     let linux_pcp = (pcp_of(before), pcp_of(recording.after.as_ref()));
@@ -332,7 +391,17 @@ fn tear_down(machine: &Machine, engine: &mut Engine<'_>, claims: Option<&Claims>
     let back = ledger.free + ledger.untouched + ledger.pcp + ledger.metadata + reserved;
     let left: u64 = ledger.by_type.iter().sum();
     let kept = ledger.by_type[PageType::Reserved as usize];
-    let missing = ledger.given.saturating_sub(back).max(left.saturating_sub(kept));
+    let missing = ledger
+        .given
+        .saturating_sub(back)
+        .max(left.saturating_sub(kept));
     let free_blocks = machine.mm.fragmentation().free_by_order.iter().sum();
-    Teardown { ledger, blocks, objects, stuck_caches, missing, free_blocks }
+    Teardown {
+        ledger,
+        blocks,
+        objects,
+        stuck_caches,
+        missing,
+        free_blocks,
+    }
 }

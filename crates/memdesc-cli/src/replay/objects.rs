@@ -32,7 +32,10 @@ impl Objects {
     #[inline]
     fn count(&mut self, ptr: u64, change: i16) {
         let Some(base) = self.base else { return };
-        if let Some(n) = self.in_page.get_mut((ptr.wrapping_sub(base) >> 12) as usize) {
+        if let Some(n) = self
+            .in_page
+            .get_mut((ptr.wrapping_sub(base) >> 12) as usize)
+        {
             *n = n.wrapping_add_signed(change);
         }
     }

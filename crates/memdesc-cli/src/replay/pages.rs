@@ -152,7 +152,9 @@ impl Pages {
 
     #[inline]
     pub(crate) fn holder(&self, pfn: u32) -> Holder {
-        self.entries.get(pfn as usize).map_or(Holder::Nobody, |e| e.holder())
+        self.entries
+            .get(pfn as usize)
+            .map_or(Holder::Nobody, |e| e.holder())
     }
 
     /// Is a page of this block taken?
@@ -180,7 +182,10 @@ impl Pages {
     #[inline]
     fn fill(&mut self, pfn: u32, order: u8, holder: Holder, ours: u32) {
         let start = pfn as usize;
-        for (i, entry) in self.entries[start..start + (1 << order)].iter_mut().enumerate() {
+        for (i, entry) in self.entries[start..start + (1 << order)]
+            .iter_mut()
+            .enumerate()
+        {
             *entry = Entry::new(holder, order, i as u32, ours + i as u32);
         }
     }
@@ -274,7 +279,12 @@ mod tests {
     }
 
     fn heads(freed: Freed) -> Vec<u32> {
-        freed.first.into_iter().chain(freed.more).map(|(b, _, _)| b.into_pfn()).collect()
+        freed
+            .first
+            .into_iter()
+            .chain(freed.more)
+            .map(|(b, _, _)| b.into_pfn())
+            .collect()
     }
 
     #[test]

@@ -74,7 +74,8 @@ pub(crate) fn find(events: &[Event], pages: usize, base: Option<u64>) -> SlabPag
         Some(base) => by_address(events, pages, base, |event, _| slabs.add(event)),
         None => {
             for (i, event) in events.iter().enumerate() {
-                if matches!(event.kind(), EventKind::PageAlloc { gfp, .. } if classify::looks_like_slab(gfp)) {
+                if matches!(event.kind(), EventKind::PageAlloc { gfp, .. } if classify::looks_like_slab(gfp))
+                {
                     slabs.add(i);
                 }
             }
@@ -122,7 +123,9 @@ fn find_base(events: &[Event], pages: usize) -> Option<u64> {
     // A few addresses may be no objects of the direct map: those in the upper half are taken.
     let kernel = || addresses().take(SAMPLE).filter(|&ptr| ptr >> 56 == 0xff);
     let (low, high) = (kernel().min()?, kernel().max()?);
-    let first = high.saturating_sub((pages as u64) << 12).next_multiple_of(BASE_ALIGN);
+    let first = high
+        .saturating_sub((pages as u64) << 12)
+        .next_multiple_of(BASE_ALIGN);
     let last = low & !(BASE_ALIGN - 1);
     if first > last || (last - first) / BASE_ALIGN >= CANDIDATES {
         return None;
@@ -180,9 +183,24 @@ mod tests {
     fn hashed_addresses() {
         let mut events = recording(DEFAULT_BASE);
         for event in &mut events {
-            if let EventKind::Kmalloc { ptr, bytes_req, bytes_alloc, gfp } = event.kind() {
+            if let EventKind::Kmalloc {
+                ptr,
+                bytes_req,
+                bytes_alloc,
+                gfp,
+            } = event.kind()
+            {
                 let ptr = ptr.wrapping_mul(0x9e37_79b9) & 0xffff_ffff;
-                *event = Event::new(0, 0, EventKind::Kmalloc { ptr, bytes_req, bytes_alloc, gfp });
+                *event = Event::new(
+                    0,
+                    0,
+                    EventKind::Kmalloc {
+                        ptr,
+                        bytes_req,
+                        bytes_alloc,
+                        gfp,
+                    },
+                );
             }
         }
         assert_eq!(find(&events, 0x100_000, None).told, Told::ByFlags);

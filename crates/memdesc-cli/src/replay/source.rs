@@ -8,10 +8,24 @@ use memdesc_trace::{Reader, Recording, Snapshot, TraceError};
 
 use crate::progress;
 
-/// The recording inside the program: a file of each kind.
-const EMBEDDED: &[(&str, &[u8])] = &[];
+macro_rules! embedded {
+    ($($name:literal,)*) => {
+        &[$(($name, include_bytes!(concat!("../../recordings/build/", $name)))),*]
+    };
+}
+
+/// The recording inside the program, file by file: those that a replay looks at.
+const EMBEDDED: &[(&str, &[u8])] = embedded![
+    "events.txt.zst",
+    "kernel",
+    "buddyinfo.before",
+    "iomem.before",
+    "kpageflags.before.zst",
+    "meminfo.before",
+    "zoneinfo.before",
+];
 /// What the embedded recording is called.
-pub(crate) const EMBEDDED_NAME: &str = "(built in: cargo build on Linux 6.18)";
+const EMBEDDED_NAME: &str = "(built in: the beginning of a cargo build)";
 
 /// A recording, and how long it took to read.
 pub(crate) struct Source {
@@ -24,7 +38,11 @@ pub(crate) struct Source {
 }
 
 /// Reads a recording, or the embedded one.
-pub(crate) fn load(path: Option<&Path>, snapshots: bool, quiet: bool) -> Result<Source, TraceError> {
+pub(crate) fn load(
+    path: Option<&Path>,
+    snapshots: bool,
+    quiet: bool,
+) -> Result<Source, TraceError> {
     match path {
         Some(path) => from_path(path, snapshots, quiet),
         None => embedded(snapshots, quiet),
@@ -47,11 +65,17 @@ fn from_path(path: &Path, snapshots: bool, quiet: bool) -> Result<Source, TraceE
         recording.before = None;
         recording.after = None;
     }
-    let folder = if path.is_dir() { Some(path) } else { path.parent() };
+    let folder = if path.is_dir() {
+        Some(path)
+    } else {
+        path.parent()
+    };
     let kernel = folder.and_then(|f| std::fs::read_to_string(f.join("kernel")).ok());
     Ok(Source {
         name: path.display().to_string(),
-        kernel: kernel.map(|k| k.trim().to_string()).filter(|k| !k.is_empty()),
+        kernel: kernel
+            .map(|k| k.trim().to_string())
+            .filter(|k| !k.is_empty()),
         recording,
         parse,
         load: all.saturating_sub(parse),

@@ -12,7 +12,14 @@ fn failures(failures: &Failures, unit: &str) -> Value {
 }
 
 fn summary(summary: Summary) -> Value {
-    let Summary { count, mean, p50, p99, p999, max } = summary;
+    let Summary {
+        count,
+        mean,
+        p50,
+        p99,
+        p999,
+        max,
+    } = summary;
     json!({ "p50": p50, "p99": p99, "p999": p999, "max": max, "mean": round(mean, 1), "count": count })
 }
 
@@ -26,10 +33,21 @@ fn latencies(replay: &Replay) -> Value {
     let ns = replay.times.replay.ns_per_tick;
     let mut all = Map::new();
     for group in Group::ALL {
-        all.insert(group.key().into(), summary(replay.latencies.group(group).summary(ns)));
+        all.insert(
+            group.key().into(),
+            summary(replay.latencies.group(group, ns)),
+        );
     }
-    let path = |&path: &Path| (path.key().to_string(), summary(replay.latencies.path(path).summary(ns)));
-    all.insert("paths".into(), Path::ALL.iter().map(path).collect::<Map<_, _>>().into());
+    let path = |&path: &Path| {
+        (
+            path.key().to_string(),
+            summary(replay.latencies.path(path, ns)),
+        )
+    };
+    all.insert(
+        "paths".into(),
+        Path::ALL.iter().map(path).collect::<Map<_, _>>().into(),
+    );
     let floor = replay.latencies.floor as f64 * ns;
     all.insert("measuring_floor_subtracted".into(), json!(round(floor, 1)));
     all.into()
@@ -37,7 +55,11 @@ fn latencies(replay: &Replay) -> Value {
 
 fn snapshot(claims: &Claims) -> Value {
     let of = |values: &[u64; 6]| -> Map<String, Value> {
-        Claims::NAMES.iter().zip(values).map(|(name, n)| (name.to_string(), json!(n))).collect()
+        Claims::NAMES
+            .iter()
+            .zip(values)
+            .map(|(name, n)| (name.to_string(), json!(n)))
+            .collect()
     };
     json!({
         "blocks": of(&claims.blocks),
@@ -51,9 +73,21 @@ fn snapshot(claims: &Claims) -> Value {
 
 /// The report as an object.
 pub(crate) fn object(replay: &Replay) -> Value {
-    let Replay { source, times, traffic, pages, slab, ledger, teardown, mix, .. } = replay;
+    let Replay {
+        source,
+        times,
+        traffic,
+        pages,
+        slab,
+        ledger,
+        teardown,
+        mix,
+        ..
+    } = replay;
     let recording = &source.recording;
-    let seconds = recording.time_span().map_or(0.0, |t| (t.end - t.start) as f64 / 1e9);
+    let seconds = recording
+        .time_span()
+        .map_or(0.0, |t| (t.end - t.start) as f64 / 1e9);
     let total = recording.events.len() as u64;
     let rate = |d: std::time::Duration| (total as f64 / d.as_secs_f64().max(1e-9)).round();
     let linux = replay.linux();

@@ -24,7 +24,10 @@ pub(crate) fn map(shares: &[f64], width: usize) -> Vec<String> {
         s if s >= 1.0 => SHADES[4],
         s => SHADES[1 + ((s * 3.0) as usize).min(2)],
     };
-    shares.chunks(width.max(1)).map(|row| row.iter().map(shade).collect()).collect()
+    shares
+        .chunks(width.max(1))
+        .map(|row| row.iter().map(shade).collect())
+        .collect()
 }
 
 #[cfg(test)]

@@ -40,7 +40,10 @@ fn bytes(value: u64) -> String {
 }
 
 fn rate(events: u64, time: Duration) -> String {
-    format!("{:.2} M/s", events as f64 / time.as_secs_f64().max(1e-9) / 1e6)
+    format!(
+        "{:.2} M/s",
+        events as f64 / time.as_secs_f64().max(1e-9) / 1e6
+    )
 }
 
 /// Right-aligned in so many columns; the thin spaces count.
@@ -93,15 +96,29 @@ pub(crate) fn report(replay: &Replay) -> String {
 fn recording(page: &mut Page, replay: &Replay) {
     let recording = &replay.source.recording;
     let events = recording.events.len() as u64;
-    let seconds = recording.time_span().map_or(0.0, |t| (t.end - t.start) as f64 / 1e9);
+    let seconds = recording
+        .time_span()
+        .map_or(0.0, |t| (t.end - t.start) as f64 / 1e9);
     let _ = writeln!(page.0, "Recording  {}", replay.source.name);
     if let Some(kernel) = &replay.source.kernel {
         page.row("Linux", kernel);
     }
-    page.note("events", &n(events), if replay.limited { "the first of it, as asked for" } else { "" });
+    page.note(
+        "events",
+        &n(events),
+        if replay.limited {
+            "the first of it, as asked for"
+        } else {
+            ""
+        },
+    );
     page.row("seconds", &format!("{seconds:.3}"));
     page.row("CPUs", &replay.cpus.to_string());
-    page.note("memory", &bytes(replay.ram_bytes), &format!("from {}", replay.memory_from));
+    page.note(
+        "memory",
+        &bytes(replay.ram_bytes),
+        &format!("from {}", replay.memory_from),
+    );
     match replay.slabs_told {
         Some(Told::ByAddress(base)) => page.row("direct map at", &format!("{base:#x}")),
         Some(Told::ByFlags) => page.line(
@@ -115,27 +132,63 @@ fn recording(page: &mut Page, replay: &Replay) {
     for sample in skipped.samples.iter().take(SAMPLES) {
         page.line(&format!("  {sample}"));
     }
-    page.some("other events, left out", skipped.other_events, "no allocations");
+    page.some(
+        "other events, left out",
+        skipped.other_events,
+        "no allocations",
+    );
     page.some("events that Linux lost", skipped.lost_events, "");
-    page.some("unknown gfp names", skipped.unknown_gfp_names, "events kept, flag missing");
-    page.some("events out of order", recording.out_of_order, "replayed as they stand");
+    page.some(
+        "unknown gfp names",
+        skipped.unknown_gfp_names,
+        "events kept, flag missing",
+    );
+    page.some(
+        "events out of order",
+        recording.out_of_order,
+        "replayed as they stand",
+    );
     if let Some(truncated) = &recording.truncated {
         page.line(&format!("The file {truncated}."));
     }
     let Some(claims) = &replay.claims else {
-        page.line("No snapshot of before: memory is empty at the start, and layouts cannot be compared.");
+        page.line(
+            "No snapshot of before: memory is empty at the start, and layouts cannot be compared.",
+        );
         return;
     };
     page.head("Layout before the first event, as Linux had it");
-    page.line(&format!("{:<34}{}{}", "", right("blocks", 14), right("pages", 14)));
+    page.line(&format!(
+        "{:<34}{}{}",
+        "",
+        right("blocks", 14),
+        right("pages", 14)
+    ));
     for (i, name) in Claims::NAMES.iter().enumerate() {
         let name = name.replace('_', " ");
-        page.line(&format!("{name:<34}{}{}", right(&n(claims.blocks[i]), 14), right(&n(claims.pages[i]), 14)));
+        page.line(&format!(
+            "{name:<34}{}{}",
+            right(&n(claims.blocks[i]), 14),
+            right(&n(claims.pages[i]), 14)
+        ));
     }
-    page.line(&format!("{:<34}{}{}", "all", right(&n(claims.all_blocks()), 14), right(&n(claims.all_pages()), 14)));
-    page.some("at another place", claims.elsewhere, "blocks: our own metadata lies there");
+    page.line(&format!(
+        "{:<34}{}{}",
+        "all",
+        right(&n(claims.all_blocks()), 14),
+        right(&n(claims.all_pages()), 14)
+    ));
+    page.some(
+        "at another place",
+        claims.elsewhere,
+        "blocks: our own metadata lies there",
+    );
     page.some("not to be had", claims.refused, "blocks");
-    page.some("early boot", claims.early_boot_pages, "pages, Linux's memory map mostly: free here, we have our own");
+    page.some(
+        "early boot",
+        claims.early_boot_pages,
+        "pages, Linux's memory map mostly: free here, we have our own",
+    );
 }
 
 fn traffic(page: &mut Page, replay: &Replay) {
@@ -144,7 +197,11 @@ fn traffic(page: &mut Page, replay: &Replay) {
     for (name, count, note) in [
         ("mm_page_alloc", events.page_alloc, ""),
         ("mm_page_free", events.page_free, ""),
-        ("mm_page_free_batched", events.page_free_batched, "come with an mm_page_free, are no frees"),
+        (
+            "mm_page_free_batched",
+            events.page_free_batched,
+            "come with an mm_page_free, are no frees",
+        ),
         ("kmalloc", events.kmalloc, ""),
         ("kfree", events.kfree, ""),
         ("kmem_cache_alloc", events.cache_alloc, ""),
@@ -154,28 +211,57 @@ fn traffic(page: &mut Page, replay: &Replay) {
     }
     page.head("Pages                                       blocks");
     page.some("there before", pages.from_snapshot, "");
-    let of = |p: Purpose| format!("{} {}", n(pages.by_purpose[p as usize]), p.name().replace('_', " "));
+    let of = |p: Purpose| {
+        format!(
+            "{} {}",
+            n(pages.by_purpose[p as usize]),
+            p.name().replace('_', " ")
+        )
+    };
     let by = Purpose::ALL.map(of).join(", ");
     page.note("allocated", &n(pages.allocated), &by);
     page.row("freed", &n(pages.freed));
     page.row("live at the end", &n(pages.live));
-    page.some("Linux's slabs, left out", pages.slab_allocated, "our slabs take their own; as many frees as were seen:");
-    page.some("", pages.slab_freed, "");
+    let note = format!(
+        "and {} freed: our slabs take pages of their own",
+        n(pages.slab_freed)
+    );
+    page.some("Linux's slabs, left out", pages.slab_allocated, &note);
     page.some("freed, never seen allocated", pages.free_unseen, "");
-    page.some("reused, never seen freed", pages.free_implied, "freed at the reuse");
-    page.some("freed in part", pages.free_in_part, "the block goes with its last part");
-    page.some("freed together", pages.free_joined, "several blocks of ours, one of Linux");
+    page.some(
+        "reused, never seen freed",
+        pages.free_implied,
+        "freed at the reuse",
+    );
+    page.some(
+        "freed in part",
+        pages.free_in_part,
+        "the block goes with its last part",
+    );
+    page.some(
+        "freed together",
+        pages.free_joined,
+        "several blocks of ours, one of Linux",
+    );
     page.some("reserved, freed by Linux", pages.free_reserved, "kept here");
     if replay.slabs_told.is_none() && slab.skipped == 0 {
         return;
     }
     page.head("Objects");
-    page.note("allocated", &n(slab.allocated), &format!("in {} caches and kmalloc", slab.caches));
+    page.note(
+        "allocated",
+        &n(slab.allocated),
+        &format!("in {} caches and kmalloc", slab.caches),
+    );
     page.row("freed", &n(slab.freed));
     page.row("live at the end", &n(slab.live));
     page.some("kfree(NULL)", slab.free_null, "");
     page.some("freed, never seen allocated", slab.free_unseen, "");
-    page.some("reused, never seen freed", slab.free_implied, "bulk and kfree_rcu frees are not traced");
+    page.some(
+        "reused, never seen freed",
+        slab.free_implied,
+        "bulk and kfree_rcu frees are not traced",
+    );
     page.some("gone with their slab", slab.free_with_slab, "the same");
     page.some("left out", slab.skipped, "events: --pages-only");
 }
@@ -186,8 +272,16 @@ fn failures(page: &mut Page, replay: &Replay) {
         let row = |(&(why, of), &n): (&(&str, u64), &u64)| format!("{n} × {why} at {unit} {of}");
         failures.iter().map(row).collect::<Vec<_>>().join(", ")
     };
-    page.note("pages", &n(replay.pages.failed), &list(&replay.pages.failures, "order"));
-    page.note("objects", &n(replay.slab.failed), &list(&replay.slab.failures, "size"));
+    page.note(
+        "pages",
+        &n(replay.pages.failed),
+        &list(&replay.pages.failures, "order"),
+    );
+    page.note(
+        "objects",
+        &n(replay.slab.failed),
+        &list(&replay.slab.failures, "size"),
+    );
     let theirs = replay.traffic.page_alloc_failed + replay.slab.linux_failed;
     page.some("failed in Linux, not replayed", theirs, "");
     page.row("allocations on a free path", &n(replay.alloc_on_free));
@@ -216,8 +310,16 @@ fn ledger(page: &mut Page, replay: &Replay) {
     cost("other", ledger.other_metadata_bytes, full);
     cost("all of it", ledger.metadata_bytes(), full);
     let descriptors = replay.peak.0.max(ledger.descriptor_bytes);
-    cost("at its peak", ledger.memmap_bytes + ledger.other_metadata_bytes + descriptors, full);
-    cost("a plain reading of the seeds", mix.plain_seeds_bytes(), full);
+    cost(
+        "at its peak",
+        ledger.memmap_bytes + ledger.other_metadata_bytes + descriptors,
+        full,
+    );
+    cost(
+        "a plain reading of the seeds",
+        mix.plain_seeds_bytes(),
+        full,
+    );
     cost("struct page", mix.struct_page_bytes(), full);
     for cache in replay.descriptor_caches.iter().filter(|c| c.bytes > 0) {
         page.line(&format!(
@@ -231,7 +333,12 @@ fn ledger(page: &mut Page, replay: &Replay) {
     }
     page.line(&format!(
         "for {} free blocks, {} bare, {} folios, {} page tables, {} slabs, {} large kmalloc",
-        n(mix.free), n(mix.bare), n(mix.folios), n(mix.page_tables), n(mix.slabs), n(mix.large_kmalloc)
+        n(mix.free),
+        n(mix.bare),
+        n(mix.folios),
+        n(mix.page_tables),
+        n(mix.slabs),
+        n(mix.large_kmalloc)
     ));
     page.line("(the seeds, read plainly: 8 B a page, a 40 B buddy a block, 80 B more a folio, 64 B a slab)");
     let by = |kind: PageType| n(ledger.by_type[kind as usize]);
@@ -249,7 +356,9 @@ fn fragmentation(page: &mut Page, replay: &Replay) {
     page.head("Fragmentation at the end of the recording");
     let source = match linux {
         Some((_, "snapshot")) => "Linux: its own count after the recording, of initialised memory",
-        Some(_) => "Linux: the layout before and the events since, merged as far as can be; per-CPU lists count as free blocks",
+        Some(_) => {
+            "Linux: the layout before and the events since, merged as far as can be; per-CPU lists count as free blocks"
+        }
         None => "Linux: not known without a snapshot",
     };
     page.line(source);
@@ -257,7 +366,10 @@ fn fragmentation(page: &mut Page, replay: &Replay) {
         let all: u64 = orders.iter().enumerate().map(|(o, n)| n << o).sum();
         std::array::from_fn(|o| (orders[o] << o) as f64 / all.max(1) as f64)
     };
-    page.line(&format!("free blocks{}   share of free memory", right("ours", 14)));
+    page.line(&format!(
+        "free blocks{}   share of free memory",
+        right("ours", 14)
+    ));
     let our_shares = shares(&ours.free_by_order);
     for order in 0..=MAX_ORDER {
         let mut line = format!(
@@ -277,16 +389,36 @@ fn fragmentation(page: &mut Page, replay: &Replay) {
     let beside = |of: fn(&crate::replay::linux::LinuxFragmentation) -> u64| {
         linux.map_or(String::new(), |(l, _)| format!("Linux {}", n(of(&l))))
     };
-    page.note("pinned 2 MiB blocks", &n(ours.pinned_pageblocks), &beside(|l| l.pinned_pageblocks));
-    page.note("free 2 MiB blocks", &n(ours.free_pageblocks), &beside(|l| l.free_pageblocks));
+    page.note(
+        "pinned 2 MiB blocks",
+        &n(ours.pinned_pageblocks),
+        &beside(|l| l.pinned_pageblocks),
+    );
+    page.note(
+        "free 2 MiB blocks",
+        &n(ours.free_pageblocks),
+        &beside(|l| l.free_pageblocks),
+    );
     if let (Some(before), Some(derived)) = (replay.linux_before, replay.linux_derived) {
-        let text = format!("{} before; {} by the events since", n(before.pinned_pageblocks), n(derived.pinned_pageblocks));
+        let text = format!(
+            "{} before; {} by the events since",
+            n(before.pinned_pageblocks),
+            n(derived.pinned_pageblocks)
+        );
         page.note("Linux's pinned 2 MiB blocks", "", &text);
     }
     let after = replay.linux_pcp.1.or(replay.linux_pcp.0);
-    let theirs = after.map_or(String::new(), |p| format!("Linux {}", n(p)));
+    let moment = if replay.linux_pcp.1.is_some() {
+        ""
+    } else {
+        " before the recording"
+    };
+    let theirs = after.map_or(String::new(), |p| format!("Linux {}{moment}", n(p)));
     page.note("pages in per-CPU lists", &n(replay.ledger.pcp), &theirs);
-    page.line(&format!("memory from bottom to top, a character {}: · free  ░▒▓ in part  █ full", bytes(replay.picture.piece)));
+    page.line(&format!(
+        "memory from bottom to top, a character {}: · free  ░▒▓ in part  █ full",
+        bytes(replay.picture.piece)
+    ));
     for row in picture::map(&replay.picture.taken, MAP_WIDTH) {
         page.line(&format!("  {row}"));
     }
@@ -294,7 +426,9 @@ fn fragmentation(page: &mut Page, replay: &Replay) {
 
 fn latencies(page: &mut Page, replay: &Replay) {
     let ns = replay.times.replay.ns_per_tick;
-    page.head("Latency in ns                          calls       p50       p99     p99.9         max");
+    page.head(
+        "Latency in ns                          calls       p50       p99     p99.9         max",
+    );
     let mut row = |name: &str, s: Summary| {
         if s.count > 0 {
             page.line(&format!(
@@ -308,13 +442,19 @@ fn latencies(page: &mut Page, replay: &Replay) {
         }
     };
     for group in Group::ALL {
-        row(&group.key().replace('_', " "), replay.latencies.group(group).summary(ns));
+        row(
+            &group.key().replace('_', " "),
+            replay.latencies.group(group, ns),
+        );
         for &path in Path::ALL.iter().filter(|p| p.group() == group) {
-            row(&format!("  {}", path.text()), replay.latencies.path(path).summary(ns));
+            row(
+                &format!("  {}", path.text()),
+                replay.latencies.path(path, ns),
+            );
         }
     }
     page.line(&format!(
-        "The cost of reading the clock twice, {:.1} ns at least, is taken off; a tick of it is {:.2} ns.",
+        "The cost of reading the clock, {:.1} ns on average, is taken off; a tick of it is {:.2} ns.",
         replay.latencies.floor as f64 * ns,
         ns
     ));
@@ -325,23 +465,46 @@ fn speed(page: &mut Page, replay: &Replay) {
     let events = replay.source.recording.events.len() as u64;
     let ms = |d: Duration| format!("{:.1} ms", d.as_secs_f64() * 1e3);
     page.head("Speed, one thread");
-    page.note("text to results", &ms(times.overall()), &format!("{} events", rate(events, times.overall())));
-    page.note("  reading and parsing", &ms(times.parse), &rate(events, times.parse));
+    page.note(
+        "text to results",
+        &ms(times.overall()),
+        &format!("{} events", rate(events, times.overall())),
+    );
+    page.note(
+        "  reading and parsing",
+        &ms(times.parse),
+        &rate(events, times.parse),
+    );
     page.note("  telling slab pages", &ms(times.pair), "");
-    page.note("  replaying", &ms(times.replay.wall), &rate(events, times.replay.wall));
+    page.note(
+        "  replaying",
+        &ms(times.replay.wall),
+        &rate(events, times.replay.wall),
+    );
     let calls = replay.latencies.calls();
     let each = times.allocator.as_secs_f64() * 1e9 / calls.max(1) as f64;
-    page.note("    of it in the allocator", &ms(times.allocator), &format!("{} calls, {each:.1} ns each", n(calls)));
+    page.note(
+        "    of it in the allocator",
+        &ms(times.allocator),
+        &format!("{} calls, {each:.1} ns each", n(calls)),
+    );
     page.note("beside that: snapshots, layout", &ms(times.setup), "");
 }
 
 fn teardown(page: &mut Page, replay: &Replay) {
     let down = &replay.teardown;
     page.head("Teardown");
-    page.note("freed", &n(down.blocks), &format!("blocks, and {} objects", n(down.objects)));
+    page.note(
+        "freed",
+        &n(down.blocks),
+        &format!("blocks, and {} objects", n(down.objects)),
+    );
     page.note("pages that did not come back", &n(down.missing), "");
     page.row("balanced", if down.ledger.balanced { "yes" } else { "NO" });
-    let kept = format!("of descriptors stay, for {} free blocks and what is cached", n(down.free_blocks));
+    let kept = format!(
+        "of descriptors stay, for {} free blocks and what is cached",
+        n(down.free_blocks)
+    );
     page.note("", &bytes(down.ledger.descriptor_bytes), &kept);
     let failures = replay.failures();
     if failures.is_empty() {
