@@ -37,15 +37,18 @@ impl Clock {
         }
     }
 
-    /// What two readings with nothing between them differ by, at least: it is in every measured time, and taken off again.
+    /// What two readings with nothing between them differ by on average: it is in every measured time, and taken off again.
     pub(crate) fn floor(&self) -> u64 {
-        (0..10_000)
+        const ROUNDS: usize = 4096;
+        let mut times: Vec<u64> = (0..ROUNDS)
             .map(|_| {
                 let start = self.now();
                 self.now().saturating_sub(start)
             })
-            .min()
-            .unwrap_or(0)
+            .collect();
+        // Without those in which something else came between.
+        times.sort_unstable();
+        times[..ROUNDS * 9 / 10].iter().sum::<u64>() / (ROUNDS as u64 * 9 / 10)
     }
 }
 
@@ -85,12 +88,9 @@ impl Histogram {
         self.max = self.max.max(other.max);
     }
 
-    pub(crate) fn count(&self) -> u64 {
-        self.count
-    }
-
-    pub(crate) fn sum(&self) -> u64 {
-        self.sum
+    /// All of it, less `floor` for each.
+    fn without(&self, floor: u64) -> u64 {
+        self.sum.saturating_sub(self.count * floor)
     }
 
     /// The value that this share of all is not above.
@@ -106,19 +106,20 @@ impl Histogram {
         self.max
     }
 
-    /// In nanoseconds, at `ns` nanoseconds a tick.
-    pub(crate) fn summary(&self, ns: f64) -> Summary {
-        let at = |share| (self.quantile(share) as f64 * ns).round() as u64;
+    /// In nanoseconds, at `ns` nanoseconds a tick, with `floor` ticks taken off.
+    fn summary(&self, ns: f64, floor: u64) -> Summary {
+        let to_ns = |ticks: u64| (ticks.saturating_sub(floor) as f64 * ns).round() as u64;
+        let at = |share| to_ns(self.quantile(share));
         if self.count == 0 {
             return Summary::default();
         }
         Summary {
             count: self.count,
-            mean: self.sum as f64 * ns / self.count as f64,
+            mean: self.without(floor) as f64 * ns / self.count as f64,
             p50: at(0.5),
             p99: at(0.99),
             p999: at(0.999),
-            max: (self.max as f64 * ns).round() as u64,
+            max: to_ns(self.max),
         }
     }
 }
@@ -239,29 +240,31 @@ impl Latencies {
 
     #[inline]
     pub(crate) fn record(&mut self, path: Path, ticks: u64) {
-        self.paths[path as usize].record(ticks.saturating_sub(self.floor));
+        self.paths[path as usize].record(ticks);
     }
 
-    pub(crate) fn path(&self, path: Path) -> &Histogram {
-        &self.paths[path as usize]
+    /// Of one path, at `ns` nanoseconds a tick.
+    pub(crate) fn path(&self, path: Path, ns: f64) -> Summary {
+        self.paths[path as usize].summary(ns, self.floor)
     }
 
-    pub(crate) fn group(&self, group: Group) -> Histogram {
+    /// Of all paths of a kind of call.
+    pub(crate) fn group(&self, group: Group, ns: f64) -> Summary {
         let mut sum = Histogram::new();
         for &path in Path::ALL.iter().filter(|p| p.group() == group) {
-            sum.merge(self.path(path));
+            sum.merge(&self.paths[path as usize]);
         }
-        sum
+        sum.summary(ns, self.floor)
     }
 
     /// All calls together.
     pub(crate) fn total(&self, ns: f64) -> Duration {
-        let ticks: u64 = self.paths.iter().map(Histogram::sum).sum();
+        let ticks: u64 = self.paths.iter().map(|h| h.without(self.floor)).sum();
         Duration::from_nanos((ticks as f64 * ns) as u64)
     }
 
     pub(crate) fn calls(&self) -> u64 {
-        self.paths.iter().map(Histogram::count).sum()
+        self.paths.iter().map(|h| h.count).sum()
     }
 }
 
@@ -291,12 +294,13 @@ mod tests {
     fn percentiles() {
         let mut h = Histogram::new();
         (1..=1000).for_each(|v| h.record(v));
-        let s = h.summary(1.0);
+        let s = h.summary(1.0, 0);
         assert_eq!((s.count, s.max), (1000, 1000));
         assert!(
             (500..=516).contains(&s.p50) && (990..=1000).contains(&s.p99),
             "{s:?}"
         );
-        assert_eq!(Histogram::new().summary(1.0).max, 0);
+        assert_eq!(h.summary(1.0, 100).max, 900);
+        assert_eq!(Histogram::new().summary(1.0, 5).max, 0);
     }
 }

@@ -29,7 +29,7 @@ use engine::{Engine, LoopTime};
 use latency::Latencies;
 pub(crate) use layout::Claims;
 use linux::LinuxFragmentation;
-use mix::Mix;
+use mix::{Mix, Picture};
 use objects::Objects;
 use pages::Pages;
 pub(crate) use slabs::Told;
@@ -78,6 +78,7 @@ pub(crate) struct Teardown {
     pub(crate) stuck_caches: Vec<String>,
     /// Pages that were given and are neither free, nor metadata, nor reserved by the layout.
     pub(crate) missing: u64,
+    pub(crate) free_blocks: u64,
 }
 
 /// A cache of descriptors at the end of the recording.
@@ -144,6 +145,7 @@ pub(crate) struct Replay {
     pub(crate) descriptor_caches: Vec<DescriptorCache>,
     /// Pages in Linux's per-CPU lists, before and after.
     pub(crate) linux_pcp: (Option<u64>, Option<u64>),
+    pub(crate) picture: Picture,
     pub(crate) teardown: Teardown,
     pub(crate) corruptions: (u64, Option<String>),
 }
@@ -325,7 +327,7 @@ pub(crate) fn run(options: &Options) -> Result<Replay, Error> {
     // The end of the recording.
     let ledger = machine.mm.ledger();
     let fragmentation = machine.mm.fragmentation();
-    let mix = Mix::of(&machine, &ledger);
+    let (mix, picture) = mix::survey(&machine, &ledger);
     let mut page_counts = engine.page_counts.clone();
     page_counts.from_snapshot = claims.as_ref().map_or(0, |c| c.all_blocks() - c.blocks[5]);
     page_counts.live =
@@ -372,6 +374,7 @@ pub(crate) fn run(options: &Options) -> Result<Replay, Error> {
         vmstat,
         descriptor_caches,
         linux_pcp,
+        picture,
         teardown,
         corruptions,
         source,
@@ -392,11 +395,13 @@ fn tear_down(machine: &Machine, engine: &mut Engine<'_>, claims: Option<&Claims>
         .given
         .saturating_sub(back)
         .max(left.saturating_sub(kept));
+    let free_blocks = machine.mm.fragmentation().free_by_order.iter().sum();
     Teardown {
         ledger,
         blocks,
         objects,
         stuck_caches,
         missing,
+        free_blocks,
     }
 }

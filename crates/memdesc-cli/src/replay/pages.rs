@@ -251,37 +251,6 @@ impl Pages {
         (entry != Entry::NONE).then(|| (pfn - entry.offset(), entry.order()))
     }
 
-    /// Blocks of ours that are partly freed.
-    pub(crate) fn partly_freed(&self) -> usize {
-        self.parts.len()
-    }
-
-    /// Visits blocks that are live, by their pages that are still out: who has them, and the order.
-    pub(crate) fn for_blocks(&self, mut visit: impl FnMut(u32, Holder, u8)) {
-        let mut page = 0;
-        while page < self.entries.len() {
-            let entry = self.entries[page];
-            if entry == Entry::NONE {
-                page += 1;
-                continue;
-            }
-            let head = entry.ours().wrapping_sub(entry.offset());
-            let mut end = page + 1;
-            let last = page + (1 << entry.order()) - entry.offset() as usize;
-            while end < last
-                && self.entries[end].holder() == entry.holder()
-                && self.entries[end]
-                    .ours()
-                    .wrapping_sub(self.entries[end].offset())
-                    == head
-            {
-                end += 1;
-            }
-            visit(page as u32, entry.holder(), entry.order());
-            page = end;
-        }
-    }
-
     /// Takes everything that is left of ours.
     pub(crate) fn take_all(&mut self, mut free: impl FnMut(OwnedBlock)) -> u64 {
         let mut blocks = 0;
@@ -340,7 +309,7 @@ mod tests {
         assert_eq!((rest.in_part, rest.first.is_none()), (2, true));
         assert_eq!(heads(pages.take(8, 0)), [100]);
         assert_eq!(heads(pages.take(9, 0)), [7]);
-        assert_eq!(pages.partly_freed(), 0);
+        assert!(pages.parts.is_empty());
     }
 
     #[test]

@@ -8,10 +8,24 @@ use memdesc_trace::{Reader, Recording, Snapshot, TraceError};
 
 use crate::progress;
 
-/// The recording inside the program: a file of each kind.
-const EMBEDDED: &[(&str, &[u8])] = &[];
+macro_rules! embedded {
+    ($($name:literal,)*) => {
+        &[$(($name, include_bytes!(concat!("../../recordings/build/", $name)))),*]
+    };
+}
+
+/// The recording inside the program, file by file: those that a replay looks at.
+const EMBEDDED: &[(&str, &[u8])] = embedded![
+    "events.txt.zst",
+    "kernel",
+    "buddyinfo.before",
+    "iomem.before",
+    "kpageflags.before.zst",
+    "meminfo.before",
+    "zoneinfo.before",
+];
 /// What the embedded recording is called.
-pub(crate) const EMBEDDED_NAME: &str = "(built in: cargo build on Linux 6.18)";
+const EMBEDDED_NAME: &str = "(built in: the beginning of a cargo build)";
 
 /// A recording, and how long it took to read.
 pub(crate) struct Source {

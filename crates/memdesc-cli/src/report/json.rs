@@ -35,13 +35,13 @@ fn latencies(replay: &Replay) -> Value {
     for group in Group::ALL {
         all.insert(
             group.key().into(),
-            summary(replay.latencies.group(group).summary(ns)),
+            summary(replay.latencies.group(group, ns)),
         );
     }
     let path = |&path: &Path| {
         (
             path.key().to_string(),
-            summary(replay.latencies.path(path).summary(ns)),
+            summary(replay.latencies.path(path, ns)),
         )
     };
     all.insert(

@@ -18,18 +18,31 @@ const BITMAP_WORDS: usize = 4;
 /// Slabs of up to so many objects have their bitmap in the descriptor.
 pub(crate) const BITMAP_INLINE: usize = BITMAP_WORDS * 64;
 
-/// Which of its cache's lists a slab is in.
+/// Which of its cache's lists a slab is in: 0 for none, else one more than the share of its objects that are handed out, in
+/// [`Self::SHARES`]ths; the last is full.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[repr(u8)]
-pub(crate) enum SlabList {
-    /// None: being set up, or being given back.
-    None = 0,
-    /// Has free objects, and is at least half full or was when it last changed lists: allocated from first.
-    Dense = 1,
-    /// Has none.
-    Full = 2,
-    /// Has free objects and few others: left alone while there is a dense one, so that it may become empty.
-    Sparse = 3,
+#[repr(transparent)]
+pub(crate) struct SlabList(u8);
+
+impl SlabList {
+    /// Into how many parts fullness is divided.
+    pub(crate) const SHARES: usize = 8;
+    /// How many lists there are.
+    pub(crate) const COUNT: usize = Self::SHARES + 1;
+    /// In none: being set up, or being given back.
+    pub(crate) const NONE: SlabList = SlabList(0);
+
+    /// The list for a slab with so many objects handed out.
+    #[inline]
+    pub(crate) const fn of(inuse: usize, objects: usize) -> SlabList {
+        SlabList((inuse * Self::SHARES / objects) as u8 + 1)
+    }
+
+    /// Its place in the table of lists.
+    #[inline]
+    pub(crate) const fn index(self) -> usize {
+        self.0 as usize - 1
+    }
 }
 
 /// The descriptor of a slab.
@@ -72,7 +85,7 @@ impl Slab {
         self.objects.store(objects as u16, Ordering::Relaxed);
         self.inuse.store(0, Ordering::Relaxed);
         self.order.store(order as u8, Ordering::Relaxed);
-        self.list.store(SlabList::None as u8, Ordering::Relaxed);
+        self.list.store(SlabList::NONE.0, Ordering::Relaxed);
         self.self_described
             .store(u8::from(self_described), Ordering::Relaxed);
         for (i, word) in self.bitmap(map).iter().enumerate() {
@@ -122,16 +135,11 @@ impl Slab {
     }
 
     pub(crate) fn list(&self) -> SlabList {
-        match self.list.load(Ordering::Relaxed) {
-            1 => SlabList::Dense,
-            2 => SlabList::Full,
-            3 => SlabList::Sparse,
-            _ => SlabList::None,
-        }
+        SlabList(self.list.load(Ordering::Relaxed))
     }
 
     pub(crate) fn set_list(&self, list: SlabList) {
-        self.list.store(list as u8, Ordering::Relaxed);
+        self.list.store(list.0, Ordering::Relaxed);
     }
 
     fn bitmap<'a>(&'a self, map: &'a MemMap) -> &'a [AtomicU64] {

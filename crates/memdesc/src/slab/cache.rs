@@ -1,11 +1,7 @@
 //! A cache: what its objects look like, and the slabs it has.
 //!
-//! | slab | in list | its objects |
-//! |---|---|---|
-//! | dense | `dense` | some free: allocated from first |
-//! | sparse | `sparse` | most free, at most [`MIN_PARTIAL`] of them all: left to become empty while there is a dense one |
-//! | full | `full` | none free in the bitmap (some may be in sheaves) |
-//! | being made or given back | none | – |
+//! A slab is in the list for its fullness, by eighths, and the fullest that is not full is allocated from first: the others are
+//! left to become empty. At most [`MIN_PARTIAL`] empty ones are kept. A slab being made or given back is in no list.
 //!
 //! Lock order: a cache's list lock is a leaf.
 
@@ -206,28 +202,19 @@ pub(crate) struct SlabHead {
 /// What the list lock guards, with all bitmaps of the cache's slabs.
 #[derive(Debug)]
 pub(crate) struct Lists {
-    pub(crate) dense: SlabHead,
-    pub(crate) sparse: SlabHead,
-    pub(crate) full: SlabHead,
-    /// Slabs with no object handed out; they are in `sparse`.
+    /// Slabs by fullness; the last list is of those that are full.
+    pub(crate) by_share: [SlabHead; SlabList::COUNT],
+    /// Slabs with no object handed out; they are in the first list.
     pub(crate) nr_empty: u32,
     /// Objects handed out, those in sheaves included.
     pub(crate) inuse: u64,
 }
 
 impl Lists {
-    fn head(&mut self, list: SlabList) -> &mut SlabHead {
-        match list {
-            SlabList::Full => &mut self.full,
-            SlabList::Sparse => &mut self.sparse,
-            _ => &mut self.dense,
-        }
-    }
-
     /// Puts a slab that is in no list at the front of one.
     pub(crate) fn add(&mut self, map: &MemMap, slab: &Slab, list: SlabList) {
         let pfn = slab.pfn();
-        let head = self.head(list);
+        let head = &mut self.by_share[list.index()];
         slab.links().set_next(head.head);
         slab.links().set_prev(Pfn::NONE);
         if head.head != Pfn::NONE {
@@ -240,30 +227,18 @@ impl Lists {
 
     /// The slab to allocate from next; [`Pfn::NONE`] if all are full.
     pub(crate) fn next_partial(&self) -> Pfn {
-        if self.dense.head != Pfn::NONE {
-            self.dense.head
-        } else {
-            self.sparse.head
-        }
+        let partial = self.by_share[..SlabList::SHARES].iter().rev();
+        partial
+            .map(|list| list.head)
+            .find(|&head| head != Pfn::NONE)
+            .unwrap_or(Pfn::NONE)
     }
 
-    /// Puts a slab whose objects came or went into the list it belongs to. Between a quarter and a half it stays where it
-    /// is, so that slabs do not wander to and fro.
+    /// Puts a slab whose objects came or went into the list it belongs to.
     pub(crate) fn relist(&mut self, map: &MemMap, slab: &Slab) {
-        let (inuse, objects, now) = (slab.inuse(), slab.objects(), slab.list());
-        let list = if inuse == objects {
-            SlabList::Full
-        } else if inuse * 2 >= objects {
-            SlabList::Dense
-        } else if inuse * 4 < objects || now == SlabList::None {
-            SlabList::Sparse
-        } else if now == SlabList::Full {
-            SlabList::Dense
-        } else {
-            now
-        };
+        let (list, now) = (SlabList::of(slab.inuse(), slab.objects()), slab.list());
         if list != now {
-            if now != SlabList::None {
+            if now != SlabList::NONE {
                 self.remove(map, slab);
             }
             self.add(map, slab, list);
@@ -272,7 +247,7 @@ impl Lists {
 
     /// How many slabs there are.
     pub(crate) fn nr_slabs(&self) -> u32 {
-        self.dense.nr + self.sparse.nr + self.full.nr
+        self.by_share.iter().map(|list| list.nr).sum()
     }
 
     /// Takes a slab out of its list.
@@ -281,14 +256,14 @@ impl Lists {
         if next != Pfn::NONE {
             slab_of(map, next).links().set_prev(prev);
         }
-        let head = self.head(slab.list());
+        let head = &mut self.by_share[slab.list().index()];
         head.nr -= 1;
         if prev == Pfn::NONE {
             head.head = next;
         } else {
             slab_of(map, prev).links().set_next(next);
         }
-        slab.set_list(SlabList::None);
+        slab.set_list(SlabList::NONE);
     }
 }
 
@@ -347,18 +322,10 @@ impl CacheCore {
             ctor,
             owner,
             lists: SpinLock::new(Lists {
-                dense: SlabHead {
+                by_share: [SlabHead {
                     head: Pfn::NONE,
                     nr: 0,
-                },
-                sparse: SlabHead {
-                    head: Pfn::NONE,
-                    nr: 0,
-                },
-                full: SlabHead {
-                    head: Pfn::NONE,
-                    nr: 0,
-                },
+                }; SlabList::COUNT],
                 nr_empty: 0,
                 inuse: 0,
             }),

@@ -275,7 +275,7 @@ impl<P: Platform> Mm<P> {
         let map = &self.pages.map;
         let pin = self.pages.pin();
         let lists = self.lists(core, &pin);
-        for mut at in [lists.dense.head, lists.sparse.head, lists.full.head] {
+        for mut at in lists.by_share.map(|list| list.head) {
             while at != crate::address::Pfn::NONE {
                 let slab = super::cache::slab_of(map, at);
                 let base = map.virt(slab.pfn().phys());

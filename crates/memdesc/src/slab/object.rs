@@ -407,7 +407,7 @@ impl<P: Platform> Mm<P> {
                 }
                 lists.inuse -= 1;
                 // A slab that is still being made is listed by its maker.
-                if slab.list() == SlabList::None {
+                if slab.list() == SlabList::NONE {
                     continue;
                 }
                 if slab.inuse() > 0 {
@@ -465,7 +465,7 @@ impl<P: Platform> Mm<P> {
         {
             let pin = self.pages.pin();
             let mut lists = self.lists(core, &pin);
-            let mut at = lists.sparse.head;
+            let mut at = lists.by_share[0].head;
             while at != Pfn::NONE {
                 let slab = slab_of(map, at);
                 at = slab.links().next();
