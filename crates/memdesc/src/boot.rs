@@ -505,11 +505,11 @@ fn built_in(index: usize, config: &Config, name: &mut Name) -> Spec {
         }
         i if i == BuiltIn::File as usize => (
             "folio_file",
-            plain(size_of::<Folio>(), 16, Role::Descriptors),
+            plain(size_of::<Folio>(), 8, Role::Descriptors),
         ),
         i if i == BuiltIn::Anon as usize => (
             "folio_anon",
-            plain(size_of::<Folio>(), 16, Role::Descriptors),
+            plain(size_of::<Folio>(), 8, Role::Descriptors),
         ),
         i if i == BuiltIn::PtDesc as usize => {
             ("ptdesc", plain(size_of::<PtDesc>(), 16, Role::Descriptors))

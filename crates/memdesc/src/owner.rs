@@ -137,7 +137,7 @@ impl<P: Platform> Mm<P> {
         Ok(block.pfn)
     }
 
-    /// A folio: pages that users can map, under a 32-byte descriptor, with one reference.
+    /// A folio: pages that users can map, under a 24-byte descriptor, with one reference.
     ///
     /// # Errors
     ///
@@ -455,7 +455,7 @@ impl<P: Platform> Mm<P> {
 
     fn folio_at(&self, desc: PhysAddr) -> &Folio {
         let ptr = self.pages.map.virt(desc).cast::<Folio>();
-        // SAFETY: words of these types lead to objects of the folio cache, 32 bytes, 16-byte aligned; all fields are atomics,
+        // SAFETY: words of these types lead to objects of the folio caches, 24 bytes, 8-byte aligned; all fields are atomics,
         // every bit pattern is valid.
         unsafe { &*ptr }
     }

@@ -1,8 +1,10 @@
-//! `folio`: memory that users map, file cache or anonymous, in 32 bytes.
+//! `folio`: memory that users map, file cache or anonymous, in 24 bytes.
 //!
-//! Linux's is 64 for a single page (it *is* the `struct page`); the separate one on Linux's own roadmap is 80. What
-//! goes: the order and the node are known from the word, the flags live in the low 12 bits of the byte offset, and the
-//! LRU links are page frame numbers that share the first 8 bytes with the free block's.
+//! Linux's is 64 for a single page (it *is* the `struct page`); the separate one on Linux's own roadmap is 80. What goes: the
+//! order, the node and whether it is a file's or anonymous are known from the word; the flags live in the low 12 bits
+//! of the byte offset, which are zero otherwise; and there are no LRU links. A folio's age is its *generation* (as in
+//! Linux's multi-generational LRU, three bits), and whoever ages or evicts walks the memory map, in which every
+//! folio is found by its page: a clock whose hand is a page frame number.
 
 use core::fmt;
 
@@ -12,21 +14,19 @@ use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 ///
 /// # Invariants
 ///
-/// `refcount` is 0 exactly while the folio is free, being set up or being torn down; it lies outside the first 8 bytes,
-/// so it stays 0 when the memory serves as a free block's links. The memory is type-stable: a stale reader finds some
-/// folio's count here, never another kind of object.
-#[repr(C, align(16))]
+/// `refcount` is 0 exactly while the folio is free, being set up or being torn down; it lies outside the first 8 bytes, so it
+/// stays 0 when those serve as a free block's links. `mapping` means nothing then.
+#[repr(C, align(8))]
 pub struct Folio {
-    lru_next: AtomicU32,
-    lru_prev: AtomicU32,
+    /// The address space; the free block's links once the folio is let go.
+    mapping: AtomicU64,
     refcount: AtomicU32,
     mapcount: AtomicCount,
-    mapping: AtomicU64,
-    /// Offset of the first byte in the mapping, in its low 12 bits [`FolioFlags`].
+    /// Offset of the first byte in the mapping, in its low 12 bits [`FolioFlags`] and the generation.
     offset_flags: AtomicU64,
 }
 
-const _: () = assert!(size_of::<Folio>() == 32);
+const _: () = assert!(size_of::<Folio>() == 24);
 
 /// The state bits of a folio (a byte offset's low 12 bits are always zero).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -49,6 +49,9 @@ impl FolioFlags {
     /// On an LRU list.
     pub const LRU: FolioFlags = FolioFlags(1 << 6);
     const MASK: u64 = 0xfff;
+    /// The generation's place.
+    const GENERATION_SHIFT: u32 = 8;
+    const GENERATION_MASK: u64 = 0x7 << Self::GENERATION_SHIFT;
 }
 
 impl Folio {
@@ -109,9 +112,10 @@ impl Folio {
     /// Enters the folio into an address space, at this page index (below 2^52).
     pub fn set_mapping(&self, mapping: u64, index: u64) {
         debug_assert!(index >> 52 == 0);
-        let flags = self.offset_flags.load(Ordering::Relaxed) & FolioFlags::MASK;
-        self.offset_flags
-            .store(index << 12 | flags, Ordering::Relaxed);
+        let set = |old: u64| Some(index << 12 | (old & FolioFlags::MASK));
+        let _ = self
+            .offset_flags
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, set);
         self.mapping.store(mapping, Ordering::Release);
     }
 
@@ -135,18 +139,20 @@ impl Folio {
         self.offset_flags.load(Ordering::Acquire) & flag.0 != 0
     }
 
-    /// The LRU links, page frame numbers of the neighbours; the owner's while the folio is his.
-    pub fn lru(&self) -> (u32, u32) {
-        (
-            self.lru_next.load(Ordering::Relaxed),
-            self.lru_prev.load(Ordering::Relaxed),
-        )
+    /// The generation it was last used in, 0 to 7, wrapping (`folio_lru_gen`).
+    pub fn generation(&self) -> u8 {
+        let bits = self.offset_flags.load(Ordering::Relaxed) & FolioFlags::GENERATION_MASK;
+        (bits >> FolioFlags::GENERATION_SHIFT) as u8
     }
 
-    /// Sets the LRU links.
-    pub fn set_lru(&self, next: u32, prev: u32) {
-        self.lru_next.store(next, Ordering::Relaxed);
-        self.lru_prev.store(prev, Ordering::Relaxed);
+    /// Says in which generation it was used; only the low three bits count.
+    pub fn set_generation(&self, generation: u8) {
+        let bits =
+            u64::from(generation) << FolioFlags::GENERATION_SHIFT & FolioFlags::GENERATION_MASK;
+        let set = |old: u64| Some(old & !FolioFlags::GENERATION_MASK | bits);
+        let _ = self
+            .offset_flags
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, set);
     }
 }
 
@@ -188,8 +194,6 @@ mod tests {
 
     fn folio() -> Folio {
         Folio {
-            lru_next: AtomicU32::new(1),
-            lru_prev: AtomicU32::new(2),
             refcount: AtomicU32::new(0),
             mapcount: AtomicCount(AtomicU32::new(3)),
             mapping: AtomicU64::new(4),
@@ -218,6 +222,8 @@ mod tests {
             ((1 << 52) - 1, 0xffff_8880_0000_1000)
         );
         assert!(f.has_flag(FolioFlags::DIRTY) && !f.has_flag(FolioFlags::LOCKED));
+        f.set_generation(5);
+        assert!(f.generation() == 5 && f.has_flag(FolioFlags::DIRTY) && f.index() == (1 << 52) - 1);
         assert!(f.clear_flag(FolioFlags::DIRTY) && !f.has_flag(FolioFlags::DIRTY));
         f.mapcount().inc();
         assert_eq!((f.mapcount().get(), f.mapcount().dec()), (1, 1));

@@ -169,7 +169,7 @@ impl PageType {
 pub enum DescClass {
     /// A `struct buddy`, 8 bytes.
     Buddy = 0,
-    /// A `folio` of file cache, 32 bytes.
+    /// A `folio` of file cache, 24 bytes.
     File = 1,
     /// A `struct slab`, 64 bytes.
     Slab = 2,
