@@ -283,15 +283,15 @@ impl PerCpuPages {
         self.owner(pin, |lists| lists.take(map, pages))
     }
 
-    /// Lets the mark fall back towards its minimum by an eighth, as long as use does not raise it again
-    /// (`decay_pcp_high`). Says how many pages are above it then.
+    /// Lets the mark fall back towards its minimum by a quarter, as long as use does not raise it again
+    /// (`decay_pcp_high`; an eighth there, but here a page in a list also keeps its last owner's descriptor from going back). Says how many pages are above it then.
     pub(crate) fn decay<P: Platform>(&self, pin: &Pin<'_, P>) -> u32 {
         self.owner(pin, |lists| {
             if lists.high > lists.high_min {
                 let floor = lists
                     .count
                     .saturating_sub(lists.batch << PCP_BATCH_SCALE_MAX);
-                lists.high = (lists.high - (lists.high >> 3))
+                lists.high = (lists.high - (lists.high >> 2))
                     .max(floor)
                     .max(lists.high_min);
             }

@@ -15,7 +15,7 @@ use crate::platform::Platform;
 /// Blocks looked at in one hold of the zone lock.
 const LOOK_HOLD: usize = 256;
 /// Blocks looked at in one call, for each zone.
-const LOOK_MAX: usize = 1 << 16;
+const LOOK_MAX: usize = 1 << 18;
 /// Descriptors taken along for one hold.
 const SETTLE_HOLD: usize = 64;
 /// A zone with fewer morphed blocks than this is left as it is.
