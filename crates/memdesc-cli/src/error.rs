@@ -11,10 +11,11 @@ use crate::handles::MachineError;
 pub(crate) enum Error {
     #[error("{0}")]
     Trace(#[from] TraceError),
-    #[error("{name}: {bytes} bytes of memory are too large for this machine: {source}")]
+    #[error("{name}: a machine of {mib} MiB and {cpus} CPUs cannot be made here: {source}")]
     Machine {
         name: String,
-        bytes: u64,
+        mib: u64,
+        cpus: usize,
         source: MachineError,
     },
     #[error("{name}: nothing in it can be replayed: {why}")]

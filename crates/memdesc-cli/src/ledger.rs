@@ -109,7 +109,8 @@ impl Fill {
         }];
         let machine = Machine::new(&ranges, 1).map_err(|source| Error::Machine {
             name: "ledger".into(),
-            bytes,
+            mib: bytes >> 20,
+            cpus: 1,
             source,
         })?;
         let Some(_cpu) = machine.mm.platform().claim(0) else {

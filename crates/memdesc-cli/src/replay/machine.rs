@@ -33,15 +33,47 @@ impl Shape {
     }
 }
 
-/// One more than the highest page in any event.
-fn pages_in(events: &[Event]) -> u64 {
-    let end = |event: &Event| match event.kind() {
+/// The pages of an event: the first and one past the last, and the order.
+fn pages_of(event: &Event) -> Option<(u64, u64, u8)> {
+    match event.kind() {
         EventKind::PageAlloc { pfn, order, .. } | EventKind::PageFree { pfn, order } => {
-            u64::from(pfn) + (1u64 << order.min(32))
+            Some((pfn.into(), u64::from(pfn) + (1 << order.min(32)), order))
         }
-        _ => 0,
+        _ => None,
+    }
+}
+
+/// Leaves out events of pages that cannot be: a line may be damaged and still read like an event. If there are many it is
+/// not the line that is wrong. Says how many.
+pub(crate) fn leave_out_impossible(events: &mut Vec<Event>, shape: &Shape) -> Result<u64, Error> {
+    let end = shape.pages as u64;
+    let wrong = |event: &Event| {
+        pages_of(event).filter(|&(_, last, order)| last > end || is_too_large(order))
     };
-    events.iter().map(end).max().unwrap_or(0)
+    let first = events.iter().find_map(wrong);
+    let Some((pfn, _, order)) = first else {
+        return Ok(0);
+    };
+    let all = events.iter().filter(|e| pages_of(e).is_some()).count();
+    let bad = events.iter().filter(|e| wrong(e).is_some()).count();
+    if bad * 100 <= all {
+        events.retain(|e| wrong(e).is_none());
+        return Ok(bad as u64);
+    }
+    Err(if is_too_large(order) {
+        Error::OrderTooLarge { order }
+    } else {
+        let memory_from = shape.memory_from;
+        Error::PageBeyondMemory {
+            pfn,
+            end,
+            memory_from,
+        }
+    })
+}
+
+fn is_too_large(order: u8) -> bool {
+    usize::from(order) > memdesc::MAX_ORDER
 }
 
 /// Finds out what machine the events need. `memory` and `cpus` are what the user said.
@@ -52,7 +84,11 @@ pub(crate) fn shape(
     memory: Option<u64>,
     cpus: Option<usize>,
 ) -> Result<Shape, Error> {
-    let seen = pages_in(events);
+    let all = events
+        .iter()
+        .filter_map(pages_of)
+        .filter(|&(_, _, order)| !is_too_large(order));
+    let seen = all.map(|(_, end, _)| end).max().unwrap_or(0);
     let iomem = snapshot.and_then(|s| s.iomem.as_ref());
     let range = |start: u64, end: u64| MemRange {
         start: PhysAddr(start),
@@ -76,26 +112,8 @@ pub(crate) fn shape(
         ));
     }
     let end = ranges.iter().map(|r| r.end.0 >> 12).max().unwrap_or(0);
-    if seen > end {
-        return Err(Error::PageBeyondMemory {
-            pfn: seen - 1,
-            end,
-            memory_from,
-        });
-    }
     if end > u64::from(memdesc::address::MAX_PFN) || Pfn::NONE.0 as u64 <= end {
         return Err(Error::TooLarge { bytes: end << 12 });
-    }
-    let order = |event: &Event| match event.kind() {
-        EventKind::PageAlloc { order, .. } | EventKind::PageFree { order, .. } => order,
-        _ => 0,
-    };
-    if let Some(order) = events
-        .iter()
-        .map(order)
-        .find(|&o| usize::from(o) > memdesc::MAX_ORDER)
-    {
-        return Err(Error::OrderTooLarge { order });
     }
     Ok(Shape {
         ranges,

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use memdesc::{Event as Counter, Fragmentation, Ledger, PageType};
 use memdesc_trace::snapshot::evidence::Evidence;
-use memdesc_trace::{Event, EventKind, Snapshot};
+use memdesc_trace::{Event, EventKind, Recording, Snapshot};
 
 use crate::error::Error;
 use crate::handles::Machine;
@@ -124,6 +124,8 @@ pub(crate) struct Replay {
     pub(crate) ram_bytes: u64,
     pub(crate) memory_from: &'static str,
     pub(crate) limited: bool,
+    /// Events of pages that cannot be, left out.
+    pub(crate) impossible: u64,
     pub(crate) slabs_told: Option<Told>,
     pub(crate) claims: Option<Claims>,
     pub(crate) times: Times,
@@ -239,8 +241,18 @@ pub(crate) fn run(options: &Options) -> Result<Replay, Error> {
         source.recording.events.truncate(limit);
         source.recording.after = None;
     }
+    let mut times = Times {
+        parse: source.parse,
+        ..Times::default()
+    };
+    let shape = {
+        let Recording { events, before, .. } = &source.recording;
+        let cpus = source.recording.cpus();
+        machine::shape(events, cpus, before.as_ref(), options.memory, options.cpus)?
+    };
+    let impossible = machine::leave_out_impossible(&mut source.recording.events, &shape)?;
     let recording = &source.recording;
-    let events = &recording.events;
+    let (events, before) = (&recording.events, recording.before.as_ref());
     let nothing = |why: &str| Error::Nothing {
         name: source.name.clone(),
         why: why.into(),
@@ -248,19 +260,7 @@ pub(crate) fn run(options: &Options) -> Result<Replay, Error> {
     if events.is_empty() {
         return Err(nothing("no events"));
     }
-    let mut times = Times {
-        parse: source.parse,
-        ..Times::default()
-    };
 
-    let before = recording.before.as_ref();
-    let shape = machine::shape(
-        events,
-        recording.cpus(),
-        before,
-        options.memory,
-        options.cpus,
-    )?;
     let objects_too = !options.pages_only && has_objects(events);
     let start = Instant::now();
     let slabs = objects_too.then(|| slabs::find(events, shape.pages, options.direct_map_base));
@@ -281,7 +281,8 @@ pub(crate) fn run(options: &Options) -> Result<Replay, Error> {
     let start = Instant::now();
     let machine = Machine::new(&shape.ranges, shape.cpus).map_err(|why| Error::Machine {
         name: source.name.clone(),
-        bytes: shape.bytes(),
+        mib: shape.bytes() >> 20,
+        cpus: shape.cpus,
         source: why,
     })?;
     let guards: Vec<_> = (0..shape.cpus)
@@ -356,6 +357,7 @@ pub(crate) fn run(options: &Options) -> Result<Replay, Error> {
         ram_bytes: shape.bytes(),
         memory_from: shape.memory_from,
         limited,
+        impossible,
         slabs_told,
         claims,
         times,

@@ -104,6 +104,7 @@ pub(crate) fn object(replay: &Replay) -> Value {
             "memory_from": replay.memory_from, "limited": replay.limited,
             "lines": recording.lines, "text_bytes": recording.bytes,
             "broken_lines": recording.skipped.broken_lines,
+            "impossible_events": replay.impossible,
             "other_events": recording.skipped.other_events,
             "lost_events": recording.skipped.lost_events,
             "unknown_gfp_names": recording.skipped.unknown_gfp_names,
