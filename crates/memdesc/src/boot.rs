@@ -40,6 +40,8 @@ pub(crate) struct BootLayout {
     pub(crate) map_tables: u64,
     /// Zones, per-CPU lists and counters, built-in caches and their sheaves.
     pub(crate) tables: u64,
+    /// Pages kept out of the allocator for good: page 0, if there is one. Its address means "no descriptor".
+    pub(crate) kept: u64,
     /// All of it, in whole pages.
     pub(crate) pages: u64,
     /// Where it starts.
@@ -137,6 +139,13 @@ impl<P: Platform> Mm<P> {
         parts.layout.pages = u64::from(pages);
         parts.layout.start = Pfn(start);
 
+        if let Some(first) = parts.map.region(Pfn(0)) {
+            debug_assert_eq!(first.untouched().0, 1);
+            parts
+                .map
+                .set(Pfn(0), 1, PageType::Reserved, Reserved::MemMap as u64);
+            parts.layout.kept = 1;
+        }
         // The boot memory itself is the first thing handed out.
         parts.map.set(
             Pfn(start),
@@ -345,6 +354,9 @@ fn lay_out<P: Platform>(
                         .untouched_end
                         .store(boot.start.max(piece.start), Ordering::Relaxed);
                 }
+                if piece.start == 0 {
+                    region.untouched_start.store(1, Ordering::Relaxed);
+                }
                 region_ptr.add(i).write(region);
             }
         }
@@ -467,7 +479,7 @@ fn built_in(index: usize, config: &Config, name: &mut Name) -> Spec {
     let plain = |size, align, role| Spec {
         size,
         align,
-        flags: CacheFlags::EMPTY,
+        flags: CacheFlags::SINGLE_PAGES,
         gfp: Flags::EMPTY,
         role,
     };

@@ -105,7 +105,8 @@ impl<P: Platform> Mm<P> {
             metadata: 0,
             memmap_bytes: self.boot.memmap,
             descriptor_bytes: 0,
-            other_metadata_bytes: self.boot.pages * PAGE_SIZE as u64 - self.boot.memmap,
+            other_metadata_bytes: (self.boot.pages + self.boot.kept) * PAGE_SIZE as u64
+                - self.boot.memmap,
             balanced: false,
             walk,
         };
@@ -118,8 +119,8 @@ impl<P: Platform> Mm<P> {
                 ledger.pcp += u64::from(self.pages.pcp_view(cpu, index).count);
             }
         }
-        ledger.by_type[PageType::Reserved as usize] =
-            ledger.by_type[PageType::Reserved as usize].wrapping_add(self.boot.pages);
+        ledger.by_type[PageType::Reserved as usize] = ledger.by_type[PageType::Reserved as usize]
+            .wrapping_add(self.boot.pages + self.boot.kept);
         let types = ledger
             .by_type
             .iter()
@@ -154,8 +155,9 @@ impl<P: Platform> Mm<P> {
             }
         });
         ledger.by_type[PageType::Slab as usize] -= ledger.metadata;
-        ledger.by_type[PageType::Reserved as usize] -= self.boot.pages;
-        ledger.metadata += self.boot.pages;
+        let boot = self.boot.pages + self.boot.kept;
+        ledger.by_type[PageType::Reserved as usize] -= boot;
+        ledger.metadata += boot;
         ledger
     }
 

@@ -1,8 +1,8 @@
-//! `struct slab`: what is needed to hand out a slab's objects, and to give its pages back, in 64 bytes.
+//! `struct slab`: what is needed to hand out a slab's objects, and to give its pages back, in 48 bytes.
 //!
 //! Which objects are free is a bitmap here, not a list through the objects: a free object is never written, a double
-//! free is one bit that is set already, and a whole refill is a few `tzcnt`. Slabs of more than 256 objects (8-byte
-//! ones) keep the bitmap in the first bytes of the slab instead.
+//! free is one bit that is set already, and a whole refill is a few `tzcnt`. Slabs of more than 128 objects
+//! keep the bitmap in the first bytes of the slab instead.
 
 use core::fmt;
 use core::ptr::NonNull;
@@ -14,7 +14,7 @@ use crate::slab::CacheCore;
 use crate::sync::atomic::{AtomicPtr, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 /// Words of bitmap in the descriptor.
-const BITMAP_WORDS: usize = 4;
+const BITMAP_WORDS: usize = 2;
 /// Slabs of up to so many objects have their bitmap in the descriptor.
 pub(crate) const BITMAP_INLINE: usize = BITMAP_WORDS * 64;
 
@@ -67,7 +67,7 @@ pub struct Slab {
     bitmap: [AtomicU64; BITMAP_WORDS],
 }
 
-const _: () = assert!(size_of::<Slab>() == 64);
+const _: () = assert!(size_of::<Slab>() == 48);
 
 impl Slab {
     /// Sets the descriptor up: all objects free, in no list.
@@ -219,7 +219,7 @@ impl MemMap {
     pub(crate) fn slab_at(&self, desc: PhysAddr) -> &Slab {
         let ptr = self.virt(desc).cast::<Slab>();
         debug_assert!(ptr.is_aligned() && desc.0 != 0);
-        // SAFETY: `desc` comes from a word that says slab, and such words lead to 64 bytes of a slab of descriptors that
+        // SAFETY: `desc` comes from a word that says slab, and such words lead to 48 bytes of a slab of descriptors that
         // stay allocated as long as the word says so; all fields are atomics, every bit pattern is valid.
         unsafe { &*ptr }
     }

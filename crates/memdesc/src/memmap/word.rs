@@ -171,7 +171,7 @@ pub enum DescClass {
     Buddy = 0,
     /// A `folio` of file cache, 24 bytes.
     File = 1,
-    /// A `struct slab`, 64 bytes.
+    /// A `struct slab`, 48 bytes.
     Slab = 2,
     /// A `ptdesc`, 32 bytes.
     PtDesc = 3,

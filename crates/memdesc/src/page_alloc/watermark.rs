@@ -133,8 +133,8 @@ pub(crate) fn set_up(zones: &mut [Zone], config: &Config) {
                 .get(kind as usize)
                 .copied()
                 .unwrap_or(0);
-            let reserve = if ratio == 0 { 0 } else { above / ratio };
-            zones[i].lowmem_reserve[highest as usize] = reserve;
+            // A ratio of 0 turns the protection off.
+            zones[i].lowmem_reserve[highest as usize] = above.checked_div(ratio).unwrap_or(0);
         }
     }
 }

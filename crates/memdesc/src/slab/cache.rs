@@ -45,6 +45,8 @@ impl CacheFlags {
     pub const CACHE_DMA: CacheFlags = CacheFlags(1 << 5);
     /// No per-CPU sheaves: every operation goes to the slabs.
     pub const NO_SHEAVES: CacheFlags = CacheFlags(1 << 6);
+    /// Slabs of single pages: the caches that the page allocator itself lives on.
+    pub(crate) const SINGLE_PAGES: CacheFlags = CacheFlags(1 << 7);
 
     /// All of the flags that check objects.
     pub const DEBUG: CacheFlags = CacheFlags(0b111);
@@ -136,7 +138,11 @@ impl Geometry {
             });
         let (lead, tail) = super::debug::slot_extra(object_size, align, flags);
         let size = (lead + object_size.next_multiple_of(8) + tail).next_multiple_of(align);
-        let order = slab_order(size)?;
+        let order = if flags.contains(CacheFlags::SINGLE_PAGES) {
+            0
+        } else {
+            slab_order(size)?
+        };
         let bytes = PAGE_SIZE << order;
         let mut objects = bytes / size;
         let mut first = 0;
@@ -177,6 +183,11 @@ impl Geometry {
 /// The order of slabs: the least that wastes no more than a sixteenth, an eighth, a quarter; at least the object must fit.
 fn slab_order(size: usize) -> Option<usize> {
     let fits = (0..=MAX_ORDER).find(|&order| PAGE_SIZE << order >= size)?;
+    if PAGE_SIZE / size > BITMAP_INLINE {
+        // Their bitmap lies in the slab; the descriptor at least is shared by more pages.
+        return Some(SLAB_MAX_ORDER);
+    }
+
     // Linux wants more objects in a slab the more CPUs there are; sheaves do that job here, eight will do.
     let min_objects = 8;
     for fraction in [16, 8, 4, 2] {
@@ -465,7 +476,13 @@ mod tests {
                 assert_eq!(g.index(g.offset(g.objects as usize)), None);
             }
         }
-        assert_eq!(Geometry::new(8, 8, CacheFlags::EMPTY).unwrap().objects, 504);
+        let single = |size, align| {
+            Geometry::new(size, align, CacheFlags::SINGLE_PAGES)
+                .unwrap()
+                .objects
+        };
+        assert_eq!(single(8, 8), 504);
+        assert_eq!(single(48, 16), 85);
         assert_eq!(
             Geometry::new(32, 16, CacheFlags::EMPTY).unwrap().objects,
             128
