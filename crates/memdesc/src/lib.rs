@@ -61,7 +61,7 @@ pub use {
     ledger::{Fragmentation, Ledger, Walk, ZoneView},
     memmap::{DescClass, Found, PageType, TAIL_WORDS_ORDER, Word},
     mm::Mm,
-    owner::{FolioKind, Memory},
+    owner::{DescPtr, FolioKind, Memory},
     page_alloc::{MigrateType, PcpView, ZoneType},
     platform::{FaultPoint, Platform, ReclaimRequest},
     report::{Corruption, Report, Track},

@@ -10,7 +10,7 @@ use core::ptr::NonNull;
 
 use crate::address::{PAGE_SIZE, Pfn, PhysAddr};
 use crate::boot::Reserved;
-use crate::desc::{Folio, PtDesc};
+use crate::desc::{Folio, PtDesc, Slab};
 use crate::error::AllocError;
 use crate::gfp::{self, Flags};
 use crate::memmap::{DescClass, Found, PageType, Word};
@@ -30,10 +30,50 @@ pub enum FolioKind {
     Anon,
 }
 
+/// Where a lookup leads: a descriptor that may be gone by the time it is looked at.
+///
+/// A word is read without a lock. That the page still leads there, and that the memory still holds a descriptor, is for the
+/// caller to know: he owns the pages, or holds a reference that keeps them.
+#[derive(Debug)]
+#[repr(transparent)]
+pub struct DescPtr<T>(NonNull<T>);
+
+// By hand: an address may be copied whatever it leads to.
+impl<T> Clone for DescPtr<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for DescPtr<T> {}
+
+impl<T> DescPtr<T> {
+    /// The address.
+    pub fn as_ptr(self) -> *mut T {
+        self.0.as_ptr()
+    }
+
+    /// The descriptor.
+    ///
+    /// # Safety
+    ///
+    /// The pages stay handed out, under this descriptor, as long as the reference lives: the caller owns them, or holds a
+    /// reference that he took while they were.
+    pub unsafe fn as_ref<'a>(self) -> &'a T {
+        // SAFETY: the caller's promise; all fields of descriptors are atomics.
+        unsafe { self.0.as_ref() }
+    }
+}
+
+// SAFETY: it is an address; what is behind it is reached only by the unsafe `as_ref`.
+unsafe impl<T: Sync> Send for DescPtr<T> {}
+// SAFETY: the same.
+unsafe impl<T: Sync> Sync for DescPtr<T> {}
+
 /// What a page is part of: the answer of [`Mm::lookup`]. Code for slabs cannot be handed a folio.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
-pub enum Memory<'a> {
+pub enum Memory {
     /// Not RAM that the memory map knows.
     Hole,
     /// Never handed out: free, without so much as a descriptor.
@@ -46,15 +86,15 @@ pub enum Memory<'a> {
     /// Bare pages.
     Bare,
     /// A slab.
-    Slab(&'a crate::desc::Slab),
+    Slab(DescPtr<Slab>),
     /// Large kmalloc.
     LargeKmalloc,
     /// A page table.
-    PageTable(&'a PtDesc),
+    PageTable(DescPtr<PtDesc>),
     /// File cache.
-    File(&'a Folio),
+    File(DescPtr<Folio>),
     /// Anonymous memory.
-    Anon(&'a Folio),
+    Anon(DescPtr<Folio>),
     /// Reserved.
     Reserved(Reserved),
     /// Given away or offline.
@@ -62,7 +102,7 @@ pub enum Memory<'a> {
     /// Bad memory or a guard.
     Poisoned,
     /// A type whose descriptor the kernel brings itself: the descriptor's address.
-    Yours(PageType, NonNull<u8>),
+    Yours(PageType, DescPtr<u8>),
 }
 
 impl<P: Platform> Mm<P> {
@@ -326,7 +366,7 @@ impl<P: Platform> Mm<P> {
     /// Which memory a page is part of. Any page of an allocation gives the same answer.
     ///
     /// Without a lock or a reference the answer may be stale when it comes back; see [`Folio::try_get`].
-    pub fn lookup(&self, pfn: Pfn) -> (Pfn, usize, Memory<'_>) {
+    pub fn lookup(&self, pfn: Pfn) -> (Pfn, usize, Memory) {
         let Some(region) = self.pages.map.region(pfn) else {
             return (pfn, 0, Memory::Hole);
         };
@@ -346,23 +386,27 @@ impl<P: Platform> Mm<P> {
                 in_pcp: word.is_in_pcp(),
             },
             PageType::Bare => Memory::Bare,
-            PageType::Slab => Memory::Slab(self.pages.map.slab_at(word.desc())),
+            PageType::Slab => Memory::Slab(self.desc_ptr(word)),
             PageType::LargeKmalloc => Memory::LargeKmalloc,
-            PageType::PageTable => Memory::PageTable(self.ptdesc_at(word.desc())),
-            PageType::File => Memory::File(self.folio_at(word.desc())),
-            PageType::Anon => Memory::Anon(self.folio_at(word.desc())),
+            PageType::PageTable => Memory::PageTable(self.desc_ptr(word)),
+            PageType::File => Memory::File(self.desc_ptr(word)),
+            PageType::Anon => Memory::Anon(self.desc_ptr(word)),
             PageType::Reserved if word.facts() == Reserved::MemMap as u64 => {
                 Memory::Reserved(Reserved::MemMap)
             }
             PageType::Reserved => Memory::Reserved(Reserved::Kernel),
             PageType::Offline => Memory::Offline,
             PageType::Poisoned => Memory::Poisoned,
-            kind => match NonNull::new(self.pages.map.virt(word.desc())) {
-                Some(desc) => Memory::Yours(kind, desc),
-                None => Memory::Untouched,
-            },
+            kind => Memory::Yours(kind, self.desc_ptr(word)),
         };
         (head, word.order(), memory)
+    }
+
+    fn desc_ptr<T>(&self, word: Word) -> DescPtr<T> {
+        match NonNull::new(self.pages.map.virt(word.desc()).cast()) {
+            Some(ptr) => DescPtr(ptr),
+            None => unreachable!("a word that leads to a null descriptor: {word:?}"),
+        }
     }
 
     /// The direct-map address of a page.
@@ -479,7 +523,7 @@ impl<P: Platform> Mm<P> {
         align: usize,
         flags: crate::slab::CacheFlags,
         ctor: Option<fn(NonNull<u8>)>,
-    ) -> Result<Cache, AllocError> {
+    ) -> Result<Cache<'_>, AllocError> {
         if self.pages.platform.should_fail(FaultPoint::CacheCreate) {
             return Err(AllocError::Injected);
         }

@@ -6,6 +6,7 @@
 //! Lock order: a cache's list lock is a leaf.
 
 use core::fmt;
+use core::marker::PhantomData;
 use core::ops::BitOr;
 use core::ptr::NonNull;
 
@@ -372,19 +373,21 @@ impl fmt::Debug for CacheCore {
     }
 }
 
-/// A handle to a cache. Dropping it leaves the cache as it is; give it to
+/// A handle to a cache of the memory manager that `'m` borrows. Dropping it leaves the cache as it is; give it to
 /// [`kmem_cache_destroy`](crate::Mm::kmem_cache_destroy) to take it down.
 #[derive(Debug)]
-pub struct Cache {
+pub struct Cache<'m> {
     pub(crate) core: NonNull<CacheCore>,
+    /// The cache lies in the memory manager's memory.
+    pub(crate) _mm: PhantomData<&'m CacheCore>,
 }
 
 // SAFETY: a `CacheCore` is shared between CPUs by design; all of it is atomics, locks and constants.
-unsafe impl Send for Cache {}
+unsafe impl Send for Cache<'_> {}
 // SAFETY: the same.
-unsafe impl Sync for Cache {}
+unsafe impl Sync for Cache<'_> {}
 
-impl Cache {
+impl Cache<'_> {
     #[inline]
     pub(crate) fn core(&self) -> &CacheCore {
         // SAFETY: the handle is made with the cache, and destroying the cache consumes it.
@@ -431,9 +434,9 @@ pub struct CacheView<'a> {
 
 /// A cache that could not be destroyed: objects are live. The handle comes back.
 #[derive(Debug)]
-pub struct DestroyError {
+pub struct DestroyError<'m> {
     /// The cache; it stays usable.
-    pub cache: Cache,
+    pub cache: Cache<'m>,
     /// How many objects are live.
     pub live: u64,
 }

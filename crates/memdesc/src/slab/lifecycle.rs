@@ -1,5 +1,6 @@
 //! The life of a cache: create, use, shrink, destroy.
 
+use core::marker::PhantomData;
 use core::panic::Location;
 use core::ptr::NonNull;
 
@@ -20,7 +21,7 @@ impl<P: Platform> Mm<P> {
         align: usize,
         flags: CacheFlags,
         ctor: Option<fn(NonNull<u8>)>,
-    ) -> Result<Cache, AllocError> {
+    ) -> Result<Cache<'_>, AllocError> {
         let geometry = Geometry::new(size, align, flags).ok_or(AllocError::BadSize)?;
         let memory = self.cache_alloc(self.cache_cache(), gfp::GFP_KERNEL, Location::caller())?;
         let capacity = if flags.intersects(CacheFlags::DEBUG | CacheFlags::NO_SHEAVES) {
@@ -75,10 +76,13 @@ impl<P: Platform> Mm<P> {
             .store(list.head, Ordering::Relaxed);
         list.head = core.as_ptr();
         drop(list);
-        Ok(Cache { core })
+        Ok(Cache {
+            core,
+            _mm: PhantomData,
+        })
     }
 
-    fn checked<'c>(&self, cache: &'c Cache) -> &'c CacheCore {
+    fn checked<'c>(&self, cache: &'c Cache<'_>) -> &'c CacheCore {
         let core = cache.core();
         assert!(
             core.owner == self.id(),
@@ -103,7 +107,11 @@ impl<P: Platform> Mm<P> {
     /// If the cache belongs to another memory manager.
     #[inline]
     #[track_caller]
-    pub fn kmem_cache_alloc(&self, cache: &Cache, gfp: Flags) -> Result<NonNull<u8>, AllocError> {
+    pub fn kmem_cache_alloc(
+        &self,
+        cache: &Cache<'_>,
+        gfp: Flags,
+    ) -> Result<NonNull<u8>, AllocError> {
         self.cache_alloc(self.checked(cache), gfp, Location::caller())
     }
 
@@ -118,7 +126,7 @@ impl<P: Platform> Mm<P> {
     /// Any that may pin a CPU. Allocates nothing, does not wait, cannot fail.
     #[inline]
     #[track_caller]
-    pub unsafe fn kmem_cache_free(&self, cache: &Cache, object: NonNull<u8>) {
+    pub unsafe fn kmem_cache_free(&self, cache: &Cache<'_>, object: NonNull<u8>) {
         let pin = self.pages.pin();
         let _free_path = self.pages.stats(&pin).enter_free(&pin);
         let core = self.checked(cache);
@@ -133,7 +141,7 @@ impl<P: Platform> Mm<P> {
     #[track_caller]
     pub fn kmem_cache_alloc_bulk(
         &self,
-        cache: &Cache,
+        cache: &Cache<'_>,
         gfp: Flags,
         out: &mut [*mut u8],
     ) -> Result<(), AllocError> {
@@ -183,7 +191,7 @@ impl<P: Platform> Mm<P> {
     ///
     /// Each is as [`kmem_cache_free`](Self::kmem_cache_free) wants it.
     #[track_caller]
-    pub unsafe fn kmem_cache_free_bulk(&self, cache: &Cache, objects: &[*mut u8]) {
+    pub unsafe fn kmem_cache_free_bulk(&self, cache: &Cache<'_>, objects: &[*mut u8]) {
         let core = self.checked(cache);
         let caller = Location::caller();
         let pin = self.pages.pin();
@@ -206,7 +214,7 @@ impl<P: Platform> Mm<P> {
     /// # Context
     ///
     /// May wait for other CPUs.
-    pub fn kmem_cache_shrink(&self, cache: &Cache) -> usize {
+    pub fn kmem_cache_shrink(&self, cache: &Cache<'_>) -> usize {
         self.cache_shrink(self.checked(cache))
     }
 
@@ -219,7 +227,7 @@ impl<P: Platform> Mm<P> {
     /// # Errors
     ///
     /// Objects are live: the cache stays, and comes back with their number. [`live_objects`](Self::live_objects) names them.
-    pub fn kmem_cache_destroy(&self, cache: Cache) -> Result<(), DestroyError> {
+    pub fn kmem_cache_destroy<'m>(&self, cache: Cache<'m>) -> Result<(), DestroyError<'m>> {
         let core = self.checked(&cache);
         self.cache_shrink(core);
         let (live, slabs) = {
@@ -268,7 +276,7 @@ impl<P: Platform> Mm<P> {
     /// live; shrink first for an exact answer.
     pub fn live_objects(
         &self,
-        cache: &Cache,
+        cache: &Cache<'_>,
         mut visit: impl FnMut(*const u8, Option<crate::report::Track>),
     ) {
         let core = self.checked(cache);
@@ -290,7 +298,7 @@ impl<P: Platform> Mm<P> {
     }
 
     /// Reports every live object of a cache that should have none, as `kmem_cache_destroy` in Linux prints them.
-    pub fn report_leaks(&self, cache: &Cache) {
+    pub fn report_leaks(&self, cache: &Cache<'_>) {
         let core = self.checked(cache);
         let mut first = None;
         self.live_objects(cache, |object, _| {

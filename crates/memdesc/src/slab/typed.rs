@@ -17,7 +17,7 @@ use crate::platform::Platform;
 /// A cache of values of type `T`.
 pub struct KmemCache<'m, P: Platform, T> {
     mm: &'m Mm<P>,
-    cache: Option<Cache>,
+    cache: Option<Cache<'m>>,
     _values: core::marker::PhantomData<fn(T) -> T>,
 }
 
@@ -36,7 +36,7 @@ impl<'m, P: Platform, T> KmemCache<'m, P, T> {
         })
     }
 
-    fn cache(&self) -> &Cache {
+    fn cache(&self) -> &Cache<'m> {
         match &self.cache {
             Some(cache) => cache,
             None => unreachable!("taken only by destroy and drop"),
@@ -81,7 +81,7 @@ impl<P: Platform, T> Drop for KmemCache<'_, P, T> {
     fn drop(&mut self) {
         if let Some(cache) = self.cache.take() {
             // Leaked values keep their cache; it is listed in the slabinfo view as long as they are.
-            let _: Result<(), DestroyError> = self.mm.kmem_cache_destroy(cache);
+            let _: Result<(), DestroyError<'_>> = self.mm.kmem_cache_destroy(cache);
         }
     }
 }

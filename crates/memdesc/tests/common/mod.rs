@@ -387,7 +387,7 @@ impl Kind {
         }
     }
 
-    pub fn is(self, memory: &Memory<'_>) -> bool {
+    pub fn is(self, memory: &Memory) -> bool {
         match self {
             Kind::Bare => matches!(memory, Memory::Bare),
             Kind::File => matches!(memory, Memory::File(_)),
