@@ -244,7 +244,7 @@ impl Machine {
         }
     }
 
-    pub(crate) fn destroy(&self, cache: Cache) -> Result<(), DestroyError> {
+    pub(crate) fn destroy<'m>(&self, cache: Cache<'m>) -> Result<(), DestroyError<'m>> {
         self.mm.kmem_cache_destroy(cache)
     }
 }

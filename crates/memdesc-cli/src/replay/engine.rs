@@ -29,7 +29,7 @@ pub(crate) struct Engine<'m> {
     pub(crate) pages: Pages,
     pub(crate) objects: Objects,
     slabs: Option<SlabPages>,
-    caches: Vec<Option<Cache>>,
+    caches: Vec<Option<Cache<'m>>>,
     clock: Clock,
     pub(crate) latencies: Latencies,
     pub(crate) traffic: Traffic,
