@@ -40,6 +40,7 @@ enum Op {
         n: usize,
     },
     DrainAll,
+    Tick,
     Shrink,
     SetPageblock {
         place: u32,
@@ -84,6 +85,7 @@ fn op() -> impl Strategy<Value = Op> {
         10 => any::<usize>().prop_map(|which| Op::Free { which }),
         2 => (1..200usize).prop_map(|n| Op::FreeMany { n }),
         1 => Just(Op::DrainAll),
+        1 => Just(Op::Tick),
         1 => Just(Op::Shrink),
         1 => (any::<u32>(), 0..3usize).prop_map(|(place, mt)| Op::SetPageblock { place, mt }),
         2 => (0..8usize).prop_map(|cpu| Op::Cpu { cpu }),
@@ -251,6 +253,8 @@ impl Test<'_> {
                 assert_eq!(ledger(mm).pcp, 0);
             }
             Op::Shrink => drop(mm.shrink()),
+            // Per-CPU lists shrink, free blocks get descriptors of their own.
+            Op::Tick => mm.tick(),
             Op::SetPageblock { place, mt } => {
                 let pfn = Pfn(place % self.pages.machine.end());
                 mm.set_pageblock_migratetype(pfn, MigrateType::ALL[mt]);

@@ -180,8 +180,9 @@ fn pages_stress(machine: &Machine, orders: &[usize], share: u64, claimed: bool) 
             let _stop = StopOnPanic(until);
             let mut rng = Rng(99);
             while !until.done() {
-                match rng.below(4) {
+                match rng.below(5) {
                     0 => mm.drain_all(),
+                    3 => mm.tick(),
                     1 => drop(mm.shrink()),
                     2 => {
                         let pfn = Pfn(rng.below(machine.end() as usize) as u32);
