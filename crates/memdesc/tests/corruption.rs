@@ -31,14 +31,16 @@ fn here() -> (String, u32) {
 }
 
 struct Bench {
-    mm: Mm<Host>,
-    cache: Cache,
+    /// Never taken down, so that the cache can stand beside it.
+    mm: &'static Mm<Host>,
+    cache: Cache<'static>,
     reports: Reports,
 }
 
 impl Bench {
     fn new(size: usize, flags: CacheFlags) -> Bench {
         let (mm, reports) = boot(CacheFlags::EMPTY);
+        let mm: &'static Mm<Host> = Box::leak(Box::new(mm));
         let cache = mm
             .kmem_cache_create("TestSlub", size, 8, flags, None)
             .unwrap();
@@ -52,7 +54,7 @@ impl Bench {
 
     #[track_caller]
     fn free(&self, object: NonNull<u8>) {
-        cache_free(&self.mm, &self.cache, object);
+        cache_free(self.mm, &self.cache, object);
     }
 
     /// The only report: this, of this object of this cache, and the ledger still balances.
@@ -69,13 +71,13 @@ impl Bench {
             "{}",
             seen.text
         );
-        ledger(&self.mm);
+        ledger(self.mm);
         seen
     }
 
     fn active(&self) -> u64 {
         self.mm.kmem_cache_shrink(&self.cache);
-        slabinfo(&self.mm, "TestSlub").0
+        slabinfo(self.mm, "TestSlub").0
     }
 }
 

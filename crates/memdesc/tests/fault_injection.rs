@@ -14,11 +14,11 @@ use memdesc::*;
 use memdesc_host::Host;
 
 /// A machine in use: pages of all types and objects, fragmented.
-struct State {
+struct State<'m> {
     machine: Machine,
     pages: Pages,
     objects: Vec<(NonNull<u8>, usize, u8)>,
-    cache: Option<Cache>,
+    cache: Option<Cache<'m>>,
 }
 
 fn machine() -> Machine {
@@ -40,7 +40,7 @@ enum Start {
     Warm,
 }
 
-fn start(mm: &Mm<Host>, start: Start) -> State {
+fn start<'m>(mm: &'m Mm<Host>, start: Start) -> State<'m> {
     let machine = machine();
     let mut state = State {
         pages: Pages::new(&machine),
@@ -85,7 +85,7 @@ fn start(mm: &Mm<Host>, start: Start) -> State {
     state
 }
 
-impl State {
+impl State<'_> {
     fn check(&self, mm: &Mm<Host>) {
         for &(ptr, size, byte) in &self.objects {
             assert!(bytes(ptr, size).iter().all(|&b| b == byte));
@@ -132,7 +132,7 @@ fn snapshot(mm: &Mm<Host>) -> Snapshot {
 
 /// Runs `op` with a fault at each point that it passes, each time on a machine of its own, until none is passed any more.
 /// `op` undoes what it did if it succeeded.
-fn every_point(name: &str, op: impl Fn(&Mm<Host>, &State) -> Result<(), AllocError>) {
+fn every_point(name: &str, op: impl Fn(&Mm<Host>, &State<'_>) -> Result<(), AllocError>) {
     for from in [Start::Empty, Start::Fragmented, Start::Warm] {
         let (mut failed, mut survived) = (0, 0);
         for n in 0.. {

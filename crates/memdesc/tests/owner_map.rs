@@ -262,7 +262,7 @@ impl Object {
         );
     }
 
-    fn free(self, mm: &Mm<Host>, caches: &[Cache]) {
+    fn free(self, mm: &Mm<Host>, caches: &[Cache<'_>]) {
         self.check();
         match self.cache {
             Some(cache) => cache_free(mm, &caches[cache], self.ptr),

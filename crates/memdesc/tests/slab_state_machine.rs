@@ -117,7 +117,7 @@ struct Object {
 
 struct Test<'m> {
     mm: &'m Mm<Host>,
-    caches: Vec<Option<Cache>>,
+    caches: Vec<Option<Cache<'m>>>,
     live: Vec<Object>,
     /// Address to length.
     space: BTreeMap<usize, usize>,
@@ -181,7 +181,7 @@ impl<'m> Test<'m> {
         self.caches[index] = Some(cache);
     }
 
-    fn cache(&self, index: usize) -> &Cache {
+    fn cache(&self, index: usize) -> &Cache<'_> {
         self.caches[index].as_ref().unwrap()
     }
 

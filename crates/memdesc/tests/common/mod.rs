@@ -201,7 +201,7 @@ pub fn kfree<P: Platform>(mm: &Mm<P>, ptr: NonNull<u8>) {
 
 /// Frees an object to its cache.
 #[track_caller]
-pub fn cache_free<P: Platform>(mm: &Mm<P>, cache: &Cache, ptr: NonNull<u8>) {
+pub fn cache_free<P: Platform>(mm: &Mm<P>, cache: &Cache<'_>, ptr: NonNull<u8>) {
     // SAFETY: as in `free`.
     unsafe { mm.kmem_cache_free(cache, ptr) };
 }
