@@ -81,7 +81,7 @@ fn machines_that_cannot_be() {
         &["0x100000", "0x40000", "--memory"],
     );
     let mut text = Text::default();
-    text.alloc(0, 14, "GFP_KERNEL");
+    text.alloc(0x4000, 14, "GFP_KERNEL");
     let order = write(&folder, "order.txt", &text.text);
     fails(&["replay", &order], 2, &["order 14"]);
     let mut text = Text::default();

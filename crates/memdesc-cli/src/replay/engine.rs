@@ -220,7 +220,7 @@ impl<'m> Engine<'m> {
                     [Counter::PcpRefill, Counter::ZoneAlloc, Counter::SlowPath]
                         .map(|c| self.counter(c));
                 let path = if slow != before[2] {
-                    Path::SlowPath
+                    Path::Slow
                 } else if zone != before[1] {
                     Path::Zone
                 } else if refill != before[0] {

@@ -209,7 +209,7 @@ paths! {
     PcpHit = "pcp_hit", PageAlloc, "per-CPU list";
     PcpRefill = "pcp_refill", PageAlloc, "refill of the list";
     Zone = "zone", PageAlloc, "zone, split";
-    SlowPath = "slow_path", PageAlloc, "slow path";
+    Slow = "slow_path", PageAlloc, "slow path";
     PcpFree = "pcp_free", PageFree, "per-CPU list";
     PcpDrain = "pcp_drain", PageFree, "drain of the list";
     ZoneFree = "zone_free", PageFree, "zone, merge";

@@ -60,9 +60,8 @@ impl Objects {
     /// The objects in a page that Linux's slab gave back: they were freed unseen.
     #[inline]
     pub(crate) fn take_page(&mut self, pfn: u32, found: &mut Vec<OwnedObject>) {
-        match (self.base, self.in_page.get(pfn as usize)) {
-            (Some(base), Some(1..)) => self.search_page(base, pfn, found),
-            _ => {}
+        if let (Some(base), Some(1..)) = (self.base, self.in_page.get(pfn as usize)) {
+            self.search_page(base, pfn, found);
         }
     }
 

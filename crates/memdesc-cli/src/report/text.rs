@@ -21,7 +21,7 @@ fn n(value: u64) -> String {
     let digits = value.to_string();
     let mut text = String::new();
     for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i) % 3 == 0 {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
             text.push('\u{2009}');
         }
         text.push(digit);
@@ -132,6 +132,11 @@ fn recording(page: &mut Page, replay: &Replay) {
     for sample in skipped.samples.iter().take(SAMPLES) {
         page.line(&format!("  {sample}"));
     }
+    page.some(
+        "impossible events, left out",
+        replay.impossible,
+        "pages or orders that there are not",
+    );
     page.some(
         "other events, left out",
         skipped.other_events,
@@ -371,11 +376,11 @@ fn fragmentation(page: &mut Page, replay: &Replay) {
         right("ours", 14)
     ));
     let our_shares = shares(&ours.free_by_order);
-    for order in 0..=MAX_ORDER {
+    for (order, share) in our_shares.into_iter().enumerate() {
         let mut line = format!(
             "order {order:>2}   {}   {:<BAR$}",
             right(&n(ours.free_by_order[order]), 14),
-            picture::bar(our_shares[order], BAR)
+            picture::bar(share, BAR)
         );
         if let Some((linux, _)) = linux {
             line += &format!(
