@@ -242,7 +242,7 @@ fn wrong_cache() {
         b.free(o);
         b.expect(Corruption::WrongCache, o);
         // Still live, still its own cache's.
-        cache_free(&b.mm, &other, o);
+        cache_free(b.mm, &other, o);
         assert_eq!(b.reports.take(), []);
         b.mm.kmem_cache_destroy(other).unwrap();
     }
@@ -293,6 +293,6 @@ fn live_objects_are_named() {
         panic!("destroyed")
     };
     assert_eq!(live, 1);
-    cache_free(&b.mm, &cache, o);
+    cache_free(b.mm, &cache, o);
     b.mm.kmem_cache_destroy(cache).unwrap();
 }

@@ -45,7 +45,7 @@ impl Until {
         if cfg!(miri) {
             round > 400
         } else {
-            round % 16 == 0 && Instant::now() >= self.0
+            round.is_multiple_of(16) && Instant::now() >= self.0
         }
     }
 }

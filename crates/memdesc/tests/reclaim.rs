@@ -14,6 +14,9 @@ use memdesc::gfp::{
 };
 use memdesc::*;
 
+/// How far down a request may go, from the min watermark.
+type Floor = fn(u64) -> u64;
+
 const EVERYTHING: Flags = __GFP_MEMALLOC;
 
 /// One zone, Normal, of so many pages.
@@ -49,7 +52,7 @@ fn take_all<P: Platform>(mm: &Mm<P>, gfp: Flags) -> Vec<Pfn> {
 #[test]
 fn how_far_each_may_go() {
     let half = |min: u64| min - min / 2;
-    let cases: &[(Flags, Option<fn(u64) -> u64>)] = &[
+    let cases: &[(Flags, Option<Floor>)] = &[
         (GFP_KERNEL, Some(|min| min)),
         (GFP_NOWAIT, Some(|min| min)),
         (GFP_KERNEL | __GFP_NORETRY, Some(|min| min)),

@@ -368,7 +368,7 @@ fn rule_5_worst_cases() {
             2 | 3 => {
                 while take(&mut pages, 0, 1) {}
                 for index in (0..pages.live.len()).rev() {
-                    if pages.live[index].pfn.0 % 2 == 0 {
+                    if pages.live[index].pfn.0.is_multiple_of(2) {
                         pages.free(&mm, index);
                     }
                 }

@@ -196,7 +196,10 @@ impl<'m> Test<'m> {
         gfp: Flags,
     ) {
         let at = ptr.addr().get();
-        assert!(at % align == 0, "{at:#x} is not aligned to {align}");
+        assert!(
+            at.is_multiple_of(align),
+            "{at:#x} is not aligned to {align}"
+        );
         let before = self.space.range(..at + size).next_back();
         assert!(
             before.is_none_or(|(&a, &len)| a + len <= at),

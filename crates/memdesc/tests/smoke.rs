@@ -19,11 +19,14 @@ fn mm(pages: u32) -> Mm<Host> {
 
 #[test]
 fn pages_go_round() {
-    let mm = mm(16384);
+    let mm = mm(if cfg!(miri) { 4096 } else { 16384 });
     let before = mm.ledger();
     assert!(before.balanced, "{before:?}");
     let mut all = Vec::new();
-    for order in (0..=10).chain([0; 500]).chain(0..=10) {
+    for order in (0..=10)
+        .chain([0; if cfg!(miri) { 20 } else { 500 }])
+        .chain(0..=8)
+    {
         let pfn = mm.alloc_pages(GFP_KERNEL, order).unwrap();
         for page in 0..1 << order {
             let (head, o, memory) = mm.lookup(pfn.add(page));
@@ -42,6 +45,7 @@ fn pages_go_round() {
         all.push(mm.alloc_page_table(GFP_KERNEL, 0).unwrap());
     }
     for pfn in all {
+        // SAFETY: allocated above, freed once.
         unsafe { mm.free_pages(pfn) };
     }
     mm.shrink();
@@ -54,18 +58,22 @@ fn pages_go_round() {
 
 #[test]
 fn objects_go_round() {
-    let mm = mm(16384);
+    let mm = mm(if cfg!(miri) { 4096 } else { 16384 });
     let mut all = Vec::new();
-    for size in (1..20000).step_by(37) {
+    for size in (1..20000).step_by(if cfg!(miri) { 997 } else { 37 }) {
         let ptr = mm
             .kmalloc(size, GFP_KERNEL | memdesc::gfp::__GFP_ZERO)
             .unwrap();
-        assert!(unsafe { mm.ksize(ptr) } >= size);
-        unsafe { ptr.write_bytes(0x77, size) };
+        // SAFETY: live, ours, and at least `size` bytes long.
+        unsafe {
+            assert!(mm.ksize(ptr) >= size);
+            ptr.write_bytes(0x77, size);
+        }
         all.push(ptr);
     }
     assert!(mm.ledger().balanced);
     for ptr in all {
+        // SAFETY: allocated above, freed once.
         unsafe { mm.kfree(ptr) };
     }
     let cache = mm
@@ -75,6 +83,7 @@ fn objects_go_round() {
         .map(|_| mm.kmem_cache_alloc(&cache, GFP_KERNEL).unwrap())
         .collect();
     for o in objs {
+        // SAFETY: from this cache, freed once.
         unsafe { mm.kmem_cache_free(&cache, o) };
     }
     mm.kmem_cache_destroy(cache).unwrap();

@@ -140,7 +140,7 @@ impl Machine {
             .filter(|z| z.node == zone.node && z.kind > zone.kind && z.kind <= highest)
             .map(|z| z.managed)
             .sum();
-        if ratio == 0 { 0 } else { above / ratio }
+        above.checked_div(ratio).unwrap_or(0)
     }
 }
 
