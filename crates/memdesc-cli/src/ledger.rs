@@ -51,37 +51,37 @@ const FILLS: [Fill; 9] = [
         key: "page_tables",
         name: "page tables",
         kind: Kind::Pages(Purpose::PageTable, 0),
-        limit: None,
+        limit: Some(STRUCT_PAGE),
     },
     Fill {
         key: "folios_order_2",
         name: "folios of 16 KiB",
         kind: Kind::Pages(Purpose::File, 2),
-        limit: None,
+        limit: Some(STRUCT_PAGE),
     },
     Fill {
         key: "folios_order_9",
         name: "folios of 2 MiB",
         kind: Kind::Pages(Purpose::Anon, 9),
-        limit: None,
+        limit: Some(STRUCT_PAGE),
     },
     Fill {
         key: "kmalloc_64",
         name: "objects of 64 B",
         kind: Kind::Objects(64),
-        limit: None,
+        limit: Some(STRUCT_PAGE),
     },
     Fill {
         key: "kmalloc_256",
         name: "objects of 256 B",
         kind: Kind::Objects(256),
-        limit: None,
+        limit: Some(STRUCT_PAGE),
     },
     Fill {
         key: "kmalloc_4096",
         name: "objects of 4 KiB",
         kind: Kind::Objects(4096),
-        limit: None,
+        limit: Some(STRUCT_PAGE),
     },
 ];
 
