@@ -387,3 +387,27 @@ fn random_faults() {
         teardown(&machine, &mm);
     }
 }
+
+/// Every other slab of descriptors cannot be had: what was gathered for a split by then goes back.
+#[test]
+fn descriptors_run_out() {
+    let machine = machine();
+    let mm = machine.boot();
+    let mut rng = Rng(11);
+    for _ in 0..scaled(12, 1) {
+        let mut pages = Pages::new(&machine);
+        let mut failures = 0;
+        for _ in 0..scaled(6000, 200) {
+            mm.platform().faults().fail_one_in(2, rng.next());
+            let got = mm.alloc_pages(GFP_NOWAIT | gfp::__GFP_MEMALLOC, 0);
+            mm.platform().faults().off();
+            match got {
+                Ok(pfn) => pages.got(&mm, pfn, 0, Kind::Bare),
+                Err(_) => failures += 1,
+            }
+        }
+        assert!(failures > 0);
+        pages.free_all(&mm, &mut rng);
+        teardown(&machine, &mm);
+    }
+}

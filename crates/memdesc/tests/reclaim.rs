@@ -47,6 +47,17 @@ fn take_all<P: Platform>(mm: &Mm<P>, gfp: Flags) -> Vec<Pfn> {
     all
 }
 
+/// Takes a page out of the smallest free block there is, past all watermarks.
+fn take_a_page<P: Platform>(mm: &Mm<P>, machine: &Machine) -> Pfn {
+    let free = |p: &u32| matches!(mm.lookup(Pfn(*p)).2, Memory::Free { in_pcp: false });
+    let page = (0..machine.end())
+        .filter(free)
+        .min_by_key(|&p| mm.lookup(Pfn(p)).1);
+    let page = Pfn(page.unwrap());
+    mm.alloc_pages_at(page, 0).unwrap();
+    page
+}
+
 /// Each kind of request gets exactly as far as its discounts say. Order 4 goes past the per-CPU lists, so the zone's number is
 /// exact: a block is handed out while what is free less all but its first page is above the mark.
 #[test]
@@ -70,12 +81,16 @@ fn how_far_each_may_go() {
         ),
     ];
     let machine = normal(16384);
-    for &(gfp, mark) in cases {
+    // Once with exactly the mark left for the last block, which is refused, once with a page more, which is not.
+    let aims = cases.iter().flat_map(|&case| [(case, 0), (case, 1)]);
+    let mut hits = 0;
+    for ((gfp, mark), aim) in aims {
         let mm = machine.boot();
         let [min, low, high, _] = zones(&mm)[0].watermarks;
         assert!(0 < min && min < low && low < high);
         let mark = mark.map(|f| f(min));
         let mut got = Vec::new();
+        let mut exact = mark.is_none();
         loop {
             let zone = zones(&mm)[0];
             let free = zone.free;
@@ -85,6 +100,14 @@ fn how_far_each_may_go() {
             } else {
                 zone.watermarks[3].min(min)
             };
+            if let Some(mark) = mark {
+                let left = (free as i64 - 15) - (mark + boost) as i64;
+                if left > aim && left < 16 + aim {
+                    got.push(take_a_page(&mm, &machine));
+                    continue;
+                }
+                exact |= left == aim;
+            }
             let may = mark.is_none_or(|mark| free.saturating_sub(15) > mark + boost);
             match mm.alloc_pages(gfp, 4) {
                 Ok(pfn) => {
@@ -110,9 +133,12 @@ fn how_far_each_may_go() {
                 }
             }
         }
+        hits += usize::from(exact);
         got.into_iter().for_each(|pfn| free(&mm, pfn));
         teardown(&machine, &mm);
     }
+    // Where a boost came in between, the mark moved away.
+    assert!(hits >= 8, "only {hits} had exactly the mark");
 }
 
 #[test]

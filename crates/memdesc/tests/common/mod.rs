@@ -298,12 +298,25 @@ pub fn teardown<P: Platform>(machine: &Machine, mm: &Mm<P>) {
     assert_eq!(after.pcp, 0);
     assert_eq!(mm.event(Event::AllocOnFree), 0);
     mm.slabinfo(|c| assert!(c.metadata || c.num_slabs == 0, "{c:?}"));
-    merged(machine, mm);
+    let free_blocks = merged(machine, mm);
+    // Each free block has one descriptor, each slab has one, and there are no others: none was lost.
+    let (mut descriptors, mut slabs) = (0, 0);
+    mm.slabinfo(|c| {
+        slabs += c.num_slabs;
+        descriptors += c.active_objs;
+    });
+    assert_eq!(
+        descriptors,
+        free_blocks + slabs,
+        "{free_blocks} free blocks, {slabs} slabs"
+    );
 }
 
-/// No two free buddies are left apart: nothing can be merged any further. Per-CPU lists are empty.
+/// No two free buddies are left apart: nothing can be merged any further. Per-CPU lists are empty. Says how many free blocks
+/// there are, untouched memory not counted.
 #[track_caller]
-pub fn merged<P: Platform>(machine: &Machine, mm: &Mm<P>) {
+pub fn merged<P: Platform>(machine: &Machine, mm: &Mm<P>) -> u64 {
+    let mut blocks = 0;
     let mut at = 0;
     while at < machine.end() {
         let (head, order, memory) = mm.lookup(Pfn(at));
@@ -320,11 +333,13 @@ pub fn merged<P: Platform>(machine: &Machine, mm: &Mm<P>) {
                     "{head:?} and {buddy:?} are free, order {order}, and were not merged"
                 );
             }
+            blocks += 1;
             at += 1 << order;
         } else {
             at += 1;
         }
     }
+    blocks
 }
 
 /// Of each page: who has it, by a number of the test's own; 0 for nobody.
