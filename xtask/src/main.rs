@@ -34,7 +34,11 @@ enum Command {
         full: bool,
     },
     /// The core's tests under Miri, with strict provenance. Wants a nightly toolchain.
-    Miri,
+    Miri {
+        /// The integration tests too, in small. Takes an hour or more.
+        #[arg(long)]
+        all: bool,
+    },
     /// The owner map and the other threaded tests, for a long time.
     Stress {
         /// Seconds for each test.
@@ -57,7 +61,7 @@ fn main() -> ExitCode {
             runner.tests();
             if !quick {
                 runner.loom(Some(3));
-                runner.miri();
+                runner.miri(false);
             }
             runner.docs();
             runner.replay_built_in();
@@ -66,7 +70,7 @@ fn main() -> ExitCode {
             }
         }
         Command::Loom { full } => runner.loom((!full).then_some(3)),
-        Command::Miri => runner.miri(),
+        Command::Miri { all } => runner.miri(all),
         Command::Stress { seconds } => runner.stress(seconds),
         Command::Replay { recordings } => runner.replay(&recordings),
     }

@@ -20,6 +20,7 @@ use crate::page_alloc::buddy::Block;
 use crate::platform::{FaultPoint, Pin, Platform};
 use crate::report::{Corruption, Report};
 use crate::slab::Cache;
+use crate::stats::Event;
 
 /// What kind of memory a folio is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -457,8 +458,15 @@ impl<P: Platform> Mm<P> {
     /// A descriptor of this class in place of the word's; `None` if the word's will do. The old one goes back.
     #[inline]
     fn swap_desc(&self, word: Word, class: DescClass) -> Result<Option<PhysAddr>, AllocError> {
+        if word.class() == class {
+            if class != DescClass::Buddy {
+                let pin = self.pages.pin();
+                self.pages.stats(&pin).add(&pin, Event::DescReused, 1);
+            }
+            return Ok(None);
+        }
         // Any descriptor can be a kept buddy.
-        if word.class() == class || class == DescClass::Buddy {
+        if class == DescClass::Buddy {
             return Ok(None);
         }
         if self.pages.platform.should_fail(FaultPoint::Owner) {

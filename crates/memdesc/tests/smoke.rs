@@ -19,14 +19,13 @@ fn mm(pages: u32) -> Mm<Host> {
 
 #[test]
 fn pages_go_round() {
-    let mm = mm(if cfg!(miri) { 4096 } else { 16384 });
+    let mm = mm(if cfg!(miri) { 2048 } else { 16384 });
     let before = mm.ledger();
     assert!(before.balanced, "{before:?}");
     let mut all = Vec::new();
-    for order in (0..=10)
-        .chain([0; if cfg!(miri) { 20 } else { 500 }])
-        .chain(0..=8)
-    {
+    // Miri is a thousand times slower: fewer of each, and the ledger only now and then.
+    let (orders, singles) = if cfg!(miri) { (7, 10) } else { (10, 500) };
+    for order in (0..=orders).chain(vec![0; singles]).chain(0..=orders) {
         let pfn = mm.alloc_pages(GFP_KERNEL, order).unwrap();
         for page in 0..1 << order {
             let (head, o, memory) = mm.lookup(pfn.add(page));
@@ -34,10 +33,12 @@ fn pages_go_round() {
             assert!(matches!(memory, Memory::Bare), "{memory:?}");
         }
         all.push(pfn);
-        let ledger = mm.ledger();
-        assert!(ledger.balanced, "{order} {ledger:?}");
+        if !cfg!(miri) || all.len() % 8 == 0 {
+            let ledger = mm.ledger();
+            assert!(ledger.balanced, "{order} {ledger:?}");
+        }
     }
-    for order in [0, 3, 9] {
+    for order in [0, 3, if cfg!(miri) { 5 } else { 9 }] {
         all.push(
             mm.alloc_folio(GFP_HIGHUSER_MOVABLE, order, FolioKind::Anon)
                 .unwrap(),
@@ -58,7 +59,7 @@ fn pages_go_round() {
 
 #[test]
 fn objects_go_round() {
-    let mm = mm(if cfg!(miri) { 4096 } else { 16384 });
+    let mm = mm(if cfg!(miri) { 2048 } else { 16384 });
     let mut all = Vec::new();
     for size in (1..20000).step_by(if cfg!(miri) { 997 } else { 37 }) {
         let ptr = mm
