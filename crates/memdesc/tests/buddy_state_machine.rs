@@ -370,10 +370,12 @@ fn settling_loses_nothing() {
         let Memory::File(folio) = mm.lookup(pfn).2 else {
             unreachable!()
         };
+        // SAFETY: the folio is ours until it is freed below.
+        let folio = unsafe { folio.as_ref() };
         folio.set_mapping(1 << 20, u64::from(pfn.0));
     }
     for index in (0..pages.live.len()).rev() {
-        if pages.live[index].pfn.0 % 2 == 0 {
+        if pages.live[index].pfn.0.is_multiple_of(2) {
             pages.free(&mm, index);
         }
     }
@@ -393,6 +395,8 @@ fn settling_loses_nothing() {
         let Memory::File(folio) = mm.lookup(block.pfn).2 else {
             unreachable!()
         };
+        // SAFETY: the folio is ours until it is freed below.
+        let folio = unsafe { folio.as_ref() };
         assert_eq!(
             (folio.mapping(), folio.index()),
             (1 << 20, u64::from(block.pfn.0))

@@ -7,8 +7,8 @@
 mod common;
 
 use std::ptr::NonNull;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Mutex, RwLock};
 use std::time::{Duration, Instant};
 
 use common::*;
@@ -294,11 +294,9 @@ fn objects_across_threads() {
     .into();
     let until = Until::new();
     let mail: Mailboxes<Object> = Default::default();
-    // A cache is not destroyed while `shrink` or the views walk over all of them (`# Context` of `kmem_cache_destroy`).
-    let walk = RwLock::new(());
     std::thread::scope(|scope| {
         for thread in 0..THREADS {
-            let (mm, caches, mail, until, walk) = (&mm, &caches[..], &mail, &until, &walk);
+            let (mm, caches, mail, until) = (&mm, &caches[..], &mail, &until);
             scope.spawn(move || {
                 let _stop = StopOnPanic(until);
                 let _cpu = mm.platform().claim(thread).unwrap();
@@ -350,18 +348,17 @@ fn objects_across_threads() {
                         object.free(mm, caches);
                     }
                     if rng.one_in(400) {
-                        own_cache(mm, &mut rng, thread, walk);
+                        own_cache(mm, &mut rng, thread);
                     }
                 }
                 live.into_iter().for_each(|object| object.free(mm, caches));
             });
         }
-        let (mm, until, walk) = (&mm, &until, &walk);
+        let (mm, until) = (&mm, &until);
         scope.spawn(move || {
             let _stop = StopOnPanic(until);
             while !until.done() {
                 {
-                    let _walk = walk.write().unwrap();
                     mm.shrink();
                     let mut n = 0;
                     mm.slabinfo(|c| n += c.active_objs);
@@ -381,7 +378,7 @@ fn objects_across_threads() {
 }
 
 /// A cache of this thread alone, from creation to destruction.
-fn own_cache(mm: &Mm<Host>, rng: &mut Rng, thread: usize, walk: &RwLock<()>) {
+fn own_cache(mm: &Mm<Host>, rng: &mut Rng, thread: usize) {
     let size = 1 + rng.below(2000);
     let Ok(cache) = mm.kmem_cache_create(
         &format!("thread {thread}"),
@@ -402,6 +399,5 @@ fn own_cache(mm: &Mm<Host>, rng: &mut Rng, thread: usize, walk: &RwLock<()>) {
         object.check();
         cache_free(mm, &cache, object.ptr);
     }
-    let _walk = walk.read().unwrap();
     mm.kmem_cache_destroy(cache).unwrap();
 }

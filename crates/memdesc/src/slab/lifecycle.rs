@@ -229,17 +229,19 @@ impl<P: Platform> Mm<P> {
     /// Objects are live: the cache stays, and comes back with their number. [`live_objects`](Self::live_objects) names them.
     pub fn kmem_cache_destroy<'m>(&self, cache: Cache<'m>) -> Result<(), DestroyError<'m>> {
         let core = self.checked(&cache);
-        self.cache_shrink(core);
-        let (live, slabs) = {
-            let pin = self.pages.pin();
-            let lists = self.lists(core, &pin);
-            (lists.inuse, lists.nr_slabs())
-        };
-        if live > 0 || slabs > 0 {
-            return Err(DestroyError { cache, live });
-        }
         {
+            // Reclaim on another CPU shrinks all caches under this lock; what it takes out of a sheaf would look live.
             let mut list = self.slab_mutex();
+            self.cache_shrink(core);
+            let (live, slabs) = {
+                let pin = self.pages.pin();
+                let lists = self.lists(core, &pin);
+                (lists.inuse, lists.nr_slabs())
+            };
+            if live > 0 || slabs > 0 {
+                drop(list);
+                return Err(DestroyError { cache, live });
+            }
             if list.head == cache.core.as_ptr() {
                 list.head = core.next.load(Ordering::Relaxed);
             } else {
