@@ -1,0 +1,172 @@
+//! The safe faces: values in a `KmemCache`, shrinkers, bulk pages, and two memory managers side by side.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use memdesc::gfp::{__GFP_NORETRY, __GFP_ZERO, GFP_ATOMIC, GFP_KERNEL};
+use memdesc::*;
+use memdesc_host::Host;
+
+fn mm(pages: u32) -> Mm<Host> {
+    let (host, ranges) = Host::small(pages).unwrap();
+    let config = Config {
+        memory_is_zeroed: true,
+        ..Config::default()
+    };
+    Mm::new(host, &config, &ranges).unwrap()
+}
+
+struct Counted<'a>(&'a AtomicUsize, u64);
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn values_are_dropped_once_and_given_back() {
+    let mm = mm(2048);
+    let dropped = AtomicUsize::new(0);
+    let cache = KmemCache::new(&mm, "counted", CacheFlags::EMPTY).unwrap();
+    let mut boxes: Vec<_> = (0..500)
+        .map(|i| cache.alloc(GFP_KERNEL, Counted(&dropped, i)).ok().unwrap())
+        .collect();
+    for (i, value) in boxes.iter_mut().enumerate() {
+        assert_eq!(value.1, i as u64);
+        value.1 += 1;
+    }
+    assert!(boxes.iter().enumerate().all(|(i, b)| b.1 == i as u64 + 1));
+    drop(boxes.split_off(100));
+    assert_eq!(dropped.load(Ordering::Relaxed), 400);
+    drop(boxes);
+    assert_eq!(dropped.load(Ordering::Relaxed), 500);
+    cache.destroy().unwrap();
+    mm.shrink();
+    assert!(mm.ledger().balanced);
+    assert_eq!(
+        mm.pages_of(PageType::Slab),
+        mm.ledger().metadata - reserved(&mm)
+    );
+}
+
+/// Boot memory and page 0, which the ledger counts as metadata.
+fn reserved(mm: &Mm<Host>) -> u64 {
+    mm.ledger().walk.by_type[PageType::Reserved as usize]
+}
+
+#[test]
+fn a_leaked_value_keeps_its_cache() {
+    let mm = mm(2048);
+    let cache = KmemCache::new(&mm, "leaky", CacheFlags::EMPTY).unwrap();
+    std::mem::forget(cache.alloc(GFP_KERNEL, 7u64).ok().unwrap());
+    assert_eq!(cache.destroy(), Err(1));
+    let mut seen = 0;
+    mm.slabinfo(|c| seen += u64::from(c.name == "leaky") * c.active_objs);
+    assert_eq!(seen, 1);
+}
+
+struct Hoard {
+    mm: std::sync::OnceLock<&'static Mm<Host>>,
+    pages: std::sync::Mutex<Vec<Pfn>>,
+    asked: AtomicUsize,
+}
+
+impl Shrinker for Hoard {
+    fn count_objects(&self) -> usize {
+        self.pages.lock().unwrap().len()
+    }
+
+    fn scan_objects(&self, nr: usize, request: &ReclaimRequest) -> usize {
+        assert!(request.gfp.allow_blocking());
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        let mut pages = self.pages.lock().unwrap();
+        let from = pages.len().saturating_sub(nr);
+        let let_go = pages.split_off(from);
+        let mm = self.mm.get().unwrap();
+        // SAFETY: pages of the hoard, taken out of it just now.
+        let_go.iter().for_each(|&pfn| unsafe { mm.free_pages(pfn) });
+        let_go.len()
+    }
+}
+
+#[test]
+fn shrinkers_make_room() {
+    let mm: &'static Mm<Host> = Box::leak(Box::new(mm(4096)));
+    let hoard: &'static Hoard = Box::leak(Box::new(Hoard {
+        mm: std::sync::OnceLock::new(),
+        pages: Default::default(),
+        asked: AtomicUsize::new(0),
+    }));
+    hoard.mm.set(mm).unwrap();
+    assert!(mm.register_shrinker(hoard));
+    while let Ok(pfn) = mm.alloc_pages(GFP_ATOMIC, 0) {
+        hoard.pages.lock().unwrap().push(pfn);
+    }
+    let held = hoard.count_objects();
+    assert_eq!(
+        hoard.asked.load(Ordering::Relaxed),
+        0,
+        "an atomic request asks nobody"
+    );
+    let pfn = mm.alloc_pages(GFP_KERNEL, 0).expect("the hoard can let go");
+    assert!(hoard.asked.load(Ordering::Relaxed) > 0 && hoard.count_objects() < held);
+    // SAFETY: allocated above.
+    unsafe { mm.free_pages(pfn) };
+    assert!(mm.unregister_shrinker(hoard) && !mm.unregister_shrinker(hoard));
+    let asked = hoard.asked.load(Ordering::Relaxed);
+    while let Ok(pfn) = mm.alloc_pages(GFP_KERNEL | __GFP_NORETRY, 0) {
+        hoard.pages.lock().unwrap().push(pfn);
+    }
+    assert_eq!(hoard.asked.load(Ordering::Relaxed), asked);
+    assert!(mm.ledger().balanced);
+}
+
+#[test]
+fn bulk_pages_are_pages() {
+    let mm = mm(4096);
+    let mut pages = [Pfn::NONE; 700];
+    assert_eq!(
+        mm.alloc_pages_bulk(GFP_KERNEL | __GFP_ZERO, &mut pages),
+        700
+    );
+    let mut sorted = pages.to_vec();
+    sorted.sort_unstable();
+    sorted.dedup();
+    assert_eq!(sorted.len(), 700);
+    for &pfn in &pages {
+        assert!(matches!(mm.lookup(pfn), (head, 0, Memory::Bare) if head == pfn));
+    }
+    assert_eq!(mm.pages_of(PageType::Bare), 700);
+    // SAFETY: allocated above, freed once.
+    unsafe { mm.free_pages_bulk(&pages) };
+    assert_eq!(mm.pages_of(PageType::Bare), 0);
+    // More than there is: as many as there are.
+    let mut all = vec![Pfn::NONE; 5000];
+    let n = mm.alloc_pages_bulk(GFP_KERNEL, &mut all);
+    assert!((3000..4096).contains(&n), "{n}");
+    assert!(mm.ledger().balanced);
+}
+
+#[test]
+fn ten_of_them() {
+    let all: Vec<_> = (0..10).map(|_| mm(1024)).collect();
+    let objects: Vec<_> = all
+        .iter()
+        .map(|mm| mm.kmalloc(64, GFP_KERNEL).unwrap())
+        .collect();
+    for (i, mm) in all.iter().enumerate() {
+        assert!(mm.ledger().balanced);
+        // SAFETY: each from its own.
+        unsafe { mm.kfree(objects[i]) };
+    }
+}
+
+#[test]
+#[should_panic(expected = "belongs to another memory manager")]
+fn a_cache_of_another_is_refused() {
+    let (a, b) = (mm(1024), mm(1024));
+    let cache = a
+        .kmem_cache_create("a", 32, 8, CacheFlags::EMPTY, None)
+        .unwrap();
+    let _ = b.kmem_cache_alloc(&cache, GFP_KERNEL);
+}
