@@ -14,8 +14,7 @@ use crate::config::MAX_NODES;
 use crate::desc::DescList;
 use crate::error::AllocError;
 use crate::gfp::{self, Flags};
-use crate::memmap::heads::{blocks, climb};
-use crate::memmap::{BootSlice, DescClass, MemMap, PageType, Word};
+use crate::memmap::{BootSlice, MemMap, PageType};
 use crate::page_alloc::{MigrateType, ZoneType};
 use crate::platform::{FaultPoint, Pin, Platform, ReclaimRequest};
 use crate::stats::{CpuStats, Event};
@@ -25,9 +24,7 @@ const COSTLY_ORDER: usize = 3;
 /// Attempts at reclaim before the slow path gives up (`MAX_RECLAIM_RETRIES`).
 const MAX_RECLAIM_RETRIES: u32 = 16;
 /// Descriptors taken along for a refill beyond the ladder: so many splits can happen in one hold of the zone lock.
-const REFILL_SPARE: usize = 32;
-/// Blocks freed in one hold of the zone lock.
-const DRAIN_HOLD: u32 = 64;
+pub(super) const REFILL_SPARE: usize = 32;
 
 /// Where descriptors come from and go to. The slab implements it; tests put a model here.
 pub(crate) trait Descriptors {
@@ -78,7 +75,7 @@ impl ZoneList {
         (self.len > 0).then_some(self.zones[0] as usize)
     }
 
-    fn iter(&self) -> impl Iterator<Item = usize> + '_ {
+    pub(super) fn iter(&self) -> impl Iterator<Item = usize> + '_ {
         self.zones[..self.len as usize].iter().map(|&z| z as usize)
     }
 }
@@ -95,17 +92,6 @@ pub(crate) struct PageAllocator<P> {
     pub(crate) zonelists: [[ZoneList; ZoneType::COUNT]; MAX_NODES],
 }
 
-/// A block taken without any descriptor at hand, for a slab of descriptors.
-#[derive(Debug)]
-pub(crate) struct Smallest {
-    pub(crate) pfn: Pfn,
-    /// Pages, a power of two unless they come from untouched memory.
-    pub(crate) pages: u32,
-    pub(crate) order: usize,
-    /// The block's own descriptor; none for untouched memory.
-    pub(crate) word: Option<Word>,
-}
-
 impl<P: Platform> PageAllocator<P> {
     #[inline]
     pub(crate) fn pin(&self) -> Pin<'_, P> {
@@ -118,11 +104,11 @@ impl<P: Platform> PageAllocator<P> {
     }
 
     #[inline]
-    fn pcp(&self, pin: &Pin<'_, P>, zone: usize) -> &PerCpuPages {
+    pub(super) fn pcp(&self, pin: &Pin<'_, P>, zone: usize) -> &PerCpuPages {
         &self.pcps[pin.cpu() * self.zones.len() + zone]
     }
 
-    fn lock<'a>(&'a self, zone: usize, pin: &Pin<'_, P>) -> LockedZone<'a> {
+    pub(super) fn lock<'a>(&'a self, zone: usize, pin: &Pin<'_, P>) -> LockedZone<'a> {
         self.zones[zone].lock(&self.map, &self.platform, pin)
     }
 
@@ -447,250 +433,6 @@ impl<P: Platform> PageAllocator<P> {
         })
     }
 
-    /// A block came back. `word` holds the descriptor that will be its `struct buddy`. Cannot fail, allocates nothing.
-    ///
-    /// `nested` for pages given back while descriptors are given back: they stay in the per-CPU list, which ends the
-    /// recursion; the next free drains them.
-    #[inline]
-    pub(crate) fn free_block(
-        &self,
-        pin: &Pin<'_, P>,
-        pfn: Pfn,
-        word: Word,
-        nested: bool,
-        descs: &impl Descriptors,
-    ) {
-        let order = word.order();
-        self.platform.pages_freed(pfn, order);
-        let Some(region) = self.map.region(pfn) else {
-            unreachable!("{pfn:?} was RAM before")
-        };
-        if order != 0 {
-            region.clear_tails(pfn, order);
-        }
-        let index = region.zone as usize;
-        if !pcp::allowed(order) {
-            return self.free_to_zone(pin, index, Block { pfn, word }, descs);
-        }
-        let mt = region.block_migratetype(pfn);
-        let pcp = self.pcp(pin, index);
-        if let Some(pages) = pcp.push(pin, &self.map, region.word(pfn), pfn, word, mt)
-            && !nested
-        {
-            self.drain_some(pin, index, pages, descs);
-        }
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn free_to_zone(&self, pin: &Pin<'_, P>, index: usize, block: Block, descs: &impl Descriptors) {
-        let mut freed = DescList::new();
-        self.lock(index, pin)
-            .free_block(block, block.word.order(), &mut freed);
-        if !freed.is_empty() {
-            descs.put(freed);
-        }
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn drain_some(&self, pin: &Pin<'_, P>, index: usize, pages: u32, descs: &impl Descriptors) {
-        let chain = self.pcp(pin, index).take(pin, &self.map, pages);
-        self.stats(pin).add(pin, Event::PcpDrain, 1);
-        self.free_chain(chain, index, pin, descs);
-    }
-
-    /// The periodic work of one CPU: the marks of its lists fall, and what is above them goes back (`refresh_cpu_vm_stats`).
-    pub(crate) fn decay(&self, descs: &impl Descriptors) {
-        let pin = self.pin();
-        for index in 0..self.zones.len() {
-            let pages = self.pcp(&pin, index).decay(&pin);
-            if pages > 0 {
-                self.drain_some(&pin, index, pages, descs);
-            }
-        }
-    }
-
-    /// Gives a chain back to its zone, a bounded number of blocks a hold.
-    fn free_chain(
-        &self,
-        mut chain: Chain,
-        index: usize,
-        pin: &Pin<'_, P>,
-        descs: &impl Descriptors,
-    ) {
-        while chain.blocks > 0 {
-            let mut freed = DescList::new();
-            {
-                let mut zone = self.lock(index, pin);
-                for _ in 0..DRAIN_HOLD {
-                    let Some(block) = chain.pop(&self.map) else {
-                        break;
-                    };
-                    zone.free_block(block, block.word.order(), &mut freed);
-                }
-            }
-            if !freed.is_empty() {
-                descs.put(freed);
-            }
-        }
-    }
-
-    /// Empties every CPU's lists into the zones (`drain_all_pages`). Says how many blocks that were. From any context that
-    /// may wait for other CPUs.
-    pub(crate) fn drain_all(&self, descs: &impl Descriptors) -> u32 {
-        let mut blocks = 0;
-        for (i, pcp) in self.pcps.iter().enumerate() {
-            let chain = pcp.take_all(&self.platform, &self.map);
-            blocks += chain.blocks;
-            let pin = self.pin();
-            self.free_chain(chain, i % self.zones.len(), &pin, descs);
-        }
-        let pin = self.pin();
-        self.stats(&pin).add(&pin, Event::DrainAll, 1);
-        blocks
-    }
-
-    /// Takes a certain block out of free memory (`alloc_contig_range` of one block, `take_page_off_buddy`).
-    ///
-    /// [`AllocError::Busy`] if it is not free as a whole, or in a per-CPU list: drain first.
-    pub(crate) fn alloc_block_at(
-        &self,
-        pfn: Pfn,
-        order: usize,
-        descs: &impl Descriptors,
-    ) -> Result<Block, AllocError> {
-        if order > MAX_ORDER || !pfn.is_aligned(order) {
-            return Err(AllocError::BadOrder);
-        }
-        let last = pfn
-            .0
-            .checked_add((1 << order) - 1)
-            .ok_or(AllocError::NoZone)?;
-        let region = self.map.region(pfn).filter(|r| r.contains(Pfn(last)));
-        let region = region.ok_or(AllocError::NoZone)?;
-        loop {
-            let untouched = {
-                let (start, end) = region.untouched();
-                pfn.0 >= start && last < end
-            };
-            let mut spare = descs.get(if untouched {
-                LADDER + REFILL_SPARE
-            } else {
-                LADDER
-            })?;
-            let pin = self.pin();
-            let mut zone = self.lock(region.zone as usize, &pin);
-            while spare.len() > MAX_ORDER && {
-                let (start, end) = region.untouched();
-                pfn.0 >= start && last < end
-            } {
-                zone.carve_from(region, &mut spare);
-            }
-            let (start, end) = region.untouched();
-            let result = if pfn.0 >= start && last < end {
-                None
-            } else {
-                let load = |p| {
-                    if region.contains(p) {
-                        region.word(p).load()
-                    } else {
-                        Word::ZERO
-                    }
-                };
-                let own = load(pfn);
-                let found = if own.is_zero() {
-                    climb(pfn, load)
-                } else {
-                    None
-                };
-                let (head, word) = found.map_or((pfn, own), |f| (f.head, f.word));
-                Some(
-                    if word.is_free_in_zone(word.order()) && word.order() >= order {
-                        zone.unlink(head, word);
-                        Ok(zone.expand_at(Block { pfn: head, word }, pfn, order, &mut spare))
-                    } else {
-                        Err(AllocError::Busy)
-                    },
-                )
-            };
-            drop(zone);
-            drop(pin);
-            if !spare.is_empty() {
-                descs.put(spare);
-            }
-            if let Some(result) = result {
-                if let Ok(block) = result {
-                    self.platform.pages_allocated(block.pfn, order);
-                    let pin = self.pin();
-                    self.stats(&pin).add(&pin, Event::AllocAt, 1);
-                    self.stats(&pin).block_out(&pin, PageType::Bare, order);
-                }
-                return result;
-            }
-        }
-    }
-
-    /// An order-0 block that can be had without a descriptor for a split: from this CPU's lists, unmovable first.
-    pub(crate) fn pop_page(&self) -> Option<Block> {
-        let pin = self.pin();
-        let node = self.platform.cpu_to_node(pin.cpu());
-        for mt in [MigrateType::Unmovable, MigrateType::Reclaimable] {
-            for index in self.zonelists[node][ZoneType::Normal as usize].iter() {
-                if let Some(block) = self.pcp(&pin, index).pop(&pin, &self.map, 0, mt) {
-                    self.platform.pages_allocated(block.pfn, 0);
-                    return Some(block);
-                }
-            }
-        }
-        None
-    }
-
-    /// The smallest block to be had, whoever it was meant for: for a slab of descriptors when there are no descriptors
-    /// (seed 000's new interface to the page allocator). Watermarks do not count: this is what freeing lives on.
-    pub(crate) fn take_smallest(&self) -> Result<Smallest, AllocError> {
-        let pin = self.pin();
-        let node = self.platform.cpu_to_node(pin.cpu());
-        // Kernel zones first, movable memory only when nothing else is left.
-        for highest in [ZoneType::Normal, ZoneType::Movable] {
-            for attempt in 0..2 {
-                for index in self.zonelists[node][highest as usize].iter() {
-                    let mut zone = self.lock(index, &pin);
-                    if let Some(found) = take_smallest_in(&mut zone, attempt) {
-                        drop(zone);
-                        self.platform.pages_allocated(found.pfn, found.order);
-                        return Ok(found);
-                    }
-                }
-            }
-        }
-        Err(AllocError::NoBlock)
-    }
-
-    /// Gives back what was not needed of a [`Smallest`]: all but its first `kept` pages. `spare` has a descriptor for each
-    /// block of the rest.
-    pub(crate) fn return_rest(&self, taken: &Smallest, kept: u32, spare: &mut DescList) {
-        let (start, end) = (taken.pfn.0 + kept, taken.pfn.0 + taken.pages);
-        if start >= end {
-            return;
-        }
-        for (pfn, order) in blocks(start, end) {
-            self.platform.pages_freed(pfn, order);
-        }
-        let Some(region) = self.map.region(taken.pfn) else {
-            unreachable!()
-        };
-        let pin = self.pin();
-        let mut zone = self.lock(region.zone as usize, &pin);
-        for (pfn, order) in blocks(start, end) {
-            let Some(desc) = spare.pop(&self.map) else {
-                unreachable!("{} pages need more descriptors", end - start)
-            };
-            let word = Word::described(PageType::Free, order, desc, DescClass::Buddy);
-            zone.link(pfn, order, region.block_migratetype(pfn), word, false);
-        }
-    }
-
     /// Gives a pageblock another mobility, and its free blocks with it (`set_pageblock_migratetype`).
     pub(crate) fn set_pageblock(&self, pfn: Pfn, mt: MigrateType) {
         if let Some(region) = self.map.region(pfn) {
@@ -719,48 +461,4 @@ impl<P: Platform> PageAllocator<P> {
     pub(crate) fn phys(&self, ptr: *const u8) -> PhysAddr {
         self.map.phys(ptr)
     }
-}
-
-/// The first attempt keeps mobilities apart: unmovable blocks, untouched memory, a whole movable pageblock. The second
-/// takes anything.
-fn take_smallest_in(zone: &mut LockedZone<'_>, attempt: usize) -> Option<Smallest> {
-    let of = |block: Block| Smallest {
-        pfn: block.pfn,
-        pages: 1 << block.word.order(),
-        order: block.word.order(),
-        word: Some(block.word),
-    };
-    if attempt == 0 {
-        let own = (0..=MAX_ORDER).find_map(|order| zone.pop(order, MigrateType::Unmovable));
-        if let Some(block) = own {
-            return Some(of(zone.detach(block.pfn, block.word)));
-        }
-        for pages in [2, 1] {
-            if let Some(pfn) = zone.carve_bare(pages) {
-                return Some(Smallest {
-                    pfn,
-                    pages,
-                    order: pages as usize - 1,
-                    word: None,
-                });
-            }
-        }
-        for order in crate::address::PAGEBLOCK_ORDER..=MAX_ORDER {
-            for mt in [MigrateType::Reclaimable, MigrateType::Movable] {
-                if let Some(block) = zone.pop(order, mt) {
-                    let region = zone.region(block.pfn);
-                    for pageblock in 0..1 << (order - crate::address::PAGEBLOCK_ORDER) {
-                        let at = block.pfn.add(pageblock * crate::address::PAGEBLOCK_PAGES);
-                        region.set_block_migratetype(at, MigrateType::Unmovable);
-                    }
-                    return Some(of(zone.detach(block.pfn, block.word)));
-                }
-            }
-        }
-        return None;
-    }
-    (0..=MAX_ORDER)
-        .flat_map(|order| MigrateType::ALL.map(|mt| (order, mt)))
-        .find_map(|(order, mt)| zone.pop(order, mt))
-        .map(|block| of(zone.detach(block.pfn, block.word)))
 }

@@ -6,7 +6,9 @@
 
 pub(crate) mod alloc;
 pub(crate) mod buddy;
+pub(crate) mod exact;
 pub(crate) mod fallback;
+pub(crate) mod free;
 pub(crate) mod pcp;
 pub(crate) mod settle;
 mod types;
