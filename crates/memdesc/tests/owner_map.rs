@@ -43,7 +43,7 @@ impl Until {
             return true;
         }
         if cfg!(miri) {
-            round > 400
+            round > 80
         } else {
             round.is_multiple_of(16) && Instant::now() >= self.0
         }
@@ -330,7 +330,11 @@ fn objects_across_threads() {
                                 live.push(Object::new(ptr, size, tag, Some(index)));
                             }
                         } else {
-                            let most = if rng.one_in(8) { 30_000 } else { 300 };
+                            let most = if rng.one_in(8) {
+                                scaled(30_000, 6000)
+                            } else {
+                                300
+                            };
                             let size = 1 + rng.below(most);
                             if let Ok(ptr) = mm.kmalloc(size, GFP_ATOMIC) {
                                 live.push(Object::new(ptr, size, tag, None));

@@ -80,7 +80,7 @@ fn objects_go_round() {
     let cache = mm
         .kmem_cache_create("test", 104, 8, CacheFlags::EMPTY, None)
         .unwrap();
-    let objs: Vec<_> = (0..10000)
+    let objs: Vec<_> = (0..if cfg!(miri) { 150 } else { 10000 })
         .map(|_| mm.kmem_cache_alloc(&cache, GFP_KERNEL).unwrap())
         .collect();
     for o in objs {
