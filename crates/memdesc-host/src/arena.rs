@@ -50,6 +50,11 @@ impl Arena {
         })
     }
 
+    /// Does it reach this far?
+    pub(crate) fn reaches(&self, end: u64) -> bool {
+        end <= self.bytes as u64
+    }
+
     #[inline]
     pub(crate) fn base(&self) -> *mut u8 {
         self.base

@@ -3,7 +3,7 @@
 //! A claimed CPU belongs to one thread until its guard goes: pinning is reading a thread-local. A floating CPU belongs to
 //! whoever took it last by compare-exchange, for the length of one pin.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -19,6 +19,11 @@ thread_local! {
             before: Cell::new((0, NO_CPU)),
         }
     };
+}
+
+thread_local! {
+    /// Every CPU this thread has claimed, of any host, the latest last.
+    static CLAIMS: RefCell<Vec<(u64, u32)>> = const { RefCell::new(Vec::new()) };
 }
 
 struct Current {
@@ -58,18 +63,19 @@ impl Cpus {
         if cpu >= self.claimable || !take(&self.taken[cpu]) {
             return None;
         }
-        let before = CURRENT.with(|c| {
+        CLAIMS.with(|claims| claims.borrow_mut().push((self.id, cpu as u32)));
+        CURRENT.with(|c| {
             debug_assert_eq!(
                 c.depth.get(),
                 0,
                 "a CPU claimed while pinned to a floating one"
             );
-            (c.host.replace(self.id), c.cpu.replace(cpu as u32))
+            c.host.set(self.id);
+            c.cpu.set(cpu as u32);
         });
         Some(CpuGuard {
             cpus: self,
             cpu,
-            before,
             _not_send: PhantomData,
         })
     }
@@ -149,7 +155,6 @@ fn take(flag: &AtomicBool) -> bool {
 pub struct CpuGuard<'a> {
     cpus: &'a Cpus,
     cpu: usize,
-    before: (u64, u32),
     /// The claim is the thread's.
     _not_send: PhantomData<*const ()>,
 }
@@ -172,21 +177,56 @@ impl CpuGuard<'_> {
 
 impl Drop for CpuGuard<'_> {
     fn drop(&mut self) {
+        let mine = (self.cpus.id, self.cpu as u32);
+        let latest = CLAIMS.with(|claims| {
+            let mut claims = claims.borrow_mut();
+            claims.retain(|&claim| claim != mine);
+            claims.last().copied()
+        });
         CURRENT.with(|c| {
-            // Guards of one thread may go in any order: only the CPU that the thread is right now is given up.
-            if c.host.get() == self.cpus.id && c.cpu.get() == self.cpu as u32 {
-                let before = self.before;
-                let back = before.0 == self.cpus.id
-                    && self.cpus.taken[before.1 as usize].load(Ordering::Relaxed);
-                if back || before.0 != self.cpus.id {
-                    c.host.set(before.0);
-                    c.cpu.set(before.1);
-                } else {
-                    c.host.set(0);
-                    c.cpu.set(NO_CPU);
-                }
+            // Guards may go in any order. If the thread is this CPU right now, it is the latest it still has a claim to.
+            if (c.host.get(), c.cpu.get()) == mine {
+                let (host, cpu) = latest.unwrap_or((0, NO_CPU));
+                c.host.set(host);
+                c.cpu.set(cpu);
             }
         });
+        // Release pairs with the Acquire in `take`.
         self.cpus.taken[self.cpu].store(false, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guards_go_in_any_order() {
+        let (a, b) = (Cpus::new(2, 1), Cpus::new(1, 0));
+        let first = a.claim(0).unwrap();
+        let second = a.claim(1).unwrap();
+        let other = b.claim(0).unwrap();
+        assert_eq!(
+            (b.pin(), a.pin()),
+            (0, 2),
+            "on the other host the thread floats"
+        );
+        a.unpin(2);
+        drop(first);
+        // Somebody else has CPU 0 now; this thread must not become it again.
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let theirs = a.claim(0).unwrap();
+                assert_eq!(a.pin(), 0);
+                std::mem::forget(theirs);
+            });
+        });
+        drop(other);
+        assert_eq!(a.pin(), 1);
+        drop(second);
+        assert_eq!(a.pin(), 2, "only the floating one is left");
+        a.unpin(2);
+        assert!(a.claim(0).is_none());
+        assert!(a.claim(2).is_none(), "a floating CPU cannot be claimed");
     }
 }

@@ -196,6 +196,10 @@ unsafe impl Platform for Host {
         self.arena.base()
     }
 
+    fn maps(&self, range: &MemRange) -> bool {
+        self.arena.reaches(range.end.0)
+    }
+
     fn nr_cpus(&self) -> usize {
         self.cpus.count()
     }

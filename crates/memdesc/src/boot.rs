@@ -107,6 +107,9 @@ impl<P: Platform> Mm<P> {
             return Err(InitError::BadCpuCount(nr_cpus));
         }
         check(ranges)?;
+        if let Some(range) = ranges.iter().find(|range| !platform.maps(range)) {
+            return Err(InitError::NotMapped(range.start));
+        }
         let (home_start, home_end) = longest_run(ranges);
 
         // The first pass counts; the second knows where to put things. The count does not depend on the place.

@@ -55,6 +55,8 @@ pub enum InitError {
     Overlap(PhysAddr),
     /// A range reaches past [`MAX_PFN`](crate::address::MAX_PFN): 16 TiB.
     TooHigh(PhysAddr),
+    /// The platform does not map this range.
+    NotMapped(PhysAddr),
     /// More than [`MAX_NODES`](crate::config::MAX_NODES) nodes.
     TooManyNodes(u8),
     /// No CPU, or more than [`MAX_CPUS`](crate::config::MAX_CPUS).
@@ -70,6 +72,7 @@ impl fmt::Display for InitError {
             InitError::EmptyRange(at) => write!(f, "the range at {at:?} is empty"),
             InitError::Overlap(at) => write!(f, "two ranges overlap at {at:?}"),
             InitError::TooHigh(at) => write!(f, "the range at {at:?} reaches past 16 TiB"),
+            InitError::NotMapped(at) => write!(f, "the platform does not map the range at {at:?}"),
             InitError::TooManyNodes(n) => write!(f, "node {n}: at most 8 nodes are supported"),
             InitError::BadCpuCount(n) => write!(f, "{n} CPUs: 1 to 1024 are supported"),
             InitError::TooSmall(n) => {

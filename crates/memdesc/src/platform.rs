@@ -3,6 +3,7 @@
 //! Implement [`Platform`] and hand it to [`Mm::new`](crate::Mm::new) with the memory map; that is all a port is.
 
 use crate::address::{Pfn, PhysAddr};
+use crate::config::MemRange;
 use crate::gfp::Flags;
 use crate::report::Report;
 
@@ -41,8 +42,9 @@ pub struct ReclaimRequest {
 ///
 /// The allocator's soundness rests on these promises:
 /// 1. [`direct_map`](Self::direct_map) is the same pointer for the life of the platform, and for every byte of every
-///    RAM range given to [`Mm::new`](crate::Mm::new), `direct_map + physical address` may be read and written through it
-///    while the allocator, or the owner it handed the page to, has it. Nobody else touches that memory.
+///    range given to [`Mm::new`](crate::Mm::new) that [`maps`](Self::maps) says yes to, `direct_map + physical
+///    address` may be read and written through it while the allocator, or the owner it handed the page to, has it.
+///    Nobody else touches that memory.
 /// 2. Between [`pin`](Self::pin) and the matching [`unpin`](Self::unpin) no other thread of execution gets the same CPU
 ///    number from `pin`: no preemption, no migration, no interrupt that allocates. Pins nest and then
 ///    give the same number, which is under [`nr_cpus`](Self::nr_cpus).
@@ -52,6 +54,11 @@ pub struct ReclaimRequest {
 pub unsafe trait Platform: Sync {
     /// Where physical address 0 is mapped: the base of the direct map.
     fn direct_map(&self) -> *mut u8;
+
+    /// Is this range RAM that the direct map maps? Ranges that are not are refused. The default trusts the memory map.
+    fn maps(&self, _range: &MemRange) -> bool {
+        true
+    }
 
     /// How many CPUs there are; does not change.
     fn nr_cpus(&self) -> usize;
