@@ -367,6 +367,9 @@ fn settling_loses_nothing() {
     let mut pages = Pages::new(&machine);
     while let Ok(pfn) = mm.alloc_folio(GFP_NOWAIT | gfp::__GFP_MOVABLE, 0, FolioKind::File) {
         pages.got(&mm, pfn, 0, Kind::File);
+        if pages.live.len() == scaled(usize::MAX, 300) {
+            break;
+        }
         let Memory::File(folio) = mm.lookup(pfn).2 else {
             unreachable!()
         };
@@ -381,7 +384,7 @@ fn settling_loses_nothing() {
     }
     mm.shrink();
     let before = slabinfo(&mm, "kmem_cache_buddy").0;
-    for _ in 0..20 {
+    for _ in 0..scaled(20, 1) {
         mm.tick();
         pages.check(&mm);
     }
