@@ -104,7 +104,7 @@ impl Runner {
         self.command(&name, command);
     }
 
-    /// The unit tests and the way of pages and objects once; `all` runs the other tests too, which takes an hour or more.
+    /// The unit tests, the way of pages and objects once, and the page state machine in small; `all` runs the other tests too, which takes an hour or more.
     pub(crate) fn miri(&mut self, all: bool) {
         self.step("core under Miri, strict provenance", || {
             if let Err(why) = set_up_miri() {
@@ -114,7 +114,7 @@ impl Runner {
             if all {
                 command.arg("--tests");
             } else {
-                command.args(["--test", "smoke"]);
+                command.args(["--test", "smoke", "--test", "buddy_state_machine"]);
             }
             command.args(["--target-dir", "target/miri"]);
             command.env(

@@ -136,14 +136,17 @@ impl<P: Platform> Mm<P> {
         ledger.balanced = counted == walk && total == ledger.given;
 
         self.for_each_cache(|core| {
-            let view = self.view(core);
-            let pages = view.num_slabs * view.pages_per_slab as u64;
+            let (pages, bitmap_bytes) = {
+                let pin = self.pages.pin();
+                let lists = self.lists(core, &pin);
+                (lists.pages, lists.bitmap_bytes)
+            };
             if core.is_metadata() {
                 ledger.metadata += pages;
                 ledger.descriptor_bytes += pages * PAGE_SIZE as u64;
             } else {
                 // Bitmaps that lie in the slabs themselves.
-                ledger.other_metadata_bytes += view.num_slabs * u64::from(core.geometry.first);
+                ledger.other_metadata_bytes += bitmap_bytes;
                 // Sheaves of caches made later are kmalloc memory that users do not have.
                 if core.sheaves.memory().is_some() && !self.is_built_in(core) {
                     let bytes = crate::slab::sheaf::Sheaves::bytes(

@@ -122,7 +122,8 @@ pub unsafe trait Platform: Sync {
         0
     }
 
-    /// Corruption was found. Panics by default; if it returns, the object in question is left alone for good.
+    /// Corruption was found. Panics by default. If it returns, what was being freed is left alone for good; what was being
+    /// allocated is handed out all the same.
     fn corruption(&self, report: &Report<'_>) {
         panic!("{report}");
     }

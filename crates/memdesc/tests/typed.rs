@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use memdesc::gfp::{__GFP_NORETRY, __GFP_ZERO, GFP_ATOMIC, GFP_KERNEL};
+use memdesc::gfp::{__GFP_MEMALLOC, __GFP_NORETRY, __GFP_ZERO, GFP_ATOMIC, GFP_KERNEL};
 use memdesc::*;
 use memdesc_host::Host;
 
@@ -169,4 +169,50 @@ fn a_cache_of_another_is_refused() {
         .kmem_cache_create("a", 32, 8, CacheFlags::EMPTY, None)
         .unwrap();
     let _ = b.kmem_cache_alloc(&cache, GFP_KERNEL);
+}
+
+/// The order a cache wants cannot be had, but single pages can: Linux falls back to the smallest slabs, and so do we.
+#[test]
+fn slabs_get_smaller_when_memory_is_in_pieces() {
+    let mm = mm(4096);
+    let cache = mm
+        .kmem_cache_create("inode", 1128, 8, CacheFlags::EMPTY, None)
+        .unwrap();
+    let mut wanted = 0;
+    mm.slabinfo(|c| wanted += usize::from(c.name == "inode") * c.pages_per_slab);
+    assert!(wanted > 1, "such objects want slabs of several pages");
+    let mut pages = Vec::new();
+    while let Ok(pfn) = mm.alloc_pages(GFP_ATOMIC | __GFP_MEMALLOC, 0) {
+        pages.push(pfn);
+    }
+    for pfn in pages.iter().filter(|pfn| pfn.0.is_multiple_of(2)) {
+        // SAFETY: allocated above, freed once.
+        unsafe { mm.free_pages(*pfn) };
+    }
+    mm.drain_all();
+    assert!(mm.alloc_pages(GFP_ATOMIC | __GFP_MEMALLOC, 1).is_err());
+    let objects: Vec<_> = (0..100)
+        .map(|i| {
+            let object = mm.kmem_cache_alloc(&cache, GFP_KERNEL).unwrap();
+            // SAFETY: ours, 1128 bytes long.
+            unsafe { object.write_bytes(i, 1128) };
+            object
+        })
+        .collect();
+    mm.slabinfo(|c| {
+        if c.name == "inode" {
+            assert_eq!(c.pages, c.num_slabs, "all of them single pages");
+            assert_eq!(c.num_objs, 3 * c.num_slabs);
+        }
+    });
+    for (i, object) in objects.into_iter().enumerate() {
+        // SAFETY: ours until it is freed here, from this cache.
+        unsafe {
+            let bytes = core::slice::from_raw_parts(object.as_ptr(), 1128);
+            assert!(bytes.iter().all(|&b| b == i as u8));
+            mm.kmem_cache_free(&cache, object);
+        }
+    }
+    mm.kmem_cache_destroy(cache).unwrap();
+    assert!(mm.ledger().balanced);
 }

@@ -163,7 +163,7 @@ impl<P: Platform> Mm<P> {
         stats.add(&pin, Event::MetaPage, 1);
         stats.block_out(&pin, PageType::Slab, 0);
         drop(pin);
-        self.make_slab(core, pfn, desc, self_described)
+        self.make_slab(core, pfn, desc, self_described, 0)
     }
 
     /// A page to be had without descriptors: from this CPU's list, or the smallest block.

@@ -115,6 +115,7 @@ pub(crate) struct Geometry {
     pub(crate) first: u32,
     pub(crate) objects: u32,
     pub(crate) order: u32,
+    align: u32,
     /// `ceil(2^32 / size)`: a division by multiplication.
     reciprocal: u64,
 }
@@ -144,25 +145,44 @@ impl Geometry {
         } else {
             slab_order(size)?
         };
-        let bytes = PAGE_SIZE << order;
+        let geometry = Geometry {
+            object_size: object_size as u32,
+            size: size as u32,
+            lead: lead as u32,
+            first: 0,
+            objects: 0,
+            order: 0,
+            align: align as u32,
+            reciprocal: (1u64 << 32).div_ceil(size as u64),
+        };
+        Some(geometry.with_order(order))
+    }
+
+    /// The same objects in slabs of this order, in which at least one fits.
+    fn with_order(self, order: usize) -> Geometry {
+        let (bytes, size) = (PAGE_SIZE << order, self.size as usize);
         let mut objects = bytes / size;
         let mut first = 0;
         if objects > BITMAP_INLINE {
             // The bitmap takes the place of some objects.
             while first + objects * size > bytes || first < Slab::bitmap_bytes(objects) {
                 objects -= 1;
-                first = Slab::bitmap_bytes(objects).next_multiple_of(align);
+                first = Slab::bitmap_bytes(objects).next_multiple_of(self.align as usize);
             }
         }
-        Some(Geometry {
-            object_size: object_size as u32,
-            size: size as u32,
-            lead: lead as u32,
+        Geometry {
             first: first as u32,
             objects: objects as u32,
             order: order as u32,
-            reciprocal: (1u64 << 32).div_ceil(size as u64),
-        })
+            ..self
+        }
+    }
+
+    /// The smallest slabs that hold such objects: for when the wanted order cannot be had (Linux's `oo_min`).
+    fn smallest(self) -> Geometry {
+        let size = self.size as usize;
+        let least = (0..self.order as usize).find(|&order| PAGE_SIZE << order >= size);
+        least.map_or(self, |order| self.with_order(order))
     }
 
     /// Where object `index` is, from the slab's start.
@@ -220,6 +240,12 @@ pub(crate) struct Lists {
     pub(crate) nr_empty: u32,
     /// Objects handed out, those in sheaves included.
     pub(crate) inuse: u64,
+    /// Objects in all slabs.
+    pub(crate) objects: u64,
+    /// Pages of all slabs.
+    pub(crate) pages: u64,
+    /// Bytes of bitmaps that lie in the slabs.
+    pub(crate) bitmap_bytes: u64,
 }
 
 impl Lists {
@@ -257,6 +283,21 @@ impl Lists {
         }
     }
 
+    /// A new slab is counted.
+    pub(crate) fn enter(&mut self, geometry: &Geometry) {
+        self.objects += u64::from(geometry.objects);
+        self.pages += 1 << geometry.order;
+        self.bitmap_bytes += u64::from(geometry.first);
+    }
+
+    /// A slab leaves its list and the count, to be given back.
+    pub(crate) fn leave(&mut self, map: &MemMap, slab: &Slab, geometry: &Geometry) {
+        self.remove(map, slab);
+        self.objects -= u64::from(geometry.objects);
+        self.pages -= 1 << geometry.order;
+        self.bitmap_bytes -= u64::from(geometry.first);
+    }
+
     /// How many slabs there are.
     pub(crate) fn nr_slabs(&self) -> u32 {
         self.by_share.iter().map(|list| list.nr).sum()
@@ -289,6 +330,8 @@ pub(crate) fn slab_of(map: &MemMap, head: Pfn) -> &Slab {
 pub(crate) struct CacheCore {
     pub(crate) sheaves: Sheaves,
     pub(crate) geometry: Geometry,
+    /// For slabs of a smaller order, when the wanted one cannot be had.
+    pub(crate) smallest: Geometry,
     pub(crate) flags: CacheFlags,
     /// Added to the caller's for the slab's pages.
     pub(crate) gfp: Flags,
@@ -328,6 +371,7 @@ impl CacheCore {
         CacheCore {
             sheaves,
             geometry,
+            smallest: geometry.smallest(),
             flags,
             gfp,
             role,
@@ -340,6 +384,9 @@ impl CacheCore {
                 }; SlabList::COUNT],
                 nr_empty: 0,
                 inuse: 0,
+                objects: 0,
+                pages: 0,
+                bitmap_bytes: 0,
             }),
             next: AtomicPtr::new(core::ptr::null_mut()),
 
@@ -350,6 +397,16 @@ impl CacheCore {
 
     pub(crate) fn name(&self) -> &str {
         core::str::from_utf8(&self.name[..self.name_len as usize]).unwrap_or("?")
+    }
+
+    /// Where things are in this slab.
+    #[inline]
+    pub(crate) fn geometry_of(&self, slab: &Slab) -> &Geometry {
+        if slab.order() == self.geometry.order as usize {
+            &self.geometry
+        } else {
+            &self.smallest
+        }
     }
 
     /// Does it check its objects?
@@ -426,6 +483,8 @@ pub struct CacheView<'a> {
     pub num_slabs: u64,
     /// Slabs with an object handed out.
     pub active_slabs: u64,
+    /// Pages of all slabs.
+    pub pages: u64,
     /// Objects in the CPUs' sheaves.
     pub in_sheaves: u64,
     /// Holds descriptors of the memory manager itself.

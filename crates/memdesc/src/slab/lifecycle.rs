@@ -290,7 +290,7 @@ impl<P: Platform> Mm<P> {
                 let slab = super::cache::slab_of(map, at);
                 let base = map.virt(slab.pfn().phys());
                 for index in (0..slab.objects()).filter(|&i| !slab.is_free(map, i)) {
-                    let object = base.wrapping_add(core.geometry.offset(index));
+                    let object = base.wrapping_add(core.geometry_of(slab).offset(index));
                     let track = NonNull::new(object).and_then(|o| super::debug::tracks(core, o).0);
                     visit(object, track);
                 }
@@ -339,11 +339,12 @@ impl<P: Platform> Mm<P> {
         CacheView {
             name: core.name(),
             active_objs: lists.inuse.saturating_sub(in_sheaves),
-            num_objs: num_slabs * u64::from(geometry.objects),
+            num_objs: lists.objects,
             object_size: geometry.object_size as usize,
             size: geometry.size as usize,
             objs_per_slab: geometry.objects as usize,
             pages_per_slab: 1 << geometry.order,
+            pages: lists.pages,
             num_slabs,
             active_slabs: num_slabs - u64::from(lists.nr_empty),
             in_sheaves,

@@ -179,9 +179,10 @@ impl<P: Platform> Mm<P> {
 
     fn take_from(&self, core: &CacheCore, slab: &Slab, out: &mut [*mut u8]) -> usize {
         let base = self.pages.map.virt(slab.pfn().phys());
+        let geometry = core.geometry_of(slab);
         let mut n = 0;
         slab.take(&self.pages.map, out.len(), |index| {
-            out[n] = base.wrapping_add(core.geometry.offset(index));
+            out[n] = base.wrapping_add(geometry.offset(index));
             n += 1;
         });
         n
@@ -199,6 +200,7 @@ impl<P: Platform> Mm<P> {
         let pin = self.pages.pin();
         // Descriptors of the slab may be out already, and come back on another CPU: the lock comes first.
         let mut lists = self.lists(core, &pin);
+        lists.enter(core.geometry_of(slab));
         let n = self.take_from(core, slab, out);
         lists.inuse += n as u64;
         if slab.inuse() == 0 {
@@ -214,15 +216,24 @@ impl<P: Platform> Mm<P> {
             return Err(AllocError::Injected);
         }
         let gfp = Flags::from_bits(gfp.bits() & !ZONE_FLAGS) | core.gfp;
-        let block = self.pages.alloc_block(
-            PageType::Slab,
-            gfp,
-            core.geometry.order as usize,
-            None,
-            self,
-        )?;
+        let take = |gfp, order: u32| {
+            self.pages
+                .alloc_block(PageType::Slab, gfp, order as usize, None, self)
+        };
+        let (wanted, least) = (core.geometry.order, core.smallest.order);
+        let block = if wanted > least {
+            // Not worth reclaiming for, nor a reserve: a smaller one will do.
+            let lightly = (gfp
+                & !(gfp::__GFP_DIRECT_RECLAIM | gfp::__GFP_NOFAIL | gfp::__GFP_HIGH))
+                | gfp::__GFP_NOWARN
+                | gfp::__GFP_NORETRY
+                | gfp::__GFP_NOMEMALLOC;
+            take(lightly, wanted).or_else(|_| take(gfp, least))?
+        } else {
+            take(gfp, wanted)?
+        };
         let word = self.own_block(block, DescClass::Slab, PageType::Slab, None)?;
-        Ok(self.make_slab(core, block.pfn, word.desc(), false))
+        Ok(self.make_slab(core, block.pfn, word.desc(), false, word.order()))
     }
 
     /// Makes a block into a slab: the descriptor first, the word last.
@@ -232,11 +243,15 @@ impl<P: Platform> Mm<P> {
         pfn: Pfn,
         desc: PhysAddr,
         self_described: bool,
+        order: usize,
     ) -> &Slab {
         let map = &self.pages.map;
-        let geometry = &core.geometry;
         let slab = map.slab_at(desc);
-        let order = geometry.order as usize;
+        let geometry = if order == core.geometry.order as usize {
+            &core.geometry
+        } else {
+            &core.smallest
+        };
         slab.init(
             map,
             NonNull::from(core),
@@ -345,7 +360,7 @@ impl<P: Platform> Mm<P> {
             return Err(Corruption::WrongCache);
         }
         let offset = (phys.0 - found.head.phys().0) as usize;
-        match core.geometry.index(offset) {
+        match core.geometry_of(slab).index(offset) {
             Some(index) => Ok((slab, index)),
             None => Err(Corruption::NotAHead),
         }
@@ -416,7 +431,7 @@ impl<P: Platform> Mm<P> {
                     lists.nr_empty += 1;
                     lists.relist(map, slab);
                 } else {
-                    lists.remove(map, slab);
+                    lists.leave(map, slab, core.geometry_of(slab));
                     slab.links().set_next(empty);
                     empty = slab.pfn();
                 }
@@ -461,7 +476,7 @@ impl<P: Platform> Mm<P> {
         }
         let map = &self.pages.map;
         let mut empty = Pfn::NONE;
-        let mut slabs = 0;
+        let mut pages = 0;
         {
             let pin = self.pages.pin();
             let mut lists = self.lists(core, &pin);
@@ -470,16 +485,16 @@ impl<P: Platform> Mm<P> {
                 let slab = slab_of(map, at);
                 at = slab.links().next();
                 if slab.inuse() == 0 {
-                    lists.remove(map, slab);
+                    lists.leave(map, slab, core.geometry_of(slab));
                     lists.nr_empty -= 1;
                     slab.links().set_next(empty);
                     empty = slab.pfn();
-                    slabs += 1;
+                    pages += 1 << slab.order();
                 }
             }
         }
         self.discard(empty, false);
-        slabs << core.geometry.order
+        pages
     }
 
     /// Tells the platform of an object gone wrong.
