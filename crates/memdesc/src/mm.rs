@@ -146,6 +146,10 @@ impl<P: Platform> Mm<P> {
         let mut pages = 0;
         self.for_each_cache(|core| pages += self.cache_shrink(core));
         self.drain_all();
+        // Free blocks let go of what their last owners left; caches of the kernel's own descriptors can become empty.
+        self.pages.settle_all(self);
+        self.for_each_cache(|core| pages += self.cache_shrink(core));
+        self.drain_all();
         for built_in in [
             BuiltIn::File,
             BuiltIn::Anon,

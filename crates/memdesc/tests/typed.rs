@@ -216,3 +216,51 @@ fn slabs_get_smaller_when_memory_is_in_pieces() {
     mm.kmem_cache_destroy(cache).unwrap();
     assert!(mm.ledger().balanced);
 }
+
+/// Pages under a descriptor that the kernel brings: all of them lead to it, and its memory comes back to its cache.
+#[test]
+fn descriptors_of_ones_own() {
+    let mm = mm(4096);
+    let cache = mm
+        .kmem_cache_create("netpool", 64, 16, CacheFlags::EMPTY, None)
+        .unwrap();
+    let mut blocks = Vec::new();
+    for order in [0, 2, 5, 0, 9, 0] {
+        let desc = mm.kmem_cache_alloc(&cache, GFP_KERNEL).unwrap();
+        // SAFETY: an object of 64 bytes of a cache of this memory manager, given up until the pages are freed.
+        let pfn = unsafe { mm.alloc_pages_desc(GFP_KERNEL, order, PageType::NetPool, desc) };
+        let pfn = pfn.unwrap();
+        for page in 0..1 << order {
+            let (head, o, Memory::Yours(kind, found)) = mm.lookup(pfn.add(page)) else {
+                panic!("page {page} of order {order} leads elsewhere")
+            };
+            assert_eq!((head, o, kind), (pfn, order, PageType::NetPool));
+            assert_eq!(found.as_ptr(), desc.as_ptr());
+        }
+        blocks.push(pfn);
+    }
+    assert_eq!(mm.pages_of(PageType::NetPool), 3 + 4 + 32 + 512);
+    let desc = mm.kmem_cache_alloc(&cache, GFP_KERNEL).unwrap();
+    for kind in [
+        PageType::Slab,
+        PageType::Bare,
+        PageType::Reserved,
+        PageType::Free,
+    ] {
+        // SAFETY: as above; it is refused.
+        let refused = unsafe { mm.alloc_pages_desc(GFP_KERNEL, 0, kind, desc) };
+        assert_eq!(refused, Err(AllocError::BadSize));
+    }
+    // SAFETY: still ours.
+    unsafe { mm.kmem_cache_free(&cache, desc) };
+    for pfn in blocks {
+        // SAFETY: allocated above, freed once.
+        unsafe { mm.free_pages(pfn) };
+    }
+    assert!(mm.ledger().balanced);
+    // Free blocks lie on some of them until they are settled.
+    mm.shrink();
+    mm.kmem_cache_destroy(cache)
+        .expect("every descriptor came back");
+    assert!(mm.ledger().balanced);
+}

@@ -14,7 +14,7 @@ use crate::platform::Platform;
 
 /// Blocks looked at in one hold of the zone lock.
 const LOOK_HOLD: usize = 256;
-/// Blocks looked at in one call, for each zone.
+/// Blocks looked at in one call of the periodic work, for each zone.
 const LOOK_MAX: usize = 1 << 18;
 /// Descriptors taken along for one hold.
 const SETTLE_HOLD: usize = 64;
@@ -24,9 +24,21 @@ const WORTH_IT: u64 = 256;
 impl<P: Platform> PageAllocator<P> {
     /// Settles some blocks of every zone that has many morphed ones. Not on a free path: takes buddies.
     pub(crate) fn settle(&self, descs: &impl Descriptors) {
+        self.settle_while(descs, WORTH_IT, |_| LOOK_MAX);
+    }
+
+    /// Settles every morphed block in the zones' lists.
+    pub(crate) fn settle_all(&self, descs: &impl Descriptors) {
+        // Twice round: the first look may start in the middle.
+        self.settle_while(descs, 1, |index| {
+            2 * self.zones[index].present as usize + LOOK_HOLD
+        });
+    }
+
+    fn settle_while(&self, descs: &impl Descriptors, least: u64, most: impl Fn(usize) -> usize) {
         for index in 0..self.zones.len() {
             let mut looked = 0;
-            while looked < LOOK_MAX && self.with_zone(index, |z| z.lists.nr_morphed) >= WORTH_IT {
+            while looked < most(index) && self.with_zone(index, |z| z.lists.nr_morphed) >= least {
                 let Ok(mut spare) = descs.get(SETTLE_HOLD) else {
                     return;
                 };
