@@ -231,9 +231,10 @@ impl<P: Platform> Mm<P> {
                     out[n] = block.pfn;
                     n += 1;
                 });
-            out[first..n]
-                .iter()
-                .for_each(|&pfn| self.zero_if_asked(pfn, 0, gfp));
+            for &pfn in &out[first..n] {
+                self.pages.platform.pages_allocated(pfn, 0);
+                self.zero_if_asked(pfn, 0, gfp);
+            }
             if taken == 0 {
                 // Empty: one by the ordinary way, which refills the list.
                 match self.alloc_pages(gfp, 0) {

@@ -150,9 +150,25 @@ impl<P: Platform> PageAllocator<P> {
             return None;
         }
         let pin = self.pin();
-        let stats = self.stats(&pin);
-        if stats.on_free_path() {
-            self.allocation_on_free(&pin);
+        let zone = self.fast_zone(&pin, gfp, order, node)?;
+        let block = self
+            .pcp(&pin, zone)
+            .pop(&pin, &self.map, order, gfp.migratetype())?;
+        self.stats(&pin).block_out(&pin, kind, order);
+        Some(block)
+    }
+
+    /// The zone whose list the fast path may take from; none if the request has to go the long way.
+    #[inline]
+    fn fast_zone(
+        &self,
+        pin: &Pin<'_, P>,
+        gfp: Flags,
+        order: usize,
+        node: Option<usize>,
+    ) -> Option<usize> {
+        if self.stats(pin).on_free_path() {
+            self.allocation_on_free(pin);
         }
         let node = node.unwrap_or_else(|| self.platform.cpu_to_node(pin.cpu()));
         let zone_type = gfp.zone_type();
@@ -164,14 +180,11 @@ impl<P: Platform> PageAllocator<P> {
         if gfp.contains(gfp::__GFP_THISNODE) && self.zones[zone].node as usize != node {
             return None;
         }
-        let block = self
-            .pcp(&pin, zone)
-            .pop(&pin, &self.map, order, gfp.migratetype())?;
-        stats.block_out(&pin, kind, order);
-        Some(block)
+        Some(zone)
     }
 
     /// Up to `n` order-0 blocks from this CPU's list, in one go; none if the fast path is not open. Says how many.
+    /// `each` runs under the list's lock; the platform has not heard of the pages yet.
     pub(crate) fn alloc_bulk(
         &self,
         kind: PageType,
@@ -180,20 +193,13 @@ impl<P: Platform> PageAllocator<P> {
         mut each: impl FnMut(Block),
     ) -> usize {
         let pin = self.pin();
-        let node = self.platform.cpu_to_node(pin.cpu());
-        let zone_type = gfp.zone_type();
-        let best = self
-            .zonelists
-            .get(node)
-            .and_then(|lists| lists[zone_type as usize].best());
-        let Some(zone) = best else { return 0 };
+        let Some(zone) = self.fast_zone(&pin, gfp, 0, None) else {
+            return 0;
+        };
         let mut taken = 0;
-        if self.zones[zone].has_headroom(0, zone_type)
-            && !self.platform.should_fail(FaultPoint::AllocPages)
-        {
+        if !self.platform.should_fail(FaultPoint::AllocPages) {
             self.pcp(&pin, zone)
                 .pop_many(&pin, &self.map, n, gfp.migratetype(), |block| {
-                    self.platform.pages_allocated(block.pfn, 0);
                     self.stats(&pin).block_out(&pin, kind, 0);
                     each(block);
                     taken += 1;
