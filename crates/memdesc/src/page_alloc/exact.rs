@@ -3,7 +3,7 @@
 use super::alloc::{Descriptors, PageAllocator, REFILL_SPARE};
 use super::buddy::{Block, LADDER};
 use super::zone::LockedZone;
-use crate::address::{MAX_ORDER, PAGEBLOCK_ORDER, PAGEBLOCK_PAGES, Pfn};
+use crate::address::{MAX_ORDER, PAGEBLOCK_ORDER, Pfn};
 use crate::desc::DescList;
 use crate::error::AllocError;
 use crate::memmap::heads::{blocks, climb};
@@ -192,11 +192,7 @@ fn take_smallest_in(zone: &mut LockedZone<'_>, attempt: usize) -> Option<Smalles
         for order in PAGEBLOCK_ORDER..=MAX_ORDER {
             for mt in [MigrateType::Reclaimable, MigrateType::Movable] {
                 if let Some(block) = zone.pop(order, mt) {
-                    let region = zone.region(block.pfn);
-                    for pageblock in 0..1 << (order - PAGEBLOCK_ORDER) {
-                        let at = block.pfn.add(pageblock * PAGEBLOCK_PAGES);
-                        region.set_block_migratetype(at, MigrateType::Unmovable);
-                    }
+                    zone.retype_pageblocks(block, MigrateType::Unmovable);
                     return Some(of(zone.detach(block.pfn, block.word)));
                 }
             }

@@ -125,10 +125,7 @@ impl LockedZone<'_> {
     ) -> Option<Block> {
         if current >= PAGEBLOCK_ORDER {
             let block = self.pop(current, other)?;
-            let region = self.region(block.pfn);
-            for pageblock in 0..1 << (current - PAGEBLOCK_ORDER) {
-                region.set_block_migratetype(block.pfn.add(pageblock * PAGEBLOCK_PAGES), mt);
-            }
+            self.retype_pageblocks(block, mt);
             return Some(self.expand(block, order, mt, spare));
         }
         self.boost();
@@ -170,6 +167,14 @@ impl LockedZone<'_> {
             _ => {}
         });
         (free, movable)
+    }
+
+    /// Gives every pageblock of a large block that is in no list another mobility.
+    pub(crate) fn retype_pageblocks(&self, block: Block, mt: MigrateType) {
+        let region = self.region(block.pfn);
+        for pageblock in 0..1 << (block.word.order() - PAGEBLOCK_ORDER) {
+            region.set_block_migratetype(block.pfn.add(pageblock * PAGEBLOCK_PAGES), mt);
+        }
     }
 
     /// Gives a pageblock another mobility and moves its free blocks into those lists (`move_freepages_block`).
@@ -280,10 +285,7 @@ impl LockedZone<'_> {
                 let Some(block) = self.pop(order, MigrateType::HighAtomic) else {
                     continue;
                 };
-                for pageblock in 0..1 << (order - PAGEBLOCK_ORDER) {
-                    let at = block.pfn.add(pageblock * PAGEBLOCK_PAGES);
-                    self.region(at).set_block_migratetype(at, mt);
-                }
+                self.retype_pageblocks(block, mt);
                 self.link(block.pfn, order, mt, block.word, false);
             } else {
                 self.set_pageblock(head, mt);

@@ -402,7 +402,13 @@ impl CacheCore {
     /// Where things are in this slab.
     #[inline]
     pub(crate) fn geometry_of(&self, slab: &Slab) -> &Geometry {
-        if slab.order() == self.geometry.order as usize {
+        self.geometry_at(slab.order())
+    }
+
+    /// Where things are in a slab of this order, which is the wanted one or the smallest.
+    #[inline]
+    pub(crate) fn geometry_at(&self, order: usize) -> &Geometry {
+        if order == self.geometry.order as usize {
             &self.geometry
         } else {
             &self.smallest

@@ -103,26 +103,35 @@ fn first_bad(object: NonNull<u8>, from: isize, len: usize, pattern: u8) -> Optio
     })
 }
 
-/// A new slab's object.
-pub(crate) fn on_new(core: &CacheCore, object: NonNull<u8>) {
+/// Writes what a free object looks like: red zones inactive, and poison where the cache poisons.
+///
+/// # Safety
+///
+/// As [`fill`]'s.
+unsafe fn fill_free(core: &CacheCore, object: NonNull<u8>) {
     let size = core.geometry.object_size as usize;
-    // SAFETY: the slab is not listed yet, nobody else knows the slot; all stretches are within it.
+    // SAFETY: all stretches are within the slot, which the caller has to himself.
     unsafe {
         if core.flags.contains(CacheFlags::RED_ZONE) {
             let lead = core.geometry.lead as usize;
             fill(object, -(lead as isize), lead, RED_INACTIVE);
-            fill(
-                object,
-                size as isize,
-                rounded(core) + RED_TAIL - size,
-                RED_INACTIVE,
-            );
+            let tail = rounded(core) + RED_TAIL - size;
+            fill(object, size as isize, tail, RED_INACTIVE);
         }
         if poisons(core) {
             fill(object, 0, size - 1, POISON_FREE);
             fill(object, size as isize - 1, 1, POISON_END);
-        } else {
-            fill(object, 0, size, POISON_INUSE);
+        }
+    }
+}
+
+/// A new slab's object.
+pub(crate) fn on_new(core: &CacheCore, object: NonNull<u8>) {
+    // SAFETY: the slab is not listed yet, nobody else knows the slot; all stretches are within it.
+    unsafe {
+        fill_free(core, object);
+        if !poisons(core) {
+            fill(object, 0, core.geometry.object_size as usize, POISON_INUSE);
         }
         if core.flags.contains(CacheFlags::STORE_USER) {
             track_ptr(core, object, 0)
@@ -223,24 +232,9 @@ pub(crate) fn on_free<P: Platform>(
             report(mm, core, object, Corruption::RedzoneRight, byte, caller);
             fit = false;
         }
-        // SAFETY: the object's owner has given it up, and its bit still says handed out, so it is ours alone.
-        unsafe {
-            fill(object, -(lead as isize), lead, RED_INACTIVE);
-            fill(
-                object,
-                size as isize,
-                rounded(core) + RED_TAIL - size,
-                RED_INACTIVE,
-            );
-        }
     }
-    if poisons(core) {
-        // SAFETY: as above.
-        unsafe {
-            fill(object, 0, size - 1, POISON_FREE);
-            fill(object, size as isize - 1, 1, POISON_END);
-        }
-    }
+    // SAFETY: the object's owner has given it up, and its bit still says handed out, so it is ours alone.
+    unsafe { fill_free(core, object) };
     write_track(mm, core, object, 1, size, caller);
     fit
 }

@@ -247,11 +247,7 @@ impl<P: Platform> Mm<P> {
     ) -> &Slab {
         let map = &self.pages.map;
         let slab = map.slab_at(desc);
-        let geometry = if order == core.geometry.order as usize {
-            &core.geometry
-        } else {
-            &core.smallest
-        };
+        let geometry = core.geometry_at(order);
         slab.init(
             map,
             NonNull::from(core),
