@@ -70,17 +70,7 @@ impl Runner {
             cargo(&["test", "--workspace", "--exclude", "xtask"]),
         );
         // The checks of debug builds in optimised code: another schedule, the same answers.
-        let args = [
-            "test",
-            "--release",
-            "-p",
-            "memdesc",
-            "--features",
-            "checked",
-            "--test",
-            "owner_map",
-        ];
-        self.command("owner map, optimised and checked", cargo(&args));
+        self.command("owner map, optimised and checked", owner_map());
     }
 
     pub(crate) fn loom(&mut self, preemptions: Option<u32>) {
@@ -140,16 +130,7 @@ impl Runner {
     }
 
     pub(crate) fn stress(&mut self, seconds: u64) {
-        let mut command = cargo(&[
-            "test",
-            "--release",
-            "-p",
-            "memdesc",
-            "--features",
-            "checked",
-            "--test",
-            "owner_map",
-        ]);
+        let mut command = owner_map();
         command.env("MEMDESC_STRESS_SECONDS", seconds.to_string());
         self.command(&format!("threaded tests, {seconds} s each"), command);
     }
@@ -214,6 +195,20 @@ impl Runner {
             ExitCode::FAILURE
         }
     }
+}
+
+/// The threaded tests, optimised, with the checks of debug builds.
+fn owner_map() -> Command {
+    cargo(&[
+        "test",
+        "--release",
+        "-p",
+        "memdesc",
+        "--features",
+        "checked",
+        "--test",
+        "owner_map",
+    ])
 }
 
 fn passed(summary: &str) -> End {
