@@ -8,7 +8,7 @@ mod arena;
 mod cpu;
 mod faults;
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, compiler_fence, fence};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, compiler_fence, fence};
 
 use memdesc::{FaultPoint, MemRange, PAGE_SHIFT, PAGE_SIZE, Pfn, Platform, ReclaimRequest, Report};
 
@@ -186,8 +186,8 @@ pub fn ram(start: u32, pages: u32) -> MemRange {
 
 // SAFETY:
 // 1. The arena is mapped for the life of the host, private to it, at one base; ranges are what it was made for.
-// 2. `Cpus::pin` gives a CPU to one thread at a time: a claimed one to its thread, a floating one by compare-exchange.
-//    Signal handlers that allocate are not allowed yet.
+// 2. `Cpus::pin` gives a CPU to one thread at a time: a claimed one to its thread, a floating one by compare-exchange. A signal
+//    handler runs on its thread's CPU, and finishes first.
 // 3. membarrier(MEMBARRIER_CMD_PRIVATE_EXPEDITED) runs a full barrier on every thread of the process; without it both sides
 //    are full fences.
 unsafe impl Platform for Host {
@@ -212,6 +212,19 @@ unsafe impl Platform for Host {
     #[inline]
     unsafe fn unpin(&self, cpu: usize) {
         self.cpus.unpin(cpu);
+    }
+
+    #[inline]
+    fn try_pin(&self) -> Option<usize> {
+        self.cpus.try_pin()
+    }
+
+    fn park(&self, word: &AtomicU32, value: u32) {
+        sys::futex_wait(word, value);
+    }
+
+    fn unpark(&self, word: &AtomicU32) {
+        sys::futex_wake(word);
     }
 
     fn cpu_to_node(&self, cpu: usize) -> usize {
@@ -297,6 +310,21 @@ mod sys {
     pub(super) fn barrier() {
         assert!(membarrier(PRIVATE_EXPEDITED), "membarrier(2) worked before");
     }
+
+    pub(super) fn futex_wait(word: &AtomicU32, value: u32) {
+        let timeout = std::ptr::null::<libc::timespec>();
+        let op = libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG;
+        // SAFETY: the word lives through the call; futex(2) only reads it. All its errors mean "look again".
+        unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), op, value, timeout) };
+    }
+
+    pub(super) fn futex_wake(word: &AtomicU32) {
+        let op = libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG;
+        // SAFETY: futex(2) does not touch the word for a wake-up; the address is only a name.
+        unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), op, 1) };
+    }
+
+    use std::sync::atomic::AtomicU32;
 }
 
 #[cfg(not(all(target_os = "linux", not(miri))))]
@@ -306,6 +334,16 @@ mod sys {
     }
 
     pub(super) fn barrier() {}
+
+    pub(super) fn futex_wait(word: &AtomicU32, value: u32) {
+        if word.load(Ordering::Relaxed) == value {
+            std::thread::yield_now();
+        }
+    }
+
+    pub(super) fn futex_wake(_word: &AtomicU32) {}
+
+    use std::sync::atomic::{AtomicU32, Ordering};
 }
 
 fn register_membarrier() -> bool {

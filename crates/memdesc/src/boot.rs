@@ -168,6 +168,7 @@ impl<P: Platform> Mm<P> {
                 pcps: parts.pcps,
                 stats: parts.stats,
                 zonelists,
+                rt: config.preempt_rt,
             },
             built_in: parts.caches,
             caches: SpinLock::new(CacheList {
@@ -414,7 +415,7 @@ fn lay_out<P: Platform>(
     let mut name = Name::default();
     for index in 0..BuiltIn::COUNT {
         let spec = built_in(index, config, &mut name);
-        let Some(geometry) = Geometry::new(spec.size, spec.align, spec.flags) else {
+        let Some(geometry) = Geometry::new(spec.size, spec.align, spec.flags, false) else {
             unreachable!("a built-in cache's objects fit a page")
         };
         let capacity = if spec

@@ -39,6 +39,9 @@ pub struct Config {
     /// The memory that the memory map is put into reads as zero already (fresh from a hypervisor
     /// or from mmap): taking over then writes next to nothing.
     pub memory_is_zeroed: bool,
+    /// A real-time kernel (`CONFIG_PREEMPT_RT`): the locks of zones, of caches' slab lists and of the list of caches sleep, and
+    /// their holders may be preempted and migrated. The per-CPU lists stay raw: a few instructions, never waited for.
+    pub preempt_rt: bool,
     /// Debug flags for every cache (`slab_debug=`).
     pub slab_debug: crate::slab::CacheFlags,
 }
@@ -53,6 +56,7 @@ impl Default for Config {
             watermark_scale_factor: 10,
             lowmem_reserve_ratio: [256, 256, 32],
             memory_is_zeroed: false,
+            preempt_rt: false,
             slab_debug: crate::slab::CacheFlags::EMPTY,
         }
     }

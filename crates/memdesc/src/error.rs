@@ -22,6 +22,14 @@ pub enum AllocError {
     NoZone,
     /// The page asked for by number is not free, or not memory.
     Busy,
+    /// A request that only tries found this CPU's lists, and where it may look the zones, without what it wants.
+    Empty,
+    /// A request that only tries found somebody inside: what it interrupted, or another CPU. Trying again from the same context
+    /// finds the same.
+    Contended,
+    /// A request that only tries may not be made here, or not for this: the context has no CPU, or the order is not kept in
+    /// per-CPU lists.
+    Forbidden,
     /// Fault injection said so.
     Injected,
 }
@@ -36,6 +44,9 @@ impl fmt::Display for AllocError {
             AllocError::BadSize => "size not served",
             AllocError::NoZone => "no memory of the wanted node or zone",
             AllocError::Busy => "the wanted page is not free",
+            AllocError::Empty => "nothing there to be had without a lock",
+            AllocError::Contended => "somebody is inside, and this request does not wait",
+            AllocError::Forbidden => "not to be tried here",
             AllocError::Injected => "fault injected",
         })
     }

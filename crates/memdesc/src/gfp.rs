@@ -77,6 +77,9 @@ bits! {
     __GFP_NOLOCKDEP = 26;
     /// No slab object extensions.
     __GFP_NO_OBJ_EXT = 27;
+    /// This CPU's lists or nothing: no lock, no wake-up, no refill, from any context (seed 001's flag, which Linux never merged). All that
+    /// says how far a request may go is ignored then.
+    __GFP_FAST_TRY = 28;
 }
 
 /// Both ways of reclaim.

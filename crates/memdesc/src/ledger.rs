@@ -137,8 +137,7 @@ impl<P: Platform> Mm<P> {
 
         self.for_each_cache(|core| {
             let (pages, bitmap_bytes) = {
-                let pin = self.pages.pin();
-                let lists = self.lists(core, &pin);
+                let lists = self.lists(core);
                 (lists.pages, lists.bitmap_bytes)
             };
             if core.is_metadata() {

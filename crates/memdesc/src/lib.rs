@@ -18,6 +18,8 @@ mod desc;
 mod error;
 #[cfg(not(loom))]
 pub mod gfp;
+#[doc(hidden)]
+pub mod inject;
 #[cfg(not(loom))]
 pub mod ledger;
 #[cfg(not(loom))]

@@ -7,7 +7,7 @@ use crate::boot::BootLayout;
 use crate::desc::DescList;
 use crate::memmap::{BootSlice, PageType};
 use crate::page_alloc::alloc::{Descriptors, PageAllocator};
-use crate::platform::Platform;
+use crate::platform::{Holder, Platform};
 use crate::shrinker::Shrinkers;
 use crate::slab::CacheCore;
 use crate::slab::kmalloc::{CLASSES, Kind};
@@ -97,8 +97,9 @@ impl<P: Platform> Mm<P> {
     }
 
     /// Takes the lock of the list of caches.
-    pub(crate) fn slab_mutex(&self) -> SpinGuard<'_, CacheList> {
-        self.caches.lock(|round| self.pages.platform.relax(round))
+    pub(crate) fn slab_mutex(&self) -> SpinGuard<'_, CacheList, Holder<'_, P>> {
+        // A mutex in every configuration: all who take it may sleep, and its holders take other locks.
+        self.caches.lock(Holder::new(&self.pages.platform, true))
     }
 
     /// Visits every cache. `visit` may neither create nor destroy one.
@@ -141,6 +142,7 @@ impl<P: Platform> Mm<P> {
     ///
     /// May wait for other CPUs.
     pub fn shrink(&self) -> usize {
+        self.free_all_deferred();
         // Ordinary caches first: their slabs' descriptors come free with them. Descriptors of folios and page tables next,
         // those of slabs and free blocks last, since all the others give those back.
         let mut pages = 0;
@@ -176,6 +178,7 @@ impl<P: Platform> Mm<P> {
     ///
     /// Any that may pin a CPU.
     pub fn tick(&self) {
+        self.free_deferred();
         self.pages.decay(self);
         self.pages.settle(self);
     }

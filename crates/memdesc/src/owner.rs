@@ -17,10 +17,11 @@ use crate::memmap::{DescClass, Found, PageType, Word};
 use crate::mm::{BuiltIn, Mm};
 use crate::page_alloc::MigrateType;
 use crate::page_alloc::buddy::Block;
-use crate::platform::{FaultPoint, Pin, Platform};
+use crate::page_alloc::nolock::Try;
+use crate::platform::{FaultPoint, Platform};
 use crate::report::{Corruption, Report};
 use crate::slab::Cache;
-use crate::stats::Event;
+use crate::stats::{Event, FreePath};
 
 /// What kind of memory a folio is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -111,7 +112,8 @@ impl<P: Platform> Mm<P> {
     ///
     /// # Context
     ///
-    /// With `__GFP_DIRECT_RECLAIM` it may sleep; else any context that may pin a CPU.
+    /// With `__GFP_FAST_TRY` any at all, an NMI included (folios, page tables and objects too); else with `__GFP_DIRECT_RECLAIM` it
+    /// may sleep; else any context that may pin a CPU.
     ///
     /// # Errors
     ///
@@ -294,7 +296,7 @@ impl<P: Platform> Mm<P> {
             PageType::LargeKmalloc | PageType::Bare => DescClass::Buddy,
             _ => return Err(AllocError::BadSize),
         };
-        let new = match self.swap_desc(word, class)? {
+        let new = match self.swap_desc(word, class, Flags::EMPTY)? {
             Some(desc) => Word::described(kind, word.order(), desc, class),
             None => word.to_owned(kind),
         };
@@ -325,20 +327,32 @@ impl<P: Platform> Mm<P> {
     #[track_caller]
     pub unsafe fn free_pages(&self, pfn: Pfn) {
         let caller = core::panic::Location::caller();
-        let pin = self.pages.pin();
-        let _free_path = self.pages.stats(&pin).enter_free(&pin);
+        let path = self.pages.free_path();
+        if let Some(word) = self.check_owned(pfn, caller) {
+            self.take_back(path, pfn, word);
+        }
+    }
+
+    /// The word of pages that their owner gives up; reports what they are if they are not to be freed like this.
+    #[inline]
+    pub(crate) fn check_owned(
+        &self,
+        pfn: Pfn,
+        caller: &'static core::panic::Location<'static>,
+    ) -> Option<Word> {
         let word = match self.pages.map.region(pfn) {
             Some(region) => region.word(pfn).load_owned(),
             None => Word::ZERO,
         };
         let kind = word.kind();
         if !kind.is_owned_block() || !pfn.is_aligned(word.order()) {
-            return self.report_page(pfn, word, caller);
+            self.report_page(pfn, word, caller);
+            return None;
         }
         if matches!(kind, PageType::File | PageType::Anon) {
             self.folio_at(word.desc()).freeze();
         }
-        self.take_back(&pin, pfn, word);
+        Some(word)
     }
 
     #[cold]
@@ -436,17 +450,16 @@ impl<P: Platform> Mm<P> {
         kind: PageType,
         zero: Option<Flags>,
     ) -> Result<Word, AllocError> {
-        let word = match self.swap_desc(block.word, class) {
+        let word = match self.swap_desc(block.word, class, zero.unwrap_or(Flags::EMPTY)) {
             Ok(None) => block.word.to_owned(kind),
             Ok(Some(desc)) => Word::described(kind, block.word.order(), desc, class),
             Err(why) => {
                 // Never published, so its word still says free; nobody saw it.
-                let pin = self.pages.pin();
-                self.pages
-                    .stats(&pin)
-                    .block_back(&pin, kind, block.word.order());
-                self.pages
-                    .free_block(&pin, block.pfn, block.word, false, self);
+                if zero.is_some_and(|gfp| gfp.contains(gfp::__GFP_FAST_TRY)) {
+                    self.pages.free_block_nolock(kind, block.pfn, block.word);
+                } else {
+                    self.take_back_as(self.pages.free_path(), kind, block.pfn, block.word);
+                }
                 return Err(why);
             }
         };
@@ -458,9 +471,15 @@ impl<P: Platform> Mm<P> {
 
     /// A descriptor of this class in place of the word's; `None` if the word's will do. The old one goes back.
     #[inline]
-    fn swap_desc(&self, word: Word, class: DescClass) -> Result<Option<PhysAddr>, AllocError> {
+    fn swap_desc(
+        &self,
+        word: Word,
+        class: DescClass,
+        gfp: Flags,
+    ) -> Result<Option<PhysAddr>, AllocError> {
+        let tries = gfp.contains(gfp::__GFP_FAST_TRY);
         if word.class() == class {
-            if class != DescClass::Buddy {
+            if class != DescClass::Buddy && !tries {
                 let pin = self.pages.pin();
                 self.pages.stats(&pin).add(&pin, Event::DescReused, 1);
             }
@@ -481,6 +500,11 @@ impl<P: Platform> Mm<P> {
             DescClass::Buddy | DescClass::Yours => return Ok(None),
         };
         let caller = core::panic::Location::caller();
+        if tries {
+            let desc = self.cache_try_alloc(core, Flags::EMPTY, Try::Lists, caller)?;
+            self.try_put_desc(word);
+            return Ok(Some(self.pages.phys(desc.as_ptr())));
+        }
         let desc = self
             .cache_alloc(core, gfp::GFP_NOWAIT | gfp::__GFP_MEMALLOC, caller)
             .map_err(|_| AllocError::NoDescriptor)?;
@@ -491,14 +515,18 @@ impl<P: Platform> Mm<P> {
 
     /// A handed-out block comes back: its descriptor becomes the free block's.
     #[inline]
-    pub(crate) fn take_back(&self, pin: &Pin<'_, P>, pfn: Pfn, word: Word) {
-        self.pages
-            .stats(pin)
-            .block_back(pin, word.kind(), word.order());
-        self.pages.free_block(pin, pfn, word, false, self);
+    pub(crate) fn take_back(&self, path: FreePath<'_, P>, pfn: Pfn, word: Word) {
+        self.take_back_as(path, word.kind(), pfn, word);
     }
 
-    fn zero_if_asked(&self, pfn: Pfn, order: usize, gfp: Flags) {
+    #[inline]
+    fn take_back_as(&self, path: FreePath<'_, P>, kind: PageType, pfn: Pfn, word: Word) {
+        let stats = self.pages.stats(path.pin());
+        stats.block_back(path.pin(), kind, word.order());
+        self.pages.free_block(path, pfn, word, false, self);
+    }
+
+    pub(crate) fn zero_if_asked(&self, pfn: Pfn, order: usize, gfp: Flags) {
         if gfp.contains(gfp::__GFP_ZERO) {
             let ptr = self.pages.map.virt(pfn.phys());
             // SAFETY: the pages are ours until they are handed out, and the platform maps them (promise 1).

@@ -6,6 +6,8 @@ use crate::address::{Pfn, PhysAddr};
 use crate::config::MemRange;
 use crate::gfp::Flags;
 use crate::report::Report;
+use crate::sync::Waiter;
+use core::sync::atomic::{AtomicU32, Ordering};
 
 /// A place at which fault injection may make an allocation fail.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -46,8 +48,10 @@ pub struct ReclaimRequest {
 ///    address` may be read and written through it while the allocator, or the owner it handed the page to, has it.
 ///    Nobody else touches that memory.
 /// 2. Between [`pin`](Self::pin) and the matching [`unpin`](Self::unpin) no other thread of execution gets the same CPU
-///    number from `pin`: no preemption, no migration, no interrupt that allocates. Pins nest and then
-///    give the same number, which is under [`nr_cpus`](Self::nr_cpus).
+///    number from `pin` or [`try_pin`](Self::try_pin): no preemption, no migration. Pins nest and then give the same
+///    number, which is under [`nr_cpus`](Self::nr_cpus). Interrupts, NMIs and signal handlers may strike at any instruction
+///    and get the same number: they call nothing but what says that it may be called from any context, and are over before
+///    what they interrupted goes on.
 /// 3. If [`heavy_barrier`](Self::heavy_barrier) is overridden, then after it returns every store that any CPU made before its
 ///    latest [`light_barrier`](Self::light_barrier) is visible to the caller, and every load after such a light barrier
 ///    sees what the caller stored before (`membarrier(2)`, an IPI to all).
@@ -72,6 +76,28 @@ pub unsafe trait Platform: Sync {
     ///
     /// `cpu` is what the caller's latest `pin` that is not undone yet gave.
     unsafe fn unpin(&self, cpu: usize);
+
+    /// As [`pin`](Self::pin), from any context, without waiting; `None` where this code can have no CPU. Undone by
+    /// [`unpin`](Self::unpin).
+    #[inline]
+    fn try_pin(&self) -> Option<usize> {
+        Some(self.pin())
+    }
+
+    /// Sleeps as long as the word has this value (`FUTEX_WAIT`); may come back early. For the sleeping locks of a
+    /// configuration with [`preempt_rt`](crate::Config::preempt_rt); never called while pinned. Spins by default.
+    fn park(&self, word: &AtomicU32, value: u32) {
+        let mut round = 0;
+        while word.load(Ordering::Relaxed) == value && round < 256 {
+            self.relax(round);
+            core::hint::spin_loop();
+            round += 1;
+        }
+    }
+
+    /// Wakes one who sleeps on the word (`FUTEX_WAKE`). Called from any context: a kernel that cannot wake from an NMI
+    /// does so a little later (`irq_work`).
+    fn unpark(&self, _word: &AtomicU32) {}
 
     /// The NUMA node of a CPU.
     fn cpu_to_node(&self, _cpu: usize) -> usize {
@@ -102,16 +128,16 @@ pub unsafe trait Platform: Sync {
     /// A zone fell under its low watermark: background reclaim should run (`wakeup_kswapd`).
     fn wake_reclaim(&self, _node: usize, _order: usize) {}
 
-    /// Pages are about to be handed out. Called before the first access, outside all locks.
+    /// Pages are about to be handed out. Called before the first access, outside all locks. From any context.
     #[inline]
     fn pages_allocated(&self, _pfn: Pfn, _order: usize) {}
 
     /// Pages came back and will not be touched until [`pages_allocated`](Self::pages_allocated): they may be unmapped,
-    /// poisoned or reported (`arch_free_page`). Called outside all locks.
+    /// poisoned or reported (`arch_free_page`). Called outside all locks. From any context.
     #[inline]
     fn pages_freed(&self, _pfn: Pfn, _order: usize) {}
 
-    /// Should the allocation at this point fail? For tests.
+    /// Should the allocation at this point fail? For tests. From any context.
     #[inline]
     fn should_fail(&self, _point: FaultPoint) -> bool {
         false
@@ -143,6 +169,13 @@ impl<'a, P: Platform> Pin<'a, P> {
             platform,
             cpu: platform.pin(),
         }
+    }
+
+    /// From any context; `None` where there is no CPU to be had.
+    #[inline]
+    pub(crate) fn try_new(platform: &'a P) -> Option<Self> {
+        let cpu = platform.try_pin()?;
+        Some(Pin { platform, cpu })
     }
 
     #[inline]
@@ -177,6 +210,54 @@ impl<P: Platform> crate::sync::Barriers for PlatformBarriers<'_, P> {
     }
     fn relax(&self, round: u32) {
         self.0.relax(round);
+    }
+}
+
+/// What the holder of a lock keeps: his CPU, since a spinning lock's holder must not be preempted; or nothing, if the lock
+/// sleeps.
+#[derive(Debug)]
+pub(crate) struct Holder<'a, P: Platform> {
+    platform: &'a P,
+    sleeps: bool,
+    _pin: Option<Pin<'a, P>>,
+}
+
+impl<'a, P: Platform> Holder<'a, P> {
+    /// For a lock that spins, or with `sleeps` for one that sleeps.
+    #[inline]
+    pub(crate) fn new(platform: &'a P, sleeps: bool) -> Self {
+        Holder {
+            platform,
+            sleeps,
+            _pin: (!sleeps).then(|| Pin::new(platform)),
+        }
+    }
+
+    /// For an attempt, from any context: the caller is pinned already and stays so.
+    #[inline]
+    pub(crate) fn trying(platform: &'a P, sleeps: bool) -> Self {
+        Holder {
+            platform,
+            sleeps,
+            _pin: None,
+        }
+    }
+}
+
+impl<P: Platform> Waiter for Holder<'_, P> {
+    #[inline]
+    fn sleeps(&self) -> bool {
+        self.sleeps
+    }
+    #[inline]
+    fn relax(&self, round: u32) {
+        self.platform.relax(round);
+    }
+    fn park(&self, word: &AtomicU32, value: u32) {
+        self.platform.park(word, value);
+    }
+    fn unpark(&self, word: &AtomicU32) {
+        self.platform.unpark(word);
     }
 }
 

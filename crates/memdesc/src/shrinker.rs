@@ -5,7 +5,8 @@
 
 use crate::config::MAX_SHRINKERS;
 use crate::mm::Mm;
-use crate::platform::{Platform, ReclaimRequest};
+use crate::platform::{Holder, Platform, ReclaimRequest};
+use crate::sync::SpinGuard;
 
 /// Something that can free memory on request.
 pub trait Shrinker: Sync {
@@ -21,11 +22,14 @@ pub trait Shrinker: Sync {
 pub(crate) type Shrinkers = [Option<&'static dyn Shrinker>; MAX_SHRINKERS];
 
 impl<P: Platform> Mm<P> {
+    fn shrinkers(&self) -> SpinGuard<'_, Shrinkers, Holder<'_, P>> {
+        self.shrinkers
+            .lock(Holder::new(&self.pages.platform, self.pages.rt))
+    }
+
     /// Adds a shrinker; `false` if there are [`MAX_SHRINKERS`] already.
     pub fn register_shrinker(&self, shrinker: &'static dyn Shrinker) -> bool {
-        let mut table = self
-            .shrinkers
-            .lock(|round| self.pages.platform.relax(round));
+        let mut table = self.shrinkers();
         match table.iter_mut().find(|s| s.is_none()) {
             Some(slot) => {
                 *slot = Some(shrinker);
@@ -37,9 +41,7 @@ impl<P: Platform> Mm<P> {
 
     /// Removes a shrinker; `false` if it was not there. A call to it may still be under way.
     pub fn unregister_shrinker(&self, shrinker: &'static dyn Shrinker) -> bool {
-        let mut table = self
-            .shrinkers
-            .lock(|round| self.pages.platform.relax(round));
+        let mut table = self.shrinkers();
         let is_it =
             |s: &Option<&'static dyn Shrinker>| s.is_some_and(|s| core::ptr::addr_eq(s, shrinker));
         match table.iter_mut().find(|s| is_it(s)) {
@@ -53,9 +55,7 @@ impl<P: Platform> Mm<P> {
 
     /// Asks every shrinker for a share of what it has (`shrink_slab`): an eighth at first, all of it at the third retry.
     pub(crate) fn shrink_slab(&self, request: &ReclaimRequest) -> usize {
-        let table = *self
-            .shrinkers
-            .lock(|round| self.pages.platform.relax(round));
+        let table = *self.shrinkers();
         let mut freed = 0;
         for shrinker in table.into_iter().flatten() {
             let count = shrinker.count_objects();

@@ -1,8 +1,10 @@
-//! Counters, one set per CPU, written by their CPU alone: what `/proc/vmstat` is made of.
+//! Counters, one set per CPU, written by their CPU alone: what `/proc/vmstat` is made of. And what else a CPU keeps: whether it
+//! is on a free path, and what it has to free later.
 
 use crate::address::MAX_ORDER;
 use crate::memmap::PageType;
 use crate::platform::{Pin, Platform};
+use crate::slab::DeferredObjects;
 use crate::sync::atomic::{AtomicU64, Ordering};
 
 macro_rules! events {
@@ -67,6 +69,30 @@ events! {
     AllocOnFree = "alloc_on_free",
     /// Descriptors reused by the next owner as they were.
     DescReused = "desc_reused",
+    /// Requests for pages that tried and got them: by the fast try, `alloc_pages_nolock`, and on behalf of objects.
+    TryPages = "try_pages",
+    /// Requests for pages that tried in vain: nothing there.
+    TryPagesEmpty = "try_pages_empty",
+    /// Requests for pages that tried in vain: somebody was inside.
+    TryPagesContended = "try_pages_contended",
+    /// Requests for pages that tried where or what may not be tried.
+    TryPagesForbidden = "try_pages_forbidden",
+    /// Requests for objects that tried and got one.
+    TryObjects = "try_objects",
+    /// Requests for objects that tried in vain: nothing there.
+    TryObjectsEmpty = "try_objects_empty",
+    /// Requests for objects that tried in vain: somebody was inside.
+    TryObjectsContended = "try_objects_contended",
+    /// Requests for objects that tried where or what may not be tried.
+    TryObjectsForbidden = "try_objects_forbidden",
+    /// Blocks freed by `free_pages_nolock` into the per-CPU list.
+    NolockFree = "nolock_free",
+    /// Blocks freed by `free_pages_nolock` that the next normal free takes further.
+    NolockFreeDeferred = "nolock_free_deferred",
+    /// Objects freed by `kfree_nolock` into the sheaf.
+    NolockKfree = "nolock_kfree",
+    /// Objects freed by `kfree_nolock` that the next normal free takes further.
+    NolockKfreeDeferred = "nolock_kfree_deferred",
 }
 
 /// The counters of one CPU.
@@ -80,6 +106,21 @@ pub(crate) struct CpuStats {
     back: [[AtomicU64; MAX_ORDER + 1]; PageType::COUNT],
     /// Nesting of free paths on this CPU, for rule 3.
     free_depth: AtomicU64,
+    /// What is counted from any context: an interrupt between the load and the store of the counters above would be lost, so
+    /// these are added to by atomic instructions.
+    any: AnyContext,
+    /// What this CPU has to free.
+    deferred: DeferredObjects,
+}
+
+/// Counters that any context adds to.
+#[derive(Debug)]
+struct AnyContext {
+    events: [AtomicU64; Event::ALL.len()],
+    /// Pages handed out, by type.
+    out: [AtomicU64; PageType::COUNT],
+    /// Pages that came back, by type.
+    back: [AtomicU64; PageType::COUNT],
 }
 
 impl CpuStats {
@@ -89,7 +130,37 @@ impl CpuStats {
             out: [const { [const { AtomicU64::new(0) }; MAX_ORDER + 1] }; PageType::COUNT],
             back: [const { [const { AtomicU64::new(0) }; MAX_ORDER + 1] }; PageType::COUNT],
             free_depth: AtomicU64::new(0),
+            any: AnyContext {
+                events: [const { AtomicU64::new(0) }; Event::ALL.len()],
+                out: [const { AtomicU64::new(0) }; PageType::COUNT],
+                back: [const { AtomicU64::new(0) }; PageType::COUNT],
+            },
+            deferred: DeferredObjects::new(),
         }
+    }
+
+    /// Objects that wait for the next normal free.
+    #[inline]
+    pub(crate) fn deferred(&self) -> &DeferredObjects {
+        &self.deferred
+    }
+
+    /// Adds to a counter from any context.
+    #[inline]
+    pub(crate) fn add_any(&self, event: Event, n: u64) {
+        self.any.events[event as usize].fetch_add(n, Ordering::Relaxed);
+    }
+
+    /// A block was handed out in any context.
+    #[inline]
+    pub(crate) fn block_out_any(&self, kind: PageType, order: usize) {
+        self.any.out[kind as usize].fetch_add(1 << order, Ordering::Relaxed);
+    }
+
+    /// A block came back in any context.
+    #[inline]
+    pub(crate) fn block_back_any(&self, kind: PageType, order: usize) {
+        self.any.back[kind as usize].fetch_add(1 << order, Ordering::Relaxed);
     }
 
     /// Adds to a counter of the CPU the caller is pinned to: a load and a store, nobody else writes it.
@@ -122,17 +193,6 @@ impl CpuStats {
         add(&self.out[to as usize][order], 1);
     }
 
-    /// Enters a free path: whoever allocates before the guard goes breaks rule 3.
-    #[inline]
-    pub(crate) fn enter_free<P: Platform>(&self, _pin: &Pin<'_, P>) -> FreePath<'_> {
-        let before = self.free_depth.load(Ordering::Relaxed);
-        self.free_depth.store(before + 1, Ordering::Relaxed);
-        FreePath {
-            stats: self,
-            before,
-        }
-    }
-
     /// Is this CPU on a free path? Then nothing may be allocated.
     #[inline]
     pub(crate) fn on_free_path(&self) -> bool {
@@ -141,8 +201,8 @@ impl CpuStats {
 
     pub(crate) fn event(&self, event: Event) -> u64 {
         match event {
-            Event::PgAlloc => pages(&self.out),
-            Event::PgFree => pages(&self.back),
+            Event::PgAlloc => pages(&self.out).wrapping_add(self.any.out.iter().map(load).sum()),
+            Event::PgFree => pages(&self.back).wrapping_add(self.any.back.iter().map(load).sum()),
             Event::PcpHit => {
                 let requests = self
                     .out
@@ -158,7 +218,8 @@ impl CpuStats {
                 ];
                 requests.saturating_sub(others.iter().map(|&e| self.event(e)).sum())
             }
-            event => load(&self.events[event as usize]),
+            event => load(&self.events[event as usize])
+                .wrapping_add(load(&self.any.events[event as usize])),
         }
     }
 
@@ -169,18 +230,38 @@ impl CpuStats {
                 .enumerate()
                 .fold(0u64, |sum, (order, n)| sum.wrapping_add(load(n) << order))
         };
-        sum(&self.out[kind as usize]).wrapping_sub(sum(&self.back[kind as usize]))
+        sum(&self.out[kind as usize])
+            .wrapping_add(load(&self.any.out[kind as usize]))
+            .wrapping_sub(sum(&self.back[kind as usize]))
+            .wrapping_sub(load(&self.any.back[kind as usize]))
     }
 }
 
-/// This CPU is on a free path as long as this lives; also if a report of corruption unwinds.
+/// The caller is pinned, and on a free path, as long as this lives: whoever allocates on this CPU meanwhile breaks rule 3. Also
+/// if a report of corruption unwinds.
 #[must_use]
-pub(crate) struct FreePath<'a> {
+pub(crate) struct FreePath<'a, P: Platform> {
     stats: &'a CpuStats,
     before: u64,
+    pin: Pin<'a, P>,
 }
 
-impl Drop for FreePath<'_> {
+impl<'a, P: Platform> FreePath<'a, P> {
+    /// `stats` are those of the CPU that is pinned.
+    #[inline]
+    pub(crate) fn new(stats: &'a CpuStats, pin: Pin<'a, P>) -> FreePath<'a, P> {
+        let before = stats.free_depth.load(Ordering::Relaxed);
+        stats.free_depth.store(before + 1, Ordering::Relaxed);
+        FreePath { stats, before, pin }
+    }
+
+    #[inline]
+    pub(crate) fn pin(&self) -> &Pin<'a, P> {
+        &self.pin
+    }
+}
+
+impl<P: Platform> Drop for FreePath<'_, P> {
     #[inline]
     fn drop(&mut self) {
         self.stats.free_depth.store(self.before, Ordering::Relaxed);

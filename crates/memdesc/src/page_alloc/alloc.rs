@@ -6,9 +6,10 @@
 
 use super::buddy::{Block, LADDER};
 use super::fallback::{Removed, Search};
+use super::nolock::Try;
 use super::pcp::{self, Chain, PcpView, PerCpuPages};
 use super::watermark::AllocFlags;
-use super::zone::{LockedZone, Zone, ZoneEvents};
+use super::zone::{LockedZone, Zone, ZoneEvents, ZoneGuard};
 use crate::address::{MAX_ORDER, Pfn, PhysAddr};
 use crate::config::MAX_NODES;
 use crate::desc::DescList;
@@ -16,8 +17,8 @@ use crate::error::AllocError;
 use crate::gfp::{self, Flags};
 use crate::memmap::{BootSlice, MemMap, PageType};
 use crate::page_alloc::{MigrateType, ZoneType};
-use crate::platform::{FaultPoint, Pin, Platform, ReclaimRequest};
-use crate::stats::{CpuStats, Event};
+use crate::platform::{FaultPoint, Holder, Pin, Platform, ReclaimRequest};
+use crate::stats::{CpuStats, Event, FreePath};
 
 /// Orders above this are not worth retrying for (`PAGE_ALLOC_COSTLY_ORDER`).
 const COSTLY_ORDER: usize = 3;
@@ -32,6 +33,10 @@ pub(crate) trait Descriptors {
     fn get(&self, n: usize) -> Result<DescList, AllocError>;
     /// Descriptors of any class go back to where they came from. Never allocates.
     fn put(&self, list: DescList);
+    /// As `get`, from any context: from what this CPU has, and what can be had without waiting.
+    fn try_get(&self, n: usize) -> Result<DescList, AllocError>;
+    /// As `put`, from any context.
+    fn try_put(&self, list: DescList);
     /// Memory is short: says how many pages or objects came free. May sleep.
     fn reclaim(&self, request: &ReclaimRequest) -> usize;
 }
@@ -90,6 +95,8 @@ pub(crate) struct PageAllocator<P> {
     pub(crate) pcps: BootSlice<PerCpuPages>,
     pub(crate) stats: BootSlice<CpuStats>,
     pub(crate) zonelists: [[ZoneList; ZoneType::COUNT]; MAX_NODES],
+    /// Locks sleep ([`Config::preempt_rt`](crate::Config::preempt_rt)).
+    pub(crate) rt: bool,
 }
 
 impl<P: Platform> PageAllocator<P> {
@@ -108,12 +115,26 @@ impl<P: Platform> PageAllocator<P> {
         &self.pcps[pin.cpu() * self.zones.len() + zone]
     }
 
-    pub(super) fn lock<'a>(&'a self, zone: usize, pin: &Pin<'_, P>) -> LockedZone<'a> {
-        self.zones[zone].lock(&self.map, &self.platform, pin)
+    /// Takes a zone's lock. Not pinned where locks sleep.
+    pub(super) fn lock(&self, zone: usize) -> ZoneGuard<'_, P> {
+        self.zones[zone].lock(&self.map, Holder::new(&self.platform, self.rt))
+    }
+
+    /// Starts to free something on this CPU.
+    #[inline]
+    pub(crate) fn free_path(&self) -> FreePath<'_, P> {
+        let pin = self.pin();
+        FreePath::new(&self.stats[pin.cpu()], pin)
+    }
+
+    /// Before a lock is taken that may sleep: lets go of the CPU if it does.
+    #[inline]
+    pub(crate) fn may_sleep<T>(&self, pinned: T) -> Option<T> {
+        (!self.rt).then_some(pinned)
     }
 
     #[inline]
-    fn zonelist(&self, gfp: Flags, node: usize) -> &ZoneList {
+    pub(super) fn zonelist(&self, gfp: Flags, node: usize) -> &ZoneList {
         &self.zonelists[node][gfp.zone_type() as usize]
     }
 
@@ -131,6 +152,9 @@ impl<P: Platform> PageAllocator<P> {
     ) -> Result<Block, AllocError> {
         if order > MAX_ORDER {
             return Err(AllocError::BadOrder);
+        }
+        if gfp.contains(gfp::__GFP_FAST_TRY) {
+            return self.try_block(kind, gfp, order, node, Try::Lists, descs);
         }
         if self.platform.should_fail(FaultPoint::AllocPages) {
             return Err(AllocError::Injected);
@@ -294,8 +318,7 @@ impl<P: Platform> PageAllocator<P> {
                 match self.rmqueue(index, order, gfp.migratetype(), search, descs)? {
                     Some(block) => {
                         if flags.highatomic && order > 0 {
-                            let pin = self.pin();
-                            self.lock(index, &pin).reserve_highatomic(block.pfn);
+                            self.lock(index).reserve_highatomic(block.pfn);
                         }
                         return Ok(block);
                     }
@@ -335,8 +358,7 @@ impl<P: Platform> PageAllocator<P> {
             let mut first = None;
             let mut again = false;
             {
-                let pin = self.pin();
-                let mut zone = self.lock(index, &pin);
+                let mut zone = self.lock(index);
                 while chain.blocks < wanted && spare.len() >= LADDER {
                     match zone.rmqueue(order, mt, search, &mut spare) {
                         Removed::Block(block) if first.is_none() => {
@@ -351,6 +373,7 @@ impl<P: Platform> PageAllocator<P> {
                     }
                 }
                 drop(zone);
+                let pin = self.pin();
                 if first.is_some() {
                     let event = if through_pcp {
                         Event::PcpRefill
@@ -432,25 +455,21 @@ impl<P: Platform> PageAllocator<P> {
     }
 
     fn unreserve(&self, gfp: Flags, node: usize) -> bool {
-        let pin = self.pin();
-        self.zonelist(gfp, node).iter().any(|index| {
-            self.lock(index, &pin)
-                .unreserve_highatomic(gfp.migratetype())
-        })
+        self.zonelist(gfp, node)
+            .iter()
+            .any(|index| self.lock(index).unreserve_highatomic(gfp.migratetype()))
     }
 
     /// Gives a pageblock another mobility, and its free blocks with it (`set_pageblock_migratetype`).
     pub(crate) fn set_pageblock(&self, pfn: Pfn, mt: MigrateType) {
         if let Some(region) = self.map.region(pfn) {
-            let pin = self.pin();
-            self.lock(region.zone as usize, &pin).set_pageblock(pfn, mt);
+            self.lock(region.zone as usize).set_pageblock(pfn, mt);
         }
     }
 
     /// A look at a zone's lists under its lock.
     pub(crate) fn with_zone<R>(&self, index: usize, look: impl FnOnce(&LockedZone<'_>) -> R) -> R {
-        let pin = self.pin();
-        look(&self.lock(index, &pin))
+        look(&self.lock(index))
     }
 
     /// What happened under a zone's lock so far.

@@ -52,8 +52,7 @@ impl<P: Platform> PageAllocator<P> {
             } else {
                 LADDER
             })?;
-            let pin = self.pin();
-            let mut zone = self.lock(region.zone as usize, &pin);
+            let mut zone = self.lock(region.zone as usize);
             while spare.len() > MAX_ORDER && {
                 let (start, end) = region.untouched();
                 pfn.0 >= start && last < end
@@ -88,7 +87,6 @@ impl<P: Platform> PageAllocator<P> {
                 )
             };
             drop(zone);
-            drop(pin);
             if !spare.is_empty() {
                 descs.put(spare);
             }
@@ -122,13 +120,12 @@ impl<P: Platform> PageAllocator<P> {
     /// The smallest block to be had, whoever it was meant for: for a slab of descriptors when there are no descriptors
     /// (seed 000's new interface to the page allocator). Watermarks do not count: this is what freeing lives on.
     pub(crate) fn take_smallest(&self) -> Result<Smallest, AllocError> {
-        let pin = self.pin();
-        let node = self.platform.cpu_to_node(pin.cpu());
+        let node = self.platform.cpu_to_node(self.pin().cpu());
         // Kernel zones first, movable memory only when nothing else is left.
         for highest in [ZoneType::Normal, ZoneType::Movable] {
             for attempt in 0..2 {
                 for index in self.zonelists[node][highest as usize].iter() {
-                    let mut zone = self.lock(index, &pin);
+                    let mut zone = self.lock(index);
                     if let Some(found) = take_smallest_in(&mut zone, attempt) {
                         drop(zone);
                         self.platform.pages_allocated(found.pfn, found.order);
@@ -153,8 +150,7 @@ impl<P: Platform> PageAllocator<P> {
         let Some(region) = self.map.region(taken.pfn) else {
             unreachable!()
         };
-        let pin = self.pin();
-        let mut zone = self.lock(region.zone as usize, &pin);
+        let mut zone = self.lock(region.zone as usize);
         for (pfn, order) in blocks(start, end) {
             let Some(desc) = spare.pop(&self.map) else {
                 unreachable!("{} pages need more descriptors", end - start)

@@ -9,8 +9,8 @@ use super::pcp::{self, Chain};
 use crate::address::Pfn;
 use crate::desc::DescList;
 use crate::memmap::Word;
-use crate::platform::{Pin, Platform};
-use crate::stats::Event;
+use crate::platform::Platform;
+use crate::stats::{Event, FreePath};
 
 /// Blocks freed in one hold of the zone lock.
 const DRAIN_HOLD: u32 = 64;
@@ -23,7 +23,7 @@ impl<P: Platform> PageAllocator<P> {
     #[inline]
     pub(crate) fn free_block(
         &self,
-        pin: &Pin<'_, P>,
+        path: FreePath<'_, P>,
         pfn: Pfn,
         word: Word,
         nested: bool,
@@ -39,22 +39,28 @@ impl<P: Platform> PageAllocator<P> {
         }
         let index = region.zone as usize;
         if !pcp::allowed(order) {
-            return self.free_to_zone(pin, index, Block { pfn, word }, descs);
+            return self.free_to_zone(path, index, Block { pfn, word }, descs);
         }
         let mt = region.block_migratetype(pfn);
-        let pcp = self.pcp(pin, index);
-        if let Some(pages) = pcp.push(pin, &self.map, region.word(pfn), pfn, word, mt)
-            && !nested
-        {
-            self.drain_some(pin, index, pages, descs);
+        let pcp = self.pcp(path.pin(), index);
+        let over = pcp.push(path.pin(), &self.map, region.word(pfn), pfn, word, mt);
+        if (over.is_some() || pcp.has_deferred()) && !nested {
+            self.drain_some(path, index, over.unwrap_or(0), descs);
         }
     }
 
     #[cold]
     #[inline(never)]
-    fn free_to_zone(&self, pin: &Pin<'_, P>, index: usize, block: Block, descs: &impl Descriptors) {
+    fn free_to_zone(
+        &self,
+        path: FreePath<'_, P>,
+        index: usize,
+        block: Block,
+        descs: &impl Descriptors,
+    ) {
+        let _path = self.may_sleep(path);
         let mut freed = DescList::new();
-        self.lock(index, pin)
+        self.lock(index)
             .free_block(block, block.word.order(), &mut freed);
         if !freed.is_empty() {
             descs.put(freed);
@@ -63,35 +69,43 @@ impl<P: Platform> PageAllocator<P> {
 
     #[cold]
     #[inline(never)]
-    fn drain_some(&self, pin: &Pin<'_, P>, index: usize, pages: u32, descs: &impl Descriptors) {
-        let chain = self.pcp(pin, index).take(pin, &self.map, pages);
-        self.stats(pin).add(pin, Event::PcpDrain, 1);
-        self.free_chain(chain, index, pin, descs);
+    fn drain_some(
+        &self,
+        path: FreePath<'_, P>,
+        index: usize,
+        pages: u32,
+        descs: &impl Descriptors,
+    ) {
+        let pin = path.pin();
+        let pcp = self.pcp(pin, index);
+        let chain = pcp.take(pin, &self.map, pages);
+        let deferred = pcp.take_deferred(&self.map);
+        if chain.blocks > 0 {
+            self.stats(pin).add(pin, Event::PcpDrain, 1);
+        }
+        let _path = self.may_sleep(path);
+        self.free_chain(chain, index, descs);
+        self.free_chain(deferred, index, descs);
     }
 
     /// The periodic work of one CPU: the marks of its lists fall, and what is above them goes back (`refresh_cpu_vm_stats`).
     pub(crate) fn decay(&self, descs: &impl Descriptors) {
-        let pin = self.pin();
         for index in 0..self.zones.len() {
-            let pages = self.pcp(&pin, index).decay(&pin);
-            if pages > 0 {
-                self.drain_some(&pin, index, pages, descs);
+            let path = self.free_path();
+            let pcp = self.pcp(path.pin(), index);
+            let pages = pcp.decay(path.pin());
+            if pages > 0 || pcp.has_deferred() {
+                self.drain_some(path, index, pages, descs);
             }
         }
     }
 
     /// Gives a chain back to its zone, a bounded number of blocks a hold.
-    fn free_chain(
-        &self,
-        mut chain: Chain,
-        index: usize,
-        pin: &Pin<'_, P>,
-        descs: &impl Descriptors,
-    ) {
+    fn free_chain(&self, mut chain: Chain, index: usize, descs: &impl Descriptors) {
         while chain.blocks > 0 {
             let mut freed = DescList::new();
             {
-                let mut zone = self.lock(index, pin);
+                let mut zone = self.lock(index);
                 for _ in 0..DRAIN_HOLD {
                     let Some(block) = chain.pop(&self.map) else {
                         break;
@@ -111,9 +125,10 @@ impl<P: Platform> PageAllocator<P> {
         let mut blocks = 0;
         for (i, pcp) in self.pcps.iter().enumerate() {
             let chain = pcp.take_all(&self.platform, &self.map);
-            blocks += chain.blocks;
-            let pin = self.pin();
-            self.free_chain(chain, i % self.zones.len(), &pin, descs);
+            let deferred = pcp.take_deferred(&self.map);
+            blocks += chain.blocks + deferred.blocks;
+            self.free_chain(chain, i % self.zones.len(), descs);
+            self.free_chain(deferred, i % self.zones.len(), descs);
         }
         let pin = self.pin();
         self.stats(&pin).add(&pin, Event::DrainAll, 1);

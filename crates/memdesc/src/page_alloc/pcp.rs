@@ -12,6 +12,7 @@ use crate::memmap::word::AtomicWord;
 use crate::memmap::{MemMap, Word};
 use crate::page_alloc::MigrateType;
 use crate::platform::{Pin, Platform, PlatformBarriers};
+use crate::sync::atomic::{AtomicU32, Ordering};
 use crate::sync::{LocalLock, UnsafeCell};
 
 /// Orders below this have a list per mobility.
@@ -20,6 +21,9 @@ const PCP_ORDERS: usize = 4;
 const NR_LISTS: usize = MigrateType::PCP_TYPES * PCP_ORDERS + 2;
 /// A refill takes up to `batch << PCP_BATCH_SCALE_MAX` pages when refills follow each other.
 const PCP_BATCH_SCALE_MAX: u32 = 5;
+
+/// Blocks put in by a refill in one hold of the lock.
+const FILL_HOLD: u32 = 64;
 
 /// Is this order kept in per-CPU lists?
 #[inline]
@@ -116,8 +120,23 @@ struct Lists {
 #[repr(C, align(64))]
 pub(crate) struct PerCpuPages {
     lock: LocalLock,
+    deferred: Deferred,
     lists: UnsafeCell<Lists>,
 }
+
+/// Blocks freed where the lists could not be entered: a stack that any context, and any CPU, pushes on without a lock, and that
+/// is only ever taken as a whole, so that no block can come back under a pusher's hands. Linked through the blocks'
+/// buddies. The next normal free on the CPU takes it to the zone.
+#[derive(Debug)]
+struct Deferred {
+    head: AtomicU32,
+    /// Pages in it, for the ledger.
+    pages: AtomicU32,
+}
+
+/// Somebody is inside.
+#[derive(Debug)]
+pub(crate) struct Contended;
 
 // SAFETY: `lists` is reached only through `owner` and `remote`, which hold the local lock.
 unsafe impl Sync for PerCpuPages {}
@@ -127,7 +146,7 @@ unsafe impl Send for PerCpuPages {}
 /// What a look at one CPU's lists shows.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct PcpView {
-    /// Pages in the lists.
+    /// Pages in the lists, those freed without a lock and not yet taken further included.
     pub count: u32,
     /// The mark above which pages go back.
     pub high: u32,
@@ -146,6 +165,10 @@ impl PerCpuPages {
         let high_max = per_cpu(managed / 8).max(high_min);
         PerCpuPages {
             lock: LocalLock::new(),
+            deferred: Deferred {
+                head: AtomicU32::new(Pfn::NONE.0),
+                pages: AtomicU32::new(0),
+            },
             lists: UnsafeCell::new(Lists {
                 heads: [Pfn::NONE; NR_LISTS],
                 counts: [0; NR_LISTS],
@@ -262,20 +285,18 @@ impl PerCpuPages {
         order: usize,
         mt: MigrateType,
     ) {
-        self.owner(pin, |lists| {
-            while let Some(block) = chain.pop(map) {
-                let word = block.word.to_pcp(mt);
-                lists.push(
-                    map,
-                    map.word(block.pfn),
-                    index(order, mt),
-                    Block {
-                        pfn: block.pfn,
-                        word,
-                    },
-                );
-            }
-        });
+        // By pieces: an interrupt that finds somebody inside goes without.
+        while chain.blocks > 0 {
+            self.owner(pin, |lists| {
+                for _ in 0..FILL_HOLD {
+                    let Some(Block { pfn, word }) = chain.pop(map) else {
+                        break;
+                    };
+                    let word = word.to_pcp(mt);
+                    lists.push(map, map.word(pfn), index(order, mt), Block { pfn, word });
+                }
+            });
+        }
     }
 
     /// Takes up to `pages` pages out, from all lists in turn.
@@ -308,10 +329,100 @@ impl PerCpuPages {
         })
     }
 
+    /// Takes a block from any mobility's list, the wanted one first, unless somebody is inside. From any context.
+    pub(crate) fn try_pop<P: Platform>(
+        &self,
+        pin: &Pin<'_, P>,
+        map: &MemMap,
+        order: usize,
+        mt: MigrateType,
+    ) -> Result<Option<Block>, Contended> {
+        let guard = self.lock.try_enter(&PlatformBarriers(pin.platform()));
+        let _guard = guard.ok_or(Contended)?;
+        // SAFETY: as in `owner`.
+        let lists = unsafe { &mut *self.lists.get_mut_ptr() };
+        let own = index(order, mt);
+        let all = MigrateType::ALL[..MigrateType::PCP_TYPES].iter();
+        let others = all.map(|&other| index(order, other));
+        Ok(core::iter::once(own)
+            .chain(others)
+            .find_map(|list| lists.pop(map, list)))
+    }
+
+    /// Puts a block in unless somebody is inside; `false` if so. From any context. Leaves it to the next normal free to
+    /// drain what is too much.
+    pub(crate) fn try_push<P: Platform>(
+        &self,
+        pin: &Pin<'_, P>,
+        map: &MemMap,
+        cell: &AtomicWord,
+        pfn: Pfn,
+        word: Word,
+        mt: MigrateType,
+    ) -> bool {
+        let Some(_guard) = self.lock.try_enter(&PlatformBarriers(pin.platform())) else {
+            return false;
+        };
+        // SAFETY: as in `owner`.
+        let lists = unsafe { &mut *self.lists.get_mut_ptr() };
+        let word = word.to_pcp(mt);
+        lists.push(map, cell, index(word.order(), mt), Block { pfn, word });
+        true
+    }
+
+    /// Frees a block without entering the lists. From any context and any CPU; cannot fail.
+    pub(crate) fn defer(&self, map: &MemMap, cell: &AtomicWord, block: Block, mt: MigrateType) {
+        let order = block.word.order();
+        cell.publish(block.word.to_pcp(mt));
+        self.deferred.pages.fetch_add(1 << order, Ordering::Relaxed);
+        let links = map.buddy_at(block.word.desc());
+        let mut head = self.deferred.head.load(Ordering::Relaxed);
+        loop {
+            links.set_next(Pfn(head));
+            crate::inject::point("deferred pages: about to push");
+            // Release pairs with the Acquire in `take_deferred`: who takes the block sees its link and its word.
+            match self.deferred.head.compare_exchange_weak(
+                head,
+                block.pfn.0,
+                Ordering::Release,
+                Ordering::Relaxed,
+            ) {
+                Ok(_) => return,
+                Err(now) => head = now,
+            }
+        }
+    }
+
+    /// Is there something to free?
+    #[inline]
+    pub(crate) fn has_deferred(&self) -> bool {
+        self.deferred.head.load(Ordering::Relaxed) != Pfn::NONE.0
+    }
+
+    /// Takes all that was deferred, from any CPU.
+    pub(crate) fn take_deferred(&self, map: &MemMap) -> Chain {
+        if !self.has_deferred() {
+            return Chain::new();
+        }
+        // Acquire pairs with the Release in `defer`. Nobody else can have what was swapped out.
+        let head = Pfn(self.deferred.head.swap(Pfn::NONE.0, Ordering::Acquire));
+        let mut chain = Chain { head, blocks: 0 };
+        let (mut at, mut pages) = (head, 0);
+        while at != Pfn::NONE {
+            let word = map.word(at).load_owned();
+            pages += 1 << word.order();
+            chain.blocks += 1;
+            at = map.buddy_at(word.desc()).next();
+        }
+        self.deferred.pages.fetch_sub(pages, Ordering::Relaxed);
+        chain
+    }
+
     /// A look from any CPU.
     pub(crate) fn view<P: Platform>(&self, platform: &P) -> PcpView {
+        let deferred = self.deferred.pages.load(Ordering::Relaxed);
         self.remote(platform, |l| PcpView {
-            count: l.count,
+            count: l.count + deferred,
             high: l.high,
             batch: l.batch,
         })
@@ -327,7 +438,9 @@ impl Lists {
         }
         let word = map.word(pfn).load_owned();
         debug_assert!(word.is_in_pcp(), "{pfn:?} in a per-CPU list says {word:?}");
+        crate::inject::point("pcp: about to unlink");
         self.heads[list] = map.buddy_at(word.desc()).next();
+        crate::inject::point("pcp: unlinked");
         self.counts[list] -= 1;
         self.count -= 1 << order_of(list);
         Some(Block { pfn, word })
@@ -337,7 +450,9 @@ impl Lists {
     fn push(&mut self, map: &MemMap, cell: &AtomicWord, list: usize, block: Block) {
         map.buddy_at(block.word.desc()).set_next(self.heads[list]);
         cell.publish(block.word);
+        crate::inject::point("pcp: about to link");
         self.heads[list] = block.pfn;
+        crate::inject::point("pcp: linked");
         self.counts[list] += 1;
         self.count += 1 << order_of(list);
     }

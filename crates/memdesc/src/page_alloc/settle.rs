@@ -44,8 +44,7 @@ impl<P: Platform> PageAllocator<P> {
                 };
                 let mut freed = DescList::new();
                 {
-                    let pin = self.pin();
-                    let mut zone = self.zones[index].lock(&self.map, &self.platform, &pin);
+                    let mut zone = self.lock(index);
                     looked += zone.settle_some(&mut spare, &mut freed);
                 }
                 descs.put(spare);

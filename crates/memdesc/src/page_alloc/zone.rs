@@ -3,7 +3,7 @@
 use crate::address::{MAX_ORDER, Pfn};
 use crate::memmap::MemMap;
 use crate::page_alloc::{MigrateType, ZoneType};
-use crate::platform::{Pin, Platform};
+use crate::platform::{Holder, Platform};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{SpinGuard, SpinLock};
 
@@ -142,15 +142,57 @@ impl Zone {
     pub(crate) fn lock<'a, P: Platform>(
         &'a self,
         map: &'a MemMap,
-        platform: &'a P,
-        _pin: &Pin<'_, P>,
-    ) -> LockedZone<'a> {
-        let lists = self.lists.lock(|round| platform.relax(round));
-        LockedZone {
-            zone: self,
-            map,
-            lists,
+        holder: Holder<'a, P>,
+    ) -> ZoneGuard<'a, P> {
+        ZoneGuard::new(self, map, self.lists.lock(holder))
+    }
+
+    /// Takes the zone lock if nobody has it. From any context.
+    pub(crate) fn try_lock<'a, P: Platform>(
+        &'a self,
+        map: &'a MemMap,
+        holder: Holder<'a, P>,
+    ) -> Option<ZoneGuard<'a, P>> {
+        Some(ZoneGuard::new(self, map, self.lists.try_lock(holder)?))
+    }
+}
+
+/// The zone lock is held as long as this lives.
+#[derive(Debug)]
+pub(crate) struct ZoneGuard<'a, P: Platform> {
+    /// Dropped first: it leaves a copy of the counters behind.
+    zone: LockedZone<'a>,
+    _lock: SpinGuard<'a, ZoneLists, Holder<'a, P>>,
+}
+
+impl<'a, P: Platform> ZoneGuard<'a, P> {
+    #[inline]
+    fn new(
+        zone: &'a Zone,
+        map: &'a MemMap,
+        lock: SpinGuard<'a, ZoneLists, Holder<'a, P>>,
+    ) -> ZoneGuard<'a, P> {
+        // SAFETY: the lock is held until `_lock` is dropped, which is after `zone`; nobody uses `_lock` to reach the value.
+        let lists = unsafe { &mut *lock.as_mut_ptr() };
+        ZoneGuard {
+            zone: LockedZone { zone, map, lists },
+            _lock: lock,
         }
+    }
+}
+
+impl<'a, P: Platform> core::ops::Deref for ZoneGuard<'a, P> {
+    type Target = LockedZone<'a>;
+    #[inline]
+    fn deref(&self) -> &LockedZone<'a> {
+        &self.zone
+    }
+}
+
+impl<'a, P: Platform> core::ops::DerefMut for ZoneGuard<'a, P> {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut LockedZone<'a> {
+        &mut self.zone
     }
 }
 
@@ -159,7 +201,7 @@ impl Zone {
 pub(crate) struct LockedZone<'a> {
     pub(crate) zone: &'a Zone,
     pub(crate) map: &'a MemMap,
-    pub(crate) lists: SpinGuard<'a, ZoneLists>,
+    pub(crate) lists: &'a mut ZoneLists,
 }
 
 impl Drop for LockedZone<'_> {

@@ -137,8 +137,7 @@ impl<P: Platform> Mm<P> {
         }
         {
             // What is out already counts as in use: the page's own descriptor, and the second page's.
-            let pin = self.pages.pin();
-            self.lists(slabs, &pin).inuse += slab.inuse() as u64;
+            self.lists(slabs).inuse += slab.inuse() as u64;
         }
         let n = self.take_and_list(slabs, slab, out);
         let pin = self.pages.pin();
@@ -192,8 +191,7 @@ impl<P: Platform> Mm<P> {
             slab.take(map, MAX_ORDER, |index| {
                 spare.push(map, PhysAddr(base.0 + core.geometry.offset(index) as u64));
             });
-            let pin = self.pages.pin();
-            self.lists(core, &pin).inuse += spare.len() as u64;
+            self.lists(core).inuse += spare.len() as u64;
         }
         self.pages.return_rest(taken, kept, &mut spare);
         if let Some(word) = taken.word {

@@ -115,6 +115,9 @@ pub(crate) struct Geometry {
     pub(crate) first: u32,
     pub(crate) objects: u32,
     pub(crate) order: u32,
+    /// From an object's start to the 8 bytes that link it to others once it is dead: 0, in the object itself, unless what it
+    /// holds must outlive it.
+    pub(crate) link: u32,
     align: u32,
     /// `ceil(2^32 / size)`: a division by multiplication.
     reciprocal: u64,
@@ -122,7 +125,14 @@ pub(crate) struct Geometry {
 
 impl Geometry {
     /// The geometry for objects of this size (`calculate_sizes`, `calculate_order`); `None` if they do not fit a block.
-    pub(crate) fn new(object_size: usize, align: usize, flags: CacheFlags) -> Option<Geometry> {
+    ///
+    /// `keeps`: what a free object holds must stay, so its link lies behind it, 8 bytes more.
+    pub(crate) fn new(
+        object_size: usize,
+        align: usize,
+        flags: CacheFlags,
+        keeps: bool,
+    ) -> Option<Geometry> {
         if object_size == 0
             || object_size > PAGE_SIZE << MAX_ORDER
             || !align.is_power_of_two()
@@ -139,7 +149,8 @@ impl Geometry {
                 8
             });
         let (lead, tail) = super::debug::slot_extra(object_size, align, flags);
-        let size = (lead + object_size.next_multiple_of(8) + tail).next_multiple_of(align);
+        let link = if keeps { 8 } else { 0 };
+        let size = (lead + object_size.next_multiple_of(8) + tail + link).next_multiple_of(align);
         let order = if flags.contains(CacheFlags::SINGLE_PAGES) {
             0
         } else {
@@ -152,6 +163,7 @@ impl Geometry {
             first: 0,
             objects: 0,
             order: 0,
+            link: if keeps { (size - lead - 8) as u32 } else { 0 },
             align: align as u32,
             reciprocal: (1u64 << 32).div_ceil(size as u64),
         };
@@ -529,7 +541,7 @@ mod tests {
                 CacheFlags::DEBUG,
                 CacheFlags::HWCACHE_ALIGN,
             ] {
-                let g = Geometry::new(size, align, flags).unwrap();
+                let g = Geometry::new(size, align, flags, false).unwrap();
                 let bytes = PAGE_SIZE << g.order;
                 assert!(
                     g.objects >= 1 && g.offset(g.objects as usize - 1) + size <= bytes,
@@ -545,18 +557,20 @@ mod tests {
             }
         }
         let single = |size, align| {
-            Geometry::new(size, align, CacheFlags::SINGLE_PAGES)
+            Geometry::new(size, align, CacheFlags::SINGLE_PAGES, false)
                 .unwrap()
                 .objects
         };
         assert_eq!(single(8, 8), 504);
         assert_eq!(single(48, 16), 85);
         assert_eq!(
-            Geometry::new(32, 16, CacheFlags::EMPTY).unwrap().objects,
+            Geometry::new(32, 16, CacheFlags::EMPTY, false)
+                .unwrap()
+                .objects,
             128
         );
-        assert!(Geometry::new(0, 8, CacheFlags::EMPTY).is_none());
-        assert!(Geometry::new(8 << 20, 8, CacheFlags::EMPTY).is_none());
-        assert!(Geometry::new(usize::MAX, 8, CacheFlags::HWCACHE_ALIGN).is_none());
+        assert!(Geometry::new(0, 8, CacheFlags::EMPTY, false).is_none());
+        assert!(Geometry::new(8 << 20, 8, CacheFlags::EMPTY, false).is_none());
+        assert!(Geometry::new(usize::MAX, 8, CacheFlags::HWCACHE_ALIGN, false).is_none());
     }
 }

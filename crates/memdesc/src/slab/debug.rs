@@ -203,8 +203,7 @@ pub(crate) fn on_free<P: Platform>(
     let wrong = match mm.locate(core, object.as_ptr()) {
         Err(what) => Some(what),
         Ok((slab, index)) => {
-            let pin = mm.pages.pin();
-            let _lists = mm.lists(core, &pin);
+            let _lists = mm.lists(core);
             slab.is_free(&mm.pages.map, index)
                 .then_some(Corruption::DoubleFree)
         }

@@ -11,6 +11,7 @@ use crate::error::AllocError;
 use crate::gfp::{self, Flags};
 use crate::memmap::{DescClass, Found, PageType};
 use crate::mm::Mm;
+use crate::page_alloc::nolock::Try;
 use crate::platform::Platform;
 use crate::report::Corruption;
 
@@ -44,7 +45,7 @@ impl Kind {
     }
 
     #[inline]
-    fn of(gfp: Flags) -> Kind {
+    pub(crate) fn of(gfp: Flags) -> Kind {
         if gfp.contains(gfp::__GFP_DMA) {
             Kind::Dma
         } else if gfp.contains(gfp::__GFP_RECLAIMABLE) {
@@ -82,8 +83,16 @@ pub(crate) const fn class_of(size: usize) -> Option<usize> {
     }
 }
 
+/// The order of pages for a size that no class serves.
+pub(super) fn large_order(size: usize) -> Result<usize, AllocError> {
+    if size == 0 || size > PAGE_SIZE << MAX_ORDER {
+        return Err(AllocError::BadSize);
+    }
+    Ok(size.div_ceil(PAGE_SIZE).next_power_of_two().ilog2() as usize)
+}
+
 /// What a kmalloc pointer leads to.
-enum Where<'a> {
+pub(crate) enum Where<'a> {
     Object(&'a CacheCore),
     Pages(Found),
 }
@@ -110,6 +119,7 @@ impl<P: Platform> Mm<P> {
                 }
                 self.cache_alloc(core, gfp, caller)
             }
+            None if gfp.contains(gfp::__GFP_FAST_TRY) => self.try_large(size, gfp, Try::Lists),
             None => self.kmalloc_large(size, gfp),
         }
     }
@@ -139,10 +149,7 @@ impl<P: Platform> Mm<P> {
     #[cold]
     #[inline(never)]
     fn kmalloc_large(&self, size: usize, gfp: Flags) -> Result<NonNull<u8>, AllocError> {
-        if size == 0 || size > PAGE_SIZE << MAX_ORDER {
-            return Err(AllocError::BadSize);
-        }
-        let order = size.div_ceil(PAGE_SIZE).next_power_of_two().ilog2() as usize;
+        let order = large_order(size)?;
         let block = self
             .pages
             .alloc_block(PageType::LargeKmalloc, gfp, order, None, self)?;
@@ -152,7 +159,7 @@ impl<P: Platform> Mm<P> {
         NonNull::new(ptr).ok_or(AllocError::NoBlock)
     }
 
-    fn where_is(&self, ptr: *const u8) -> Result<Where<'_>, Corruption> {
+    pub(crate) fn where_is(&self, ptr: *const u8) -> Result<Where<'_>, Corruption> {
         let phys = self.pages.map.phys(ptr);
         let pfn = u32::try_from(phys.0 >> PAGE_SHIFT).map_err(|_| Corruption::NotRam)?;
         let found = self.pages.map.lookup(Pfn(pfn)).ok_or(Corruption::NotRam)?;
@@ -183,12 +190,15 @@ impl<P: Platform> Mm<P> {
     #[track_caller]
     pub unsafe fn kfree(&self, ptr: NonNull<u8>) {
         let caller = Location::caller();
-        let pin = self.pages.pin();
-        let _free_path = self.pages.stats(&pin).enter_free(&pin);
+        let path = self.pages.free_path();
+        let deferred = self.pages.stats(path.pin()).deferred().any();
         match self.where_is(ptr.as_ptr()) {
-            Ok(Where::Object(core)) => self.cache_free(&pin, core, ptr, false, caller),
-            Ok(Where::Pages(found)) => self.take_back(&pin, found.head, found.word),
+            Ok(Where::Object(core)) => self.cache_free(path, core, ptr, false, caller),
+            Ok(Where::Pages(found)) => self.take_back(path, found.head, found.word),
             Err(what) => self.report_object(what, None, ptr.as_ptr(), caller),
+        }
+        if deferred {
+            self.free_deferred();
         }
     }
 

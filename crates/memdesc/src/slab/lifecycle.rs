@@ -22,7 +22,8 @@ impl<P: Platform> Mm<P> {
         flags: CacheFlags,
         ctor: Option<fn(NonNull<u8>)>,
     ) -> Result<Cache<'_>, AllocError> {
-        let geometry = Geometry::new(size, align, flags).ok_or(AllocError::BadSize)?;
+        let geometry =
+            Geometry::new(size, align, flags, ctor.is_some()).ok_or(AllocError::BadSize)?;
         let memory = self.cache_alloc(self.cache_cache(), gfp::GFP_KERNEL, Location::caller())?;
         let capacity = if flags.intersects(CacheFlags::DEBUG | CacheFlags::NO_SHEAVES) {
             0
@@ -39,7 +40,7 @@ impl<P: Platform> Mm<P> {
                 Ok(sheaves) => unsafe { Sheaves::new(sheaves, capacity) },
                 Err(why) => {
                     self.cache_free(
-                        &self.pages.pin(),
+                        self.pages.free_path(),
                         self.cache_cache(),
                         memory,
                         false,
@@ -127,10 +128,13 @@ impl<P: Platform> Mm<P> {
     #[inline]
     #[track_caller]
     pub unsafe fn kmem_cache_free(&self, cache: &Cache<'_>, object: NonNull<u8>) {
-        let pin = self.pages.pin();
-        let _free_path = self.pages.stats(&pin).enter_free(&pin);
         let core = self.checked(cache);
-        self.cache_free(&pin, core, object, false, Location::caller());
+        let path = self.pages.free_path();
+        let deferred = self.pages.stats(path.pin()).deferred().any();
+        self.cache_free(path, core, object, false, Location::caller());
+        if deferred {
+            self.free_deferred();
+        }
     }
 
     /// As many objects as `out` has room for, or none (`kmem_cache_alloc_bulk`).
@@ -194,15 +198,19 @@ impl<P: Platform> Mm<P> {
     pub unsafe fn kmem_cache_free_bulk(&self, cache: &Cache<'_>, objects: &[*mut u8]) {
         let core = self.checked(cache);
         let caller = Location::caller();
-        let pin = self.pages.pin();
-        let stats = self.pages.stats(&pin);
-        let _free_path = stats.enter_free(&pin);
+        let path = self.pages.free_path();
         if core.is_debug() || objects.len() < core.sheaves.capacity() / 2 {
             for object in objects.iter().filter_map(|o| NonNull::new(*o)) {
-                self.cache_free(&pin, core, object, false, caller);
+                self.cache_free(self.pages.free_path(), core, object, false, caller);
             }
         } else {
-            stats.add(&pin, crate::stats::Event::SlabFree, objects.len() as u64);
+            let stats = self.pages.stats(path.pin());
+            stats.add(
+                path.pin(),
+                crate::stats::Event::SlabFree,
+                objects.len() as u64,
+            );
+            let _path = self.pages.may_sleep(path);
             for batch in objects.chunks(64) {
                 self.slabs_give(core, batch, false, caller);
             }
@@ -234,8 +242,7 @@ impl<P: Platform> Mm<P> {
             let mut list = self.slab_mutex();
             self.cache_shrink(core);
             let (live, slabs) = {
-                let pin = self.pages.pin();
-                let lists = self.lists(core, &pin);
+                let lists = self.lists(core);
                 (lists.inuse, lists.nr_slabs())
             };
             if live > 0 || slabs > 0 {
@@ -265,7 +272,7 @@ impl<P: Platform> Mm<P> {
             unsafe { self.kfree(memory) };
         }
         self.cache_free(
-            &self.pages.pin(),
+            self.pages.free_path(),
             self.cache_cache(),
             cache.core.cast(),
             false,
@@ -283,8 +290,7 @@ impl<P: Platform> Mm<P> {
     ) {
         let core = self.checked(cache);
         let map = &self.pages.map;
-        let pin = self.pages.pin();
-        let lists = self.lists(core, &pin);
+        let lists = self.lists(core);
         for mut at in lists.by_share.map(|list| list.head) {
             while at != crate::address::Pfn::NONE {
                 let slab = super::cache::slab_of(map, at);
@@ -332,8 +338,7 @@ impl<P: Platform> Mm<P> {
                 })
                 .sum()
         };
-        let pin = self.pages.pin();
-        let lists = self.lists(core, &pin);
+        let lists = self.lists(core);
         let num_slabs = u64::from(lists.nr_slabs());
         let geometry = &core.geometry;
         CacheView {

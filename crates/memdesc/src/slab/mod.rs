@@ -8,6 +8,7 @@
 //! | [`lifecycle`] | of a cache: create, shrink, destroy, look at |
 //! | [`bootstrap`] | descriptors: how the first slabs come up out of nothing, and where the recursion stops |
 //! | [`kmalloc`] | size classes |
+//! | [`nolock`] | objects from any context |
 //! | [`debug`] | red zones, poison, who did it |
 //! | [`typed`] | `KmemCache<T>` |
 //!
@@ -18,6 +19,7 @@ pub(crate) mod cache;
 pub(crate) mod debug;
 pub(crate) mod kmalloc;
 mod lifecycle;
+pub(crate) mod nolock;
 pub(crate) mod object;
 pub(crate) mod sheaf;
 pub(crate) mod typed;
@@ -25,4 +27,5 @@ pub(crate) mod typed;
 pub(crate) use cache::CacheCore;
 pub use cache::{Cache, CacheFlags, CacheView, DestroyError};
 pub use kmalloc::KMALLOC_MAX_CACHE_SIZE;
+pub(crate) use nolock::DeferredObjects;
 pub use typed::{KmemCache, SlabBox};

@@ -13,16 +13,17 @@ use crate::gfp::{self, Flags};
 use crate::memmap::{DescClass, PageType, Word};
 use crate::mm::Mm;
 use crate::page_alloc::alloc::Descriptors;
-use crate::platform::{FaultPoint, Pin, Platform, ReclaimRequest};
+use crate::page_alloc::nolock::Try;
+use crate::platform::{FaultPoint, Holder, Pin, Platform, ReclaimRequest};
 use crate::report::{Corruption, Report};
-use crate::stats::Event;
+use crate::stats::{Event, FreePath};
 use crate::sync::SpinGuard;
 
 /// Who called, for debug caches and reports.
 pub(crate) type Caller = &'static Location<'static>;
 
 /// Flags that say which pages, and are the cache's to decide.
-const ZONE_FLAGS: u32 = gfp::__GFP_DMA.bits()
+pub(crate) const ZONE_FLAGS: u32 = gfp::__GFP_DMA.bits()
     | gfp::__GFP_DMA32.bits()
     | gfp::__GFP_HIGHMEM.bits()
     | gfp::__GFP_MOVABLE.bits()
@@ -30,12 +31,10 @@ const ZONE_FLAGS: u32 = gfp::__GFP_DMA.bits()
     | gfp::__GFP_ZERO.bits();
 
 impl<P: Platform> Mm<P> {
-    pub(crate) fn lists<'a>(
-        &'a self,
-        core: &'a CacheCore,
-        _pin: &Pin<'_, P>,
-    ) -> SpinGuard<'a, Lists> {
-        core.lists.lock(|round| self.pages.platform.relax(round))
+    /// Takes the lock of a cache's slab lists. Not pinned where locks sleep.
+    pub(crate) fn lists<'a>(&'a self, core: &'a CacheCore) -> SpinGuard<'a, Lists, Holder<'a, P>> {
+        core.lists
+            .lock(Holder::new(&self.pages.platform, self.pages.rt))
     }
 
     /// An object of this cache.
@@ -46,6 +45,9 @@ impl<P: Platform> Mm<P> {
         gfp: Flags,
         caller: Caller,
     ) -> Result<NonNull<u8>, AllocError> {
+        if gfp.contains(gfp::__GFP_FAST_TRY) {
+            return self.cache_try_alloc(core, gfp, Try::Lists, caller);
+        }
         if self.pages.platform.should_fail(FaultPoint::CacheAlloc) {
             return Err(AllocError::Injected);
         }
@@ -128,6 +130,7 @@ impl<P: Platform> Mm<P> {
                     left -= 1;
                 }
             });
+            drop(pin);
             // Somebody else on this CPU filled it in the meantime.
             if left > 0 {
                 self.slabs_give(core, &batch[..left], false, Location::caller());
@@ -161,23 +164,10 @@ impl<P: Platform> Mm<P> {
 
     /// Objects from partial slabs, if there are any.
     pub(crate) fn slabs_take_partial(&self, core: &CacheCore, out: &mut [*mut u8]) -> usize {
-        let map = &self.pages.map;
-        let mut n = 0;
-        let pin = self.pages.pin();
-        let mut lists = self.lists(core, &pin);
-        while n < out.len() && lists.next_partial() != Pfn::NONE {
-            let slab = slab_of(map, lists.next_partial());
-            if slab.inuse() == 0 {
-                lists.nr_empty -= 1;
-            }
-            n += self.take_from(core, slab, &mut out[n..]);
-            lists.relist(map, slab);
-        }
-        lists.inuse += n as u64;
-        n
+        self.take_partial(core, &mut self.lists(core), out)
     }
 
-    fn take_from(&self, core: &CacheCore, slab: &Slab, out: &mut [*mut u8]) -> usize {
+    pub(crate) fn take_from(&self, core: &CacheCore, slab: &Slab, out: &mut [*mut u8]) -> usize {
         let base = self.pages.map.virt(slab.pfn().phys());
         let geometry = core.geometry_of(slab);
         let mut n = 0;
@@ -196,18 +186,8 @@ impl<P: Platform> Mm<P> {
         slab: &Slab,
         out: &mut [*mut u8],
     ) -> usize {
-        let map = &self.pages.map;
-        let pin = self.pages.pin();
         // Descriptors of the slab may be out already, and come back on another CPU: the lock comes first.
-        let mut lists = self.lists(core, &pin);
-        lists.enter(core.geometry_of(slab));
-        let n = self.take_from(core, slab, out);
-        lists.inuse += n as u64;
-        if slab.inuse() == 0 {
-            lists.nr_empty += 1;
-        }
-        lists.relist(map, slab);
-        n
+        self.take_and_list_in(core, &mut self.lists(core), slab, out)
     }
 
     /// A slab for users' objects, in no list yet (`allocate_slab`).
@@ -275,9 +255,10 @@ impl<P: Platform> Mm<P> {
             pfn,
             Word::described(PageType::Slab, order, desc, DescClass::Slab),
         );
-        let pin = self.pages.pin();
-        let stats = self.pages.stats(&pin);
-        stats.add(&pin, Event::SlabNew, 1);
+        // From any context.
+        let pin = Pin::try_new(&self.pages.platform);
+        let stats = self.pages.any_stats(pin.as_ref());
+        stats.add_any(Event::SlabNew, 1);
         slab
     }
 
@@ -285,32 +266,47 @@ impl<P: Platform> Mm<P> {
     #[inline]
     pub(crate) fn cache_free(
         &self,
-        pin: &Pin<'_, P>,
+        path: FreePath<'_, P>,
         core: &CacheCore,
         object: NonNull<u8>,
         nested: bool,
         caller: Caller,
     ) {
-        if core.is_debug() && !debug::on_free(self, core, object, caller) {
-            return;
-        }
+        let pin = path.pin();
         let stats = self.pages.stats(pin);
         if core.role == Role::Objects {
             stats.add(pin, Event::SlabFree, 1);
         }
         if core.sheaves.capacity() == 0 {
-            self.slabs_give(core, &[object.as_ptr()], nested, caller);
+            let _path = self.pages.may_sleep(path);
+            if !core.is_debug() || debug::on_free(self, core, object, caller) {
+                self.slabs_give(core, &[object.as_ptr()], nested, caller);
+            }
             return;
         }
-        if cfg!(any(debug_assertions, feature = "checked"))
-            && !self.check_free(core, object, pin, caller)
-        {
-            return;
+        if cfg!(any(debug_assertions, feature = "checked")) {
+            let path = self.pages.may_sleep(path);
+            if !self.check_free(core, object, caller) {
+                return;
+            }
+            let path = path.unwrap_or_else(|| self.pages.free_path());
+            return self.to_sheaf(path, core, object, nested, caller);
         }
-        if core.sheaves.owner(pin, |stack| stack.push(object)) {
-            return;
+        self.to_sheaf(path, core, object, nested, caller);
+    }
+
+    #[inline]
+    fn to_sheaf(
+        &self,
+        path: FreePath<'_, P>,
+        core: &CacheCore,
+        object: NonNull<u8>,
+        nested: bool,
+        caller: Caller,
+    ) {
+        if !core.sheaves.owner(path.pin(), |stack| stack.push(object)) {
+            self.flush_and_push(path, core, object, nested, caller);
         }
-        self.flush_and_push(core, object, pin, nested, caller);
     }
 
     /// Flushes half of a full sheaf and puts the object in.
@@ -318,12 +314,13 @@ impl<P: Platform> Mm<P> {
     #[inline(never)]
     fn flush_and_push(
         &self,
+        path: FreePath<'_, P>,
         core: &CacheCore,
         object: NonNull<u8>,
-        pin: &Pin<'_, P>,
         nested: bool,
         caller: Caller,
     ) {
+        let pin = path.pin();
         let mut batch = [core::ptr::null_mut(); BATCH];
         let half = (core.sheaves.capacity() / 2).clamp(1, BATCH);
         let (n, pushed) = core.sheaves.owner(pin, |stack| {
@@ -334,6 +331,7 @@ impl<P: Platform> Mm<P> {
         if core.role == Role::Objects {
             self.pages.stats(pin).add(pin, Event::SheafFlush, 1);
         }
+        let _path = self.pages.may_sleep(path);
         self.slabs_give(core, &batch[..n], nested, caller);
     }
 
@@ -364,21 +362,18 @@ impl<P: Platform> Mm<P> {
 
     /// Is this a live object of the cache? Reports what it is otherwise.
     #[cold]
-    fn check_free(
-        &self,
-        core: &CacheCore,
-        object: NonNull<u8>,
-        pin: &Pin<'_, P>,
-        caller: Caller,
-    ) -> bool {
+    fn check_free(&self, core: &CacheCore, object: NonNull<u8>, caller: Caller) -> bool {
         let wrong = match self.locate(core, object.as_ptr()) {
             Err(wrong) => Some(wrong),
             Ok((slab, index)) => {
                 let free = {
-                    let _lists = self.lists(core, pin);
+                    let _lists = self.lists(core);
                     slab.is_free(&self.pages.map, index)
                 };
-                let in_sheaf = || core.sheaves.owner(pin, |stack| stack.contains(object));
+                let in_sheaf = || {
+                    let pin = self.pages.pin();
+                    core.sheaves.owner(&pin, |stack| stack.contains(object))
+                };
                 (free || in_sheaf()).then_some(Corruption::DoubleFree)
             }
         };
@@ -402,8 +397,7 @@ impl<P: Platform> Mm<P> {
         let mut empty = Pfn::NONE;
         let mut wrong = None;
         {
-            let pin = self.pages.pin();
-            let mut lists = self.lists(core, &pin);
+            let mut lists = self.lists(core);
             for &object in objects {
                 let (slab, index) = match self.locate(core, object) {
                     Ok(found) => found,
@@ -412,6 +406,7 @@ impl<P: Platform> Mm<P> {
                         continue;
                     }
                 };
+                crate::inject::point("slab lists: about to give");
                 if !slab.give(map, index) {
                     wrong = Some((Corruption::DoubleFree, object));
                     continue;
@@ -445,11 +440,11 @@ impl<P: Platform> Mm<P> {
             let pfn = chain;
             let word = self.pages.map.word(pfn).load_owned();
             chain = self.pages.map.slab_at(word.desc()).links().next();
-            let pin = self.pages.pin();
-            let stats = self.pages.stats(&pin);
-            stats.block_back(&pin, PageType::Slab, word.order());
-            stats.add(&pin, Event::SlabDiscard, 1);
-            self.pages.free_block(&pin, pfn, word, nested, self);
+            let path = self.pages.free_path();
+            let stats = self.pages.stats(path.pin());
+            stats.block_back(path.pin(), PageType::Slab, word.order());
+            stats.add(path.pin(), Event::SlabDiscard, 1);
+            self.pages.free_block(path, pfn, word, nested, self);
         }
     }
 
@@ -474,8 +469,7 @@ impl<P: Platform> Mm<P> {
         let mut empty = Pfn::NONE;
         let mut pages = 0;
         {
-            let pin = self.pages.pin();
-            let mut lists = self.lists(core, &pin);
+            let mut lists = self.lists(core);
             let mut at = lists.by_share[0].head;
             while at != Pfn::NONE {
                 let slab = slab_of(map, at);
@@ -563,8 +557,16 @@ impl<P: Platform> Descriptors for Mm<P> {
         Ok(list)
     }
 
+    fn try_get(&self, n: usize) -> Result<DescList, AllocError> {
+        self.descs_get_nolock(n)
+    }
+
+    fn try_put(&self, list: DescList) {
+        self.descs_put_nolock(list);
+    }
+
     fn reclaim(&self, request: &ReclaimRequest) -> usize {
-        self.shrink_slab(request)
+        self.free_all_deferred() + self.shrink_slab(request)
     }
 
     fn put(&self, mut list: DescList) {
@@ -578,7 +580,13 @@ impl<P: Platform> Descriptors for Mm<P> {
                     let cache = map.slab_at(found.word.desc()).cache();
                     // SAFETY: a slab's cache lives as long as the slab, and this slab has an object out: `desc`.
                     let core = unsafe { cache.as_ref() };
-                    self.cache_free(&self.pages.pin(), core, object, true, Location::caller());
+                    self.cache_free(
+                        self.pages.free_path(),
+                        core,
+                        object,
+                        true,
+                        Location::caller(),
+                    );
                 }
                 _ => self.report_object(
                     Corruption::WrongType,

@@ -118,6 +118,18 @@ impl Sheaves {
         f(&mut Stack::new(sheaf, objects, self.capacity))
     }
 
+    /// As `owner`, unless somebody is inside. From any context.
+    #[inline]
+    pub(crate) fn try_owner<P: Platform, R>(
+        &self,
+        pin: &Pin<'_, P>,
+        f: impl FnOnce(&mut Stack<'_>) -> R,
+    ) -> Option<R> {
+        let (sheaf, objects) = self.sheaf(pin.cpu());
+        let _guard = sheaf.lock.try_enter(&PlatformBarriers(pin.platform()))?;
+        Some(f(&mut Stack::new(sheaf, objects, self.capacity)))
+    }
+
     /// Works on any CPU's sheaf.
     pub(crate) fn remote<P: Platform, R>(
         &self,
@@ -157,6 +169,7 @@ impl<'a> Stack<'a> {
             return None;
         }
         *self.count -= 1;
+        crate::inject::point("sheaf: popped");
         // SAFETY: below `count`, so within the array and written by `push`.
         NonNull::new(unsafe { *self.objects.add(*self.count as usize) })
     }
@@ -169,6 +182,7 @@ impl<'a> Stack<'a> {
         }
         // SAFETY: below the capacity, so within the array.
         unsafe { *self.objects.add(*self.count as usize) = object.as_ptr() };
+        crate::inject::point("sheaf: about to count");
         *self.count += 1;
         true
     }

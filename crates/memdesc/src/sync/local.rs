@@ -42,8 +42,8 @@ impl LocalLock {
         }
     }
 
-    /// Enters as the owner. The caller must be the only thread of execution on the owning CPU until
-    /// the guard goes: it holds a pin.
+    /// Enters as the owner. The caller holds a pin: nobody else runs on the owning CPU until the guard goes, but
+    /// interrupts, which use [`try_enter`](Self::try_enter) and are over before the caller goes on.
     #[inline]
     pub(crate) fn enter<'a>(&'a self, barriers: &impl Barriers) -> LocalGuard<'a> {
         loop {
@@ -52,8 +52,10 @@ impl LocalLock {
                 0,
                 "local lock entered twice"
             );
+            crate::inject::point("local lock: about to be taken");
             self.busy.store(1, Ordering::Relaxed);
             barriers.light();
+            crate::inject::point("local lock: busy");
             // Acquire pairs with the Release in `RemoteGuard::drop`: what a remote did is seen.
             if self.remote.load(Ordering::Acquire) == 0 {
                 return LocalGuard { lock: self };
@@ -62,10 +64,33 @@ impl LocalLock {
         }
     }
 
+    /// Enters as the owner unless somebody is inside, without waiting: from an interrupt, an NMI, a signal handler, from
+    /// anywhere on the owning CPU.
+    ///
+    /// `busy` says whether the code that was interrupted is inside. Between its `busy = 1` and its `busy = 0` we keep out;
+    /// before and after, we are in and out again between two of its instructions, and it notices nothing.
+    #[inline]
+    pub(crate) fn try_enter<'a>(&'a self, barriers: &impl Barriers) -> Option<LocalGuard<'a>> {
+        // Acquire pairs with the Release in `LocalGuard::drop`, against the compiler: it is the same CPU.
+        if self.busy.load(Ordering::Acquire) != 0 {
+            return None;
+        }
+        self.busy.store(1, Ordering::Relaxed);
+        barriers.light();
+        // Acquire: as in `enter`.
+        if self.remote.load(Ordering::Acquire) == 0 {
+            return Some(LocalGuard { lock: self });
+        }
+        // Release: as in `step_back`.
+        self.busy.store(0, Ordering::Release);
+        None
+    }
+
     #[cold]
     fn step_back(&self, barriers: &impl Barriers) {
         // Release: the remote that waits for `busy` may go on from here.
         self.busy.store(0, Ordering::Release);
+        crate::inject::point("local lock: stepped back");
         let mut round = 0;
         while self.remote.load(Ordering::Relaxed) != 0 {
             barriers.relax(round);
@@ -87,6 +112,7 @@ impl LocalLock {
             super::spin_hint();
             round = round.saturating_add(1);
         }
+        crate::inject::point("local lock: remote announced");
         barriers.heavy();
         let mut round = 0;
         // Acquire pairs with the Release in `LocalGuard::drop`: what the owner did is seen.
@@ -109,8 +135,10 @@ pub(crate) struct LocalGuard<'a> {
 impl Drop for LocalGuard<'_> {
     #[inline]
     fn drop(&mut self) {
-        // Release pairs with the Acquire load of `busy` in `enter_remote`.
+        crate::inject::point("local lock: about to be dropped");
+        // Release pairs with the Acquire loads of `busy` in `enter_remote` and `try_enter`.
         self.lock.busy.store(0, Ordering::Release);
+        crate::inject::point("local lock: dropped");
     }
 }
 
@@ -123,7 +151,7 @@ pub(crate) struct RemoteGuard<'a> {
 
 impl Drop for RemoteGuard<'_> {
     fn drop(&mut self) {
-        // Release pairs with the Acquire loads of `remote` in `enter` and `enter_remote`.
+        // Release pairs with the Acquire loads of `remote` in `enter`, `try_enter` and `enter_remote`.
         self.lock.remote.store(0, Ordering::Release);
     }
 }

@@ -8,16 +8,16 @@ mod local;
 mod spin;
 
 pub(crate) use local::{Barriers, LocalLock};
-pub(crate) use spin::{SpinGuard, SpinLock};
+pub(crate) use spin::{SpinGuard, SpinLock, Waiter};
 
 /// Atomics: loom's under the model checker.
 pub(crate) mod atomic {
     #[cfg(not(loom))]
     pub(crate) use core::sync::atomic::{
-        AtomicBool, AtomicPtr, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering,
+        AtomicPtr, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering,
     };
     #[cfg(loom)]
-    pub(crate) use loom::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
+    pub(crate) use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 }
 
 /// A cell with loom's face.

@@ -8,7 +8,7 @@ use loom::sync::Arc;
 use loom::thread;
 
 use super::atomic::{AtomicU32, Ordering, fence};
-use super::{Barriers, LocalLock, SpinLock, UnsafeCell};
+use super::{Barriers, LocalLock, SpinLock, UnsafeCell, Waiter};
 use crate::address::{Pfn, PhysAddr};
 use crate::memmap::heads::climb;
 use crate::memmap::word::{AtomicWord, DescClass, PageType, Word};
@@ -93,16 +93,81 @@ fn planted_bug_local_lock_without_fences() {
     loom::model(|| owner_and_remotes(NoFences, 1, 2));
 }
 
-#[test]
-fn spin_lock_excludes() {
-    loom::model(|| {
+/// Waits by spinning, or by sleeping on a futex of loom's mutex and condition: a wake-up that is lost is a deadlock, which loom
+/// reports.
+#[derive(Clone)]
+struct Waits {
+    sleeps: bool,
+    /// Planted bug: nobody is woken.
+    forgets: bool,
+    futex: Arc<(loom::sync::Mutex<()>, loom::sync::Condvar)>,
+}
+
+impl Waits {
+    fn new(sleeps: bool, forgets: bool) -> Waits {
+        let futex = Arc::new((loom::sync::Mutex::new(()), loom::sync::Condvar::new()));
+        Waits {
+            sleeps,
+            forgets,
+            futex,
+        }
+    }
+}
+
+impl Waiter for Waits {
+    fn sleeps(&self) -> bool {
+        self.sleeps
+    }
+    fn relax(&self, _round: u32) {}
+    fn park(&self, word: &AtomicU32, value: u32) {
+        let held = self.futex.0.lock().unwrap();
+        if word.load(Ordering::Relaxed) == value {
+            drop(self.futex.1.wait(held).unwrap());
+        }
+    }
+    fn unpark(&self, _word: &AtomicU32) {
+        if !self.forgets {
+            let _held = self.futex.0.lock().unwrap();
+            self.futex.1.notify_one();
+        }
+    }
+}
+
+fn lock_excludes(sleeps: bool, forgets: bool) {
+    loom::model(move || {
+        let waits = Waits::new(sleeps, forgets);
         let lock = Arc::new(SpinLock::new(0));
-        let other = lock.clone();
-        let handle = thread::spawn(move || *other.lock(|_| {}) += 1);
-        *lock.lock(|_| {}) += 1;
+        let (other, trier) = (lock.clone(), lock.clone());
+        let (w1, w2) = (waits.clone(), waits.clone());
+        let handle = thread::spawn(move || *other.lock(w1) += 1);
+        let trying = thread::spawn(move || match trier.try_lock(w2) {
+            Some(mut value) => {
+                *value += 1;
+                1
+            }
+            None => 0,
+        });
+        *lock.lock(waits.clone()) += 1;
         handle.join().unwrap();
-        assert_eq!(*lock.lock(|_| {}), 2);
+        let tried = trying.join().unwrap();
+        assert_eq!(*lock.lock(waits), 2 + tried);
     });
+}
+
+#[test]
+fn spinning_lock_excludes() {
+    lock_excludes(false, false);
+}
+
+#[test]
+fn sleeping_lock_excludes() {
+    lock_excludes(true, false);
+}
+
+#[test]
+#[should_panic]
+fn planted_bug_sleeper_not_woken() {
+    lock_excludes(true, true);
 }
 
 /// A per-CPU list in small: the owner pushes and pops, a remote takes all; no page is lost or had twice.

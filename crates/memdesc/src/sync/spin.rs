@@ -1,18 +1,37 @@
-//! A spin lock round a value, for a zone and for a cache's slab lists.
+//! A lock round a value, for a zone and for a cache's slab lists: it spins, or sleeps where the kernel is a real-time one.
 //!
-//! The holder must not be preempted, so taking it needs proof that the caller stays on its CPU: a
-//! [`Pin`](crate::platform::Pin). Waiting is test-and-test-and-set, and each round goes through the platform's
-//! `relax`, since a hosted "CPU" may be a thread that the holder's thread waits behind.
+//! Who takes it brings a [`Waiter`], which is what the holder keeps as long as he holds: his CPU if the lock spins (a
+//! holder must not be preempted), nothing if it sleeps. Waiting by spinning is test-and-test-and-set, each round through the
+//! platform's `relax`, since a hosted "CPU" may be a thread that the holder's thread waits behind. Waiting by sleeping is a
+//! futex of three states (Drepper, "Futexes are tricky"). Either way an attempt that does not wait is one
+//! compare-exchange, on one CPU as on many, and may be made from anywhere.
 
 use core::ops::{Deref, DerefMut};
 
 use super::UnsafeCell;
-use super::atomic::{AtomicBool, Ordering};
+use super::atomic::{AtomicU32, Ordering};
 
-/// A spin lock.
+/// How the taker of a lock waits for it, and what he keeps while he holds it.
+pub(crate) trait Waiter {
+    /// Does he sleep rather than spin? The same for all takers of one lock.
+    fn sleeps(&self) -> bool;
+    /// One round of spinning.
+    fn relax(&self, round: u32);
+    /// Sleeps as long as the word has this value; may come back early.
+    fn park(&self, word: &AtomicU32, value: u32);
+    /// Wakes one who sleeps on the word. From any context.
+    fn unpark(&self, word: &AtomicU32);
+}
+
+const FREE: u32 = 0;
+const HELD: u32 = 1;
+/// Held, and somebody may sleep.
+const AWAITED: u32 = 2;
+
+/// A lock.
 #[derive(Debug)]
 pub(crate) struct SpinLock<T> {
-    locked: AtomicBool,
+    state: AtomicU32,
     value: UnsafeCell<T>,
 }
 
@@ -24,43 +43,92 @@ unsafe impl<T: Send> Send for SpinLock<T> {}
 impl<T> SpinLock<T> {
     pub(crate) fn new(value: T) -> Self {
         SpinLock {
-            locked: AtomicBool::new(false),
+            state: AtomicU32::new(FREE),
             value: UnsafeCell::new(value),
         }
     }
 
-    /// Waits for the lock; `relax` is called once a round, with the number of the round.
+    /// Waits for the lock.
     #[inline]
-    pub(crate) fn lock(&self, relax: impl Fn(u32)) -> SpinGuard<'_, T> {
-        let mut round = 0;
+    pub(crate) fn lock<W: Waiter>(&self, waiter: W) -> SpinGuard<'_, T, W> {
         // Acquire pairs with the Release in `drop`: what the last holder wrote is seen.
-        while self
-            .locked
-            .compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed)
+        if self
+            .state
+            .compare_exchange(FREE, HELD, Ordering::Acquire, Ordering::Relaxed)
             .is_err()
         {
-            while self.locked.load(Ordering::Relaxed) {
-                relax(round);
-                super::spin_hint();
-                round = round.saturating_add(1);
-            }
+            self.wait(&waiter);
         }
+        self.held(waiter)
+    }
+
+    /// Takes the lock if nobody has it. From any context.
+    #[inline]
+    pub(crate) fn try_lock<W: Waiter>(&self, waiter: W) -> Option<SpinGuard<'_, T, W>> {
+        // Acquire: as in `lock`.
+        self.state
+            .compare_exchange(FREE, HELD, Ordering::Acquire, Ordering::Relaxed)
+            .ok()?;
+        Some(self.held(waiter))
+    }
+
+    #[inline]
+    fn held<W: Waiter>(&self, waiter: W) -> SpinGuard<'_, T, W> {
+        crate::inject::point("lock: taken");
         // The pointer is made once per hold, which is where loom checks that nobody else holds it.
         SpinGuard {
             lock: self,
             value: self.value.get_mut_ptr(),
+            waiter,
+        }
+    }
+
+    #[cold]
+    fn wait(&self, waiter: &impl Waiter) {
+        let mut round = 0;
+        if waiter.sleeps() {
+            // Acquire: as in `lock`. Whoever comes this way leaves it AWAITED: he cannot know that he was the last.
+            while self.state.swap(AWAITED, Ordering::Acquire) != FREE {
+                waiter.park(&self.state, AWAITED);
+                super::spin_hint();
+            }
+            return;
+        }
+        loop {
+            while self.state.load(Ordering::Relaxed) != FREE {
+                waiter.relax(round);
+                super::spin_hint();
+                round = round.saturating_add(1);
+            }
+            // Acquire: as in `lock`.
+            if self
+                .state
+                .compare_exchange_weak(FREE, HELD, Ordering::Acquire, Ordering::Relaxed)
+                .is_ok()
+            {
+                return;
+            }
         }
     }
 }
 
 /// The lock is held as long as this lives.
 #[derive(Debug)]
-pub(crate) struct SpinGuard<'a, T> {
+pub(crate) struct SpinGuard<'a, T, W: Waiter> {
     lock: &'a SpinLock<T>,
     value: *mut T,
+    /// Let go of after the lock.
+    waiter: W,
 }
 
-impl<T> Deref for SpinGuard<'_, T> {
+impl<T, W: Waiter> SpinGuard<'_, T, W> {
+    /// Where the value is; good as long as the guard lives.
+    pub(crate) fn as_mut_ptr(&self) -> *mut T {
+        self.value
+    }
+}
+
+impl<T, W: Waiter> Deref for SpinGuard<'_, T, W> {
     type Target = T;
     #[inline]
     fn deref(&self) -> &T {
@@ -69,7 +137,7 @@ impl<T> Deref for SpinGuard<'_, T> {
     }
 }
 
-impl<T> DerefMut for SpinGuard<'_, T> {
+impl<T, W: Waiter> DerefMut for SpinGuard<'_, T, W> {
     #[inline]
     fn deref_mut(&mut self) -> &mut T {
         // SAFETY: as in `deref`, and `&mut self` makes it the only one through this guard.
@@ -77,10 +145,17 @@ impl<T> DerefMut for SpinGuard<'_, T> {
     }
 }
 
-impl<T> Drop for SpinGuard<'_, T> {
+impl<T, W: Waiter> Drop for SpinGuard<'_, T, W> {
     #[inline]
     fn drop(&mut self) {
-        // Release pairs with the Acquire in `lock`.
-        self.lock.locked.store(false, Ordering::Release);
+        crate::inject::point("lock: about to be dropped");
+        let state = &self.lock.state;
+        // Release pairs with the Acquire in `lock`, `try_lock` and `wait`.
+        if !self.waiter.sleeps() {
+            state.store(FREE, Ordering::Release);
+        } else if state.swap(FREE, Ordering::Release) == AWAITED {
+            self.waiter.unpark(state);
+        }
+        crate::inject::point("lock: dropped");
     }
 }
