@@ -61,6 +61,7 @@ impl LockedZone<'_> {
         };
         buddy.set_next(next);
         buddy.set_prev(prev);
+        crate::inject::point("zone: about to link");
         if next != Pfn::NONE {
             self.map.buddy(next).set_prev(pfn);
         }
@@ -89,6 +90,7 @@ impl LockedZone<'_> {
             word.is_free_in_zone(order) && list.nr > 0,
             "{pfn:?} is in no list: {word:?}"
         );
+        crate::inject::point("zone: about to unlink");
         if next == Pfn::NONE {
             debug_assert_eq!(list.tail, pfn);
             list.tail = prev;
@@ -147,6 +149,7 @@ impl LockedZone<'_> {
             self.lists.events.splits += 1;
         }
         for half in (order..from).rev() {
+            crate::inject::point("zone: about to split");
             let desc = take_spare(spare, self);
             let word = Word::described(PageType::Free, half, desc, DescClass::Buddy);
             self.link(block.pfn.add(1 << half), half, mt, word, false);
@@ -226,6 +229,7 @@ impl LockedZone<'_> {
             };
             freed.push(map, left_over);
             let upper = Pfn(pfn.0.max(other.0));
+            crate::inject::point("zone: about to merge");
             region.word(upper).publish(Word::ZERO);
             self.lists.events.words_written += 1;
             self.lists.events.merges += 1;

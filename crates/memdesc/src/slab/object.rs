@@ -455,7 +455,8 @@ impl<P: Platform> Mm<P> {
                 break;
             }
             let mut batch = [core::ptr::null_mut(); BATCH];
-            loop {
+            // What it held when we came; a CPU that frees meanwhile could keep us here for ever.
+            for _ in 0..=core.sheaves.capacity() / BATCH {
                 let n = core.sheaves.remote(&self.pages.platform, cpu, |stack| {
                     stack.take_cold(&mut batch)
                 });
