@@ -7,16 +7,22 @@
 mod arena;
 mod cpu;
 mod faults;
+pub mod interrupt;
+pub mod rcu;
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, compiler_fence, fence};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, compiler_fence, fence};
+use std::time::Instant;
 
-use memdesc::{FaultPoint, MemRange, PAGE_SHIFT, PAGE_SIZE, Pfn, Platform, ReclaimRequest, Report};
+use memdesc::{
+    Context, FaultPoint, MemRange, PAGE_SHIFT, PAGE_SIZE, Pfn, Platform, ReclaimRequest, Report,
+};
 
 use arena::Arena;
 pub use arena::HostError;
 pub use cpu::CpuGuard;
 use cpu::Cpus;
 pub use faults::Faults;
+pub use rcu::HostRcu;
 
 /// A function that is asked to make memory free, and says how many pages it freed.
 pub type ReclaimFn = dyn Fn(ReclaimRequest) -> usize + Send + Sync;
@@ -35,7 +41,8 @@ pub struct Host {
     faults: Faults,
     reclaim: Option<Box<ReclaimFn>>,
     corruption: Option<Box<CorruptionFn>>,
-    clock: AtomicU64,
+    rcu: HostRcu,
+    start: Instant,
 }
 
 /// How to build a [`Host`].
@@ -48,6 +55,7 @@ pub struct HostBuilder {
     nodes: usize,
     reclaim: Option<Box<ReclaimFn>>,
     corruption: Option<Box<CorruptionFn>>,
+    stall: Option<(u64, Box<rcu::StallFn>)>,
 }
 
 impl HostBuilder {
@@ -103,6 +111,18 @@ impl HostBuilder {
         self
     }
 
+    /// Call this when a reader holds up a grace period for longer than so many nanoseconds, instead of a line on standard error after
+    /// 21 s.
+    #[must_use]
+    pub fn on_rcu_stall(
+        mut self,
+        stall_ns: u64,
+        f: impl Fn(&memdesc::rcu::engine::Stall) + Send + Sync + 'static,
+    ) -> Self {
+        self.stall = Some((stall_ns, Box::new(f)));
+        self
+    }
+
     /// Reserves the address space.
     ///
     /// # Errors
@@ -110,6 +130,10 @@ impl HostBuilder {
     /// The kernel's, if it does not give that much.
     pub fn build(self) -> Result<Host, HostError> {
         let cpus = self.cpus.max(usize::from(self.floating == 0));
+        let (stall_ns, stall) = match self.stall {
+            Some((ns, f)) => (ns, Some(f)),
+            None => (memdesc::rcu::engine::Engine::STALL_NS, None),
+        };
         Ok(Host {
             arena: Arena::new(&self.ranges)?,
             cpus: Cpus::new(cpus, self.floating),
@@ -119,7 +143,8 @@ impl HostBuilder {
             faults: Faults::default(),
             reclaim: self.reclaim,
             corruption: self.corruption,
-            clock: AtomicU64::new(0),
+            rcu: HostRcu::new(stall_ns, stall),
+            start: Instant::now(),
         })
     }
 }
@@ -234,18 +259,22 @@ unsafe impl Platform for Host {
 
     #[inline]
     fn light_barrier(&self) {
-        if self.asymmetric {
-            compiler_fence(Ordering::SeqCst);
-        } else {
-            fence(Ordering::SeqCst);
-        }
+        light_barrier(self.asymmetric);
     }
 
     fn heavy_barrier(&self) {
-        fence(Ordering::SeqCst);
-        if self.asymmetric {
-            membarrier();
-        }
+        heavy_barrier(self.asymmetric);
+    }
+
+    type Rcu = HostRcu;
+
+    #[inline]
+    fn rcu(&self) -> &HostRcu {
+        &self.rcu
+    }
+
+    fn context(&self) -> Context {
+        interrupt::context()
     }
 
     #[inline]
@@ -282,7 +311,7 @@ unsafe impl Platform for Host {
     }
 
     fn now(&self) -> u64 {
-        self.clock.fetch_add(1, Ordering::Relaxed)
+        self.start.elapsed().as_nanos() as u64
     }
 
     fn corruption(&self, report: &Report<'_>) {
@@ -344,6 +373,22 @@ mod sys {
     pub(super) fn futex_wake(_word: &AtomicU32) {}
 
     use std::sync::atomic::{AtomicU32, Ordering};
+}
+
+#[inline]
+fn light_barrier(asymmetric: bool) {
+    if asymmetric {
+        compiler_fence(Ordering::SeqCst);
+    } else {
+        fence(Ordering::SeqCst);
+    }
+}
+
+fn heavy_barrier(asymmetric: bool) {
+    fence(Ordering::SeqCst);
+    if asymmetric {
+        membarrier();
+    }
 }
 
 fn register_membarrier() -> bool {

@@ -21,6 +21,9 @@ use crate::page_alloc::pcp::PerCpuPages;
 use crate::page_alloc::watermark;
 use crate::page_alloc::zone::Zone;
 use crate::platform::{Platform, phys_to_virt};
+use crate::rcu::discard::Discards;
+use crate::rcu::kvfree::Krc;
+use crate::rcu::prepaid::Prepaid;
 use crate::slab::cache::{Geometry, Role};
 use crate::slab::kmalloc::{CLASSES, Kind};
 use crate::slab::sheaf::Sheaves;
@@ -175,6 +178,12 @@ impl<P: Platform> Mm<P> {
                 head: core::ptr::null_mut(),
             }),
             shrinkers: SpinLock::new([None; MAX_SHRINKERS]),
+            krcs: parts.krcs,
+            prepaid: parts.prepaid,
+            kvfree_pages: AtomicU64::new(0),
+            kvfree_backlog: config.kvfree_backlog,
+            kvfree_drain_ns: config.kvfree_drain_ns,
+            discards: Discards::new(),
             boot: parts.layout,
             bootstrap_depth: AtomicU64::new(0),
             bootstrap_pages: AtomicU64::new(0),
@@ -302,6 +311,8 @@ struct Parts {
     zones: BootSlice<Zone>,
     pcps: BootSlice<PerCpuPages>,
     stats: BootSlice<CpuStats>,
+    krcs: BootSlice<Krc>,
+    prepaid: BootSlice<Prepaid>,
     caches: BootSlice<CacheCore>,
     layout: BootLayout,
 }
@@ -408,6 +419,8 @@ fn lay_out<P: Platform>(
         PerCpuPages::new(zone.managed, zone.marks.low, nr_cpus)
     });
     let stats = bump.fill(nr_cpus, |_| CpuStats::new());
+    let krcs = bump.fill(nr_cpus, |_| Krc::new());
+    let prepaid = bump.fill(nr_cpus, |_| Prepaid::new());
 
     // Sheaves first, then the caches that point at them.
     let id = platform.direct_map().addr();
@@ -464,6 +477,8 @@ fn lay_out<P: Platform>(
         zones,
         pcps,
         stats,
+        krcs,
+        prepaid,
         caches,
         layout,
     }
@@ -501,6 +516,7 @@ fn built_in(index: usize, config: &Config, name: &mut Name) -> Spec {
         let (gfp, flags) = match kind {
             Kind::Normal => (Flags::EMPTY, CacheFlags::EMPTY),
             Kind::Reclaim => (gfp::__GFP_RECLAIMABLE, CacheFlags::RECLAIM_ACCOUNT),
+            Kind::Prepaid => (Flags::EMPTY, CacheFlags::RCU_PREPAID),
             Kind::Dma => (
                 gfp::__GFP_DMA,
                 CacheFlags::CACHE_DMA | CacheFlags::NO_SHEAVES,

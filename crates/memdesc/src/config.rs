@@ -42,6 +42,11 @@ pub struct Config {
     /// A real-time kernel (`CONFIG_PREEMPT_RT`): the locks of zones, of caches' slab lists and of the list of caches sleep, and
     /// their holders may be preempted and migrated. The per-CPU lists stay raw: a few instructions, never waited for.
     pub preempt_rt: bool,
+    /// Pointers that `kvfree_rcu` lets lie on a CPU before it makes who queues more wait, if he may.
+    pub kvfree_backlog: u32,
+    /// How long a block of pointers that does not get full lies before its grace period is asked for, in nanoseconds (`KFREE_DRAIN_JIFFIES`:
+    /// 5 s).
+    pub kvfree_drain_ns: u64,
     /// Debug flags for every cache (`slab_debug=`).
     pub slab_debug: crate::slab::CacheFlags,
 }
@@ -57,6 +62,8 @@ impl Default for Config {
             lowmem_reserve_ratio: [256, 256, 32],
             memory_is_zeroed: false,
             preempt_rt: false,
+            kvfree_backlog: 8192,
+            kvfree_drain_ns: 5_000_000_000,
             slab_debug: crate::slab::CacheFlags::EMPTY,
         }
     }

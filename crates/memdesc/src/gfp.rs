@@ -80,6 +80,9 @@ bits! {
     /// This CPU's lists or nothing: no lock, no wake-up, no refill, from any context (seed 001's flag, which Linux never merged). All that
     /// says how far a request may go is ignored then.
     __GFP_FAST_TRY = 28;
+    /// For `kmalloc`: the object's deferred free is paid for now, so that
+    /// [`kfree_rcu_prepaid`](crate::Mm::kfree_rcu_prepaid) needs neither memory nor time. Not with `__GFP_DMA`.
+    __GFP_RCU_PREPAID = 29;
 }
 
 /// Both ways of reclaim.

@@ -156,7 +156,17 @@ impl<P: Platform> Mm<P> {
                 }
             }
         });
+        // Slabs of descriptors that wait for a grace period are in no cache any more.
+        let waiting = self.discards.metadata_pages();
+        ledger.metadata += waiting;
+        ledger.descriptor_bytes += waiting * PAGE_SIZE as u64;
         ledger.by_type[PageType::Slab as usize] -= ledger.metadata;
+        // Pages of pointers to what is freed later.
+        let pointers = self.kvfree_pages();
+        ledger.other_metadata_bytes += pointers * PAGE_SIZE as u64;
+        ledger.metadata += pointers;
+        ledger.by_type[PageType::Bare as usize] =
+            ledger.by_type[PageType::Bare as usize].wrapping_sub(pointers);
         let boot = self.boot.pages + self.boot.kept;
         ledger.by_type[PageType::Reserved as usize] -= boot;
         ledger.metadata += boot;

@@ -30,6 +30,8 @@ mod memmap {
     pub(crate) mod word;
 }
 #[cfg(not(loom))]
+mod get;
+#[cfg(not(loom))]
 mod mm;
 #[cfg(not(loom))]
 mod owner;
@@ -42,6 +44,7 @@ mod page_alloc {
 }
 #[cfg(not(loom))]
 pub mod platform;
+pub mod rcu;
 #[cfg(not(loom))]
 pub mod report;
 #[cfg(not(loom))]
@@ -59,13 +62,14 @@ pub use {
     config::{Config, MemRange},
     desc::{AtomicCount, Folio, FolioFlags, PtDesc, Slab},
     error::{AllocError, InitError},
+    get::FolioRef,
     gfp::Flags,
     ledger::{Fragmentation, Ledger, Walk, ZoneView},
     memmap::{DescClass, Found, PageType, TAIL_WORDS_ORDER, Word},
     mm::Mm,
     owner::{DescPtr, FolioKind, Memory},
     page_alloc::{MigrateType, PcpView, ZoneType},
-    platform::{FaultPoint, Platform, ReclaimRequest},
+    platform::{Context, FaultPoint, Platform, ReclaimRequest},
     report::{Corruption, Report, Track},
     shrinker::Shrinker,
     slab::{Cache, CacheFlags, CacheView, DestroyError, KmemCache, SlabBox},

@@ -8,6 +8,10 @@ use crate::desc::DescList;
 use crate::memmap::{BootSlice, PageType};
 use crate::page_alloc::alloc::{Descriptors, PageAllocator};
 use crate::platform::{Holder, Platform};
+use crate::rcu::Rcu;
+use crate::rcu::discard::Discards;
+use crate::rcu::kvfree::Krc;
+use crate::rcu::prepaid::Prepaid;
 use crate::shrinker::Shrinkers;
 use crate::slab::CacheCore;
 use crate::slab::kmalloc::{CLASSES, Kind};
@@ -49,6 +53,15 @@ pub struct Mm<P: Platform> {
     pub(crate) caches: SpinLock<CacheList>,
     /// Those to ask when memory is short. Lock order: a leaf, dropped before any of them is called.
     pub(crate) shrinkers: SpinLock<Shrinkers>,
+    /// Deferred frees, by CPU.
+    pub(crate) krcs: BootSlice<Krc>,
+    pub(crate) prepaid: BootSlice<Prepaid>,
+    /// Pages for pointers to what is freed later.
+    pub(crate) kvfree_pages: AtomicU64,
+    pub(crate) kvfree_backlog: u32,
+    pub(crate) kvfree_drain_ns: u64,
+    /// Slabs that wait for a grace period.
+    pub(crate) discards: Discards,
     pub(crate) boot: BootLayout,
     /// The deepest bootstrap chain so far, and the most pages one took.
     pub(crate) bootstrap_depth: AtomicU64,
@@ -140,9 +153,14 @@ impl<P: Platform> Mm<P> {
     ///
     /// # Context
     ///
-    /// May wait for other CPUs.
+    /// May wait for other CPUs; and for grace periods, if the platform says that the caller may sleep.
     pub fn shrink(&self) -> usize {
         self.free_all_deferred();
+        self.kvfree_shrink();
+        self.prepaid_tick();
+        if self.may_wait() {
+            self.kvfree_rcu_barrier();
+        }
         // Ordinary caches first: their slabs' descriptors come free with them. Descriptors of folios and page tables next,
         // those of slabs and free blocks last, since all the others give those back.
         let mut pages = 0;
@@ -151,6 +169,7 @@ impl<P: Platform> Mm<P> {
         // Free blocks let go of what their last owners left; caches of the kernel's own descriptors can become empty.
         self.pages.settle_all(self);
         self.for_each_cache(|core| pages += self.cache_shrink(core));
+        self.discard_all();
         self.drain_all();
         for built_in in [
             BuiltIn::File,
@@ -160,6 +179,7 @@ impl<P: Platform> Mm<P> {
             BuiltIn::Slab,
         ] {
             pages += self.cache_shrink(&self.built_in[built_in as usize]);
+            self.discard_all();
             self.drain_all();
         }
         pages
@@ -177,10 +197,16 @@ impl<P: Platform> Mm<P> {
     /// # Context
     ///
     /// Any that may pin a CPU.
+    ///
+    /// Deferred frees that lie for long are pushed on, and those that are due are freed, of all CPUs.
     pub fn tick(&self) {
         self.free_deferred();
+        self.kvfree_tick(false);
+        self.prepaid_tick();
+        self.pages.platform.rcu().run_callbacks();
         self.pages.decay(self);
         self.pages.settle(self);
+        self.discard_due();
     }
 
     /// Gives descriptors back.

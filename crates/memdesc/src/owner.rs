@@ -314,7 +314,8 @@ impl<P: Platform> Mm<P> {
     }
 
     /// Frees an allocation of whatever type but slabs: the word tells its order and whose descriptor it has
-    /// (`__free_pages`, `free_pages_desc`).
+    /// (`__free_pages`, `free_pages_desc`). Of a folio it puts the owner's reference; if others have some, the last of them
+    /// frees it.
     ///
     /// # Safety
     ///
@@ -349,8 +350,11 @@ impl<P: Platform> Mm<P> {
             self.report_page(pfn, word, caller);
             return None;
         }
-        if matches!(kind, PageType::File | PageType::Anon) {
-            self.folio_at(word.desc()).freeze();
+        if matches!(kind, PageType::File | PageType::Anon)
+            && !self.folio_at(word.desc()).owner_puts(pfn)
+        {
+            // Somebody else has a reference; who puts the last one frees.
+            return None;
         }
         Some(word)
     }
@@ -534,7 +538,7 @@ impl<P: Platform> Mm<P> {
         }
     }
 
-    fn folio_at(&self, desc: PhysAddr) -> &Folio {
+    pub(crate) fn folio_at(&self, desc: PhysAddr) -> &Folio {
         let ptr = self.pages.map.virt(desc).cast::<Folio>();
         // SAFETY: words of these types lead to objects of the folio caches, 24 bytes, 8-byte aligned; all fields are atomics,
         // every bit pattern is valid.

@@ -5,6 +5,7 @@
 use crate::address::{Pfn, PhysAddr};
 use crate::config::MemRange;
 use crate::gfp::Flags;
+use crate::rcu::Rcu;
 use crate::report::Report;
 use crate::sync::Waiter;
 use core::sync::atomic::{AtomicU32, Ordering};
@@ -25,6 +26,19 @@ pub enum FaultPoint {
     CacheAlloc,
     /// A cache is being created.
     CacheCreate,
+}
+
+/// In what code runs.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Context {
+    /// A thread that may sleep.
+    Task,
+    /// A thread that may not: preemption or interrupts are off. Locks that spin may be taken; under RT none but raw ones.
+    Atomic,
+    /// An interrupt handler.
+    HardIrq,
+    /// What nothing keeps out.
+    Nmi,
 }
 
 /// What reclaim is asked for.
@@ -115,6 +129,21 @@ pub unsafe trait Platform: Sync {
         full_fence();
     }
 
+    /// The RCU that objects freed later, and the memory of descriptors, wait for.
+    type Rcu: Rcu;
+
+    /// See [`Rcu`](Self::Rcu).
+    fn rcu(&self) -> &Self::Rcu;
+
+    /// In what the caller runs. Decides what deferred freeing may do on the spot; [`Context::Atomic`], the default, is right
+    /// where nobody ever calls from an interrupt, and lets nothing sleep.
+    fn context(&self) -> Context {
+        Context::Atomic
+    }
+
+    /// There is work for [`Mm::tick`](crate::Mm::tick), found where it could not be done. From any context.
+    fn kick(&self) {}
+
     /// One round of waiting for a lock: a hosted platform yields now and then.
     #[inline]
     fn relax(&self, _round: u32) {}
@@ -143,7 +172,8 @@ pub unsafe trait Platform: Sync {
         false
     }
 
-    /// Time for "allocated 3 s ago" in debug reports, in any unit.
+    /// Monotonic time in nanoseconds: for "allocated 3 s ago" in debug reports, and for how long a deferred free may lie. From any
+    /// context.
     fn now(&self) -> u64 {
         0
     }

@@ -64,9 +64,11 @@ impl<P: Platform> Mm<P> {
                 freed += shrinker.scan_objects(share, request);
             }
         }
+        freed += self.kvfree_shrink() + self.prepaid_tick();
         // Objects that went left slabs empty, perhaps; those are pages.
         if request.attempt > 0 || freed > 0 {
             self.for_each_cache(|core| freed += self.cache_shrink(core));
+            freed += self.discard_due();
         }
         freed
     }

@@ -89,6 +89,14 @@ events! {
     NolockFree = "nolock_free",
     /// Blocks freed by `free_pages_nolock` that the next normal free takes further.
     NolockFreeDeferred = "nolock_free_deferred",
+    /// Objects given to `kvfree_rcu` that wait by their heads.
+    KvfreeHead = "kvfree_head",
+    /// Head-less frees that waited for a grace period there and then.
+    KvfreeWaited = "kvfree_waited",
+    /// Times a flood of deferred frees was made to wait.
+    KvfreeThrottled = "kvfree_throttled",
+    /// Objects of prepaid caches freed after a grace period.
+    PrepaidFreed = "prepaid_freed",
     /// Objects freed by `kfree_nolock` into the sheaf.
     NolockKfree = "nolock_kfree",
     /// Objects freed by `kfree_nolock` that the next normal free takes further.

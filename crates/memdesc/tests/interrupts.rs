@@ -314,7 +314,11 @@ fn run(
     mm.shrink();
     let after = common::ledger(&mm);
     assert!(after.balanced, "strike at {strike}: {after:#?}");
-    assert_eq!(common::users(&after), 0, "strike at {strike}: something was lost");
+    assert_eq!(
+        common::users(&after),
+        0,
+        "strike at {strike}: something was lost"
+    );
     drop(guard);
     (done.passed, done.strikes, done.labels)
 }
@@ -378,7 +382,9 @@ fn an_interrupt_at_every_point() {
                 }
                 strike += 1;
             }
-            println!("rt {rt}, floating {floating}, warm {warm}: {strike} points, each struck once");
+            println!(
+                "rt {rt}, floating {floating}, warm {warm}: {strike} points, each struck once"
+            );
             // Storms, and strikes within strikes.
             for again in [53, 199, 401, 997] {
                 let (_, struck, met) = run(rt, floating, warm, 1, again);

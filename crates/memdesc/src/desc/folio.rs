@@ -8,6 +8,7 @@
 
 use core::fmt;
 
+use crate::address::Pfn;
 use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// The descriptor of a folio.
@@ -15,7 +16,8 @@ use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 /// # Invariants
 ///
 /// `refcount` is 0 exactly while the folio is free, being set up or being torn down; it lies outside the first 8 bytes, so it
-/// stays 0 when those serve as a free block's links. `mapping` means nothing then.
+/// stays 0 when those serve as a free block's links. `mapping` means nothing then; between the owner's letting go and the last
+/// reference it is the head's page frame number.
 #[repr(C, align(8))]
 pub struct Folio {
     /// The address space; the free block's links once the folio is let go.
@@ -64,9 +66,17 @@ impl Folio {
         self.refcount.store(1, Ordering::Release);
     }
 
-    /// The last owner lets go: no try-get succeeds any more. Says how many references there were.
-    pub(crate) fn freeze(&self) -> u32 {
-        self.refcount.swap(0, Ordering::AcqRel)
+    /// The owner lets go of his reference, and says which pages these are, for whoever puts the last one: a reader who took a
+    /// reference by mistake, on a folio that had become another's, does not know. Says whether it was the last.
+    pub(crate) fn owner_puts(&self, head: Pfn) -> bool {
+        self.mapping.store(u64::from(head.0), Ordering::Relaxed);
+        // AcqRel: Release hands the store above on, to the one who puts last.
+        self.refcount.fetch_sub(1, Ordering::AcqRel) == 1
+    }
+
+    /// Which pages these are, once the owner has let go and all references are gone.
+    pub(crate) fn going(&self) -> Pfn {
+        Pfn(self.mapping.load(Ordering::Relaxed) as u32)
     }
 
     /// Takes a reference unless there is none left (`folio_try_get`). The caller then checks that the page still leads here.

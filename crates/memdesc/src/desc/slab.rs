@@ -196,6 +196,17 @@ impl Slab {
         true
     }
 
+    /// Takes a word's worth of objects back; says how many, `None` if one is free already (the others are taken back).
+    pub(crate) fn give_word(&self, map: &MemMap, word: usize, bits: u64) -> Option<usize> {
+        let cell = &self.bitmap(map)[word];
+        let before = cell.load(Ordering::Relaxed);
+        cell.store(before | bits, Ordering::Relaxed);
+        let n = (bits & !before).count_ones() as usize;
+        self.inuse
+            .store((self.inuse() - n) as u16, Ordering::Relaxed);
+        (bits & before == 0).then_some(n)
+    }
+
     /// Is this object free?
     pub(crate) fn is_free(&self, map: &MemMap, index: usize) -> bool {
         self.bitmap(map)[index / 64].load(Ordering::Relaxed) >> (index % 64) & 1 != 0

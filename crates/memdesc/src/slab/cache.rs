@@ -46,6 +46,12 @@ impl CacheFlags {
     pub const CACHE_DMA: CacheFlags = CacheFlags(1 << 5);
     /// No per-CPU sheaves: every operation goes to the slabs.
     pub const NO_SHEAVES: CacheFlags = CacheFlags(1 << 6);
+    /// Slab pages go back only after a grace period: a reader who found an object without a lock finds one of the same kind there
+    /// as long as he reads (`SLAB_TYPESAFE_BY_RCU`). Free objects keep what they hold.
+    pub const TYPESAFE_BY_RCU: CacheFlags = CacheFlags(1 << 8);
+    /// Objects can be freed after a grace period by [`kfree_rcu_prepaid`](crate::Mm::kfree_rcu_prepaid), without a head, memory or
+    /// waiting: 2 bits an object and 16 bytes a slab.
+    pub const RCU_PREPAID: CacheFlags = CacheFlags(1 << 9);
     /// Slabs of single pages: the caches that the page allocator itself lives on.
     pub(crate) const SINGLE_PAGES: CacheFlags = CacheFlags(1 << 7);
 
@@ -80,6 +86,8 @@ impl fmt::Debug for CacheFlags {
             (Self::RECLAIM_ACCOUNT, "a"),
             (Self::CACHE_DMA, "d"),
             (Self::NO_SHEAVES, "-"),
+            (Self::TYPESAFE_BY_RCU, "R"),
+            (Self::RCU_PREPAID, "p"),
         ];
         f.write_str("slab flags ")?;
         names
@@ -119,6 +127,8 @@ pub(crate) struct Geometry {
     /// holds must outlive it.
     pub(crate) link: u32,
     align: u32,
+    /// Slabs have the bits of prepaid frees.
+    prepaid: bool,
     /// `ceil(2^32 / size)`: a division by multiplication.
     reciprocal: u64,
 }
@@ -165,9 +175,19 @@ impl Geometry {
             order: 0,
             link: if keeps { (size - lead - 8) as u32 } else { 0 },
             align: align as u32,
+            prepaid: flags.contains(CacheFlags::RCU_PREPAID),
             reciprocal: (1u64 << 32).div_ceil(size as u64),
         };
-        Some(geometry.with_order(order))
+        let mut geometry = geometry.with_order(order);
+        while geometry.objects == 0 {
+            // The bits took the room of the only object.
+            let order = geometry.order as usize + 1;
+            if order > MAX_ORDER {
+                return None;
+            }
+            geometry = geometry.with_order(order);
+        }
+        Some(geometry)
     }
 
     /// The same objects in slabs of this order, in which at least one fits.
@@ -175,11 +195,22 @@ impl Geometry {
         let (bytes, size) = (PAGE_SIZE << order, self.size as usize);
         let mut objects = bytes / size;
         let mut first = 0;
-        if objects > BITMAP_INLINE {
-            // The bitmap takes the place of some objects.
-            while first + objects * size > bytes || first < Slab::bitmap_bytes(objects) {
-                objects -= 1;
-                first = Slab::bitmap_bytes(objects).next_multiple_of(self.align as usize);
+        if objects > BITMAP_INLINE || self.prepaid {
+            let header = |objects| {
+                let prepaid = if self.prepaid {
+                    crate::rcu::prepaid::bytes(objects)
+                } else {
+                    0
+                };
+                Slab::bitmap_bytes(objects) + prepaid
+            };
+            // The bits take the place of some objects.
+            while objects > 0 && (first + objects * size > bytes || first < header(objects)) {
+                first = header(objects).next_multiple_of(self.align as usize);
+                if first + objects * size > bytes {
+                    objects -= 1;
+                    first = header(objects).next_multiple_of(self.align as usize);
+                }
             }
         }
         Geometry {
@@ -193,7 +224,8 @@ impl Geometry {
     /// The smallest slabs that hold such objects: for when the wanted order cannot be had (Linux's `oo_min`).
     fn smallest(self) -> Geometry {
         let size = self.size as usize;
-        let least = (0..self.order as usize).find(|&order| PAGE_SIZE << order >= size);
+        let least = (0..self.order as usize)
+            .find(|&order| PAGE_SIZE << order >= size && self.with_order(order).objects > 0);
         least.map_or(self, |order| self.with_order(order))
     }
 
@@ -431,6 +463,11 @@ impl CacheCore {
     #[inline]
     pub(crate) fn is_debug(&self) -> bool {
         self.flags.intersects(CacheFlags::DEBUG)
+    }
+
+    /// Do its slabs go back only after a grace period?
+    pub(crate) fn is_type_stable(&self) -> bool {
+        self.is_metadata() || self.flags.contains(CacheFlags::TYPESAFE_BY_RCU)
     }
 
     /// Do its slabs hold descriptors, not users' objects?

@@ -30,28 +30,33 @@ pub(crate) enum Kind {
     Normal = 0,
     Reclaim = 1,
     Dma = 2,
+    /// Objects whose deferred free is paid for.
+    Prepaid = 3,
 }
 
 impl Kind {
-    pub(crate) const COUNT: usize = 3;
-    pub(crate) const ALL: [Kind; 3] = [Kind::Normal, Kind::Reclaim, Kind::Dma];
+    pub(crate) const COUNT: usize = 4;
+    pub(crate) const ALL: [Kind; 4] = [Kind::Normal, Kind::Reclaim, Kind::Dma, Kind::Prepaid];
 
     pub(crate) const fn prefix(self) -> &'static str {
         match self {
             Kind::Normal => "kmalloc-",
             Kind::Reclaim => "kmalloc-rcl-",
             Kind::Dma => "dma-kmalloc-",
+            Kind::Prepaid => "kmalloc-rcu-",
         }
     }
 
     #[inline]
     pub(crate) fn of(gfp: Flags) -> Kind {
-        if gfp.contains(gfp::__GFP_DMA) {
-            Kind::Dma
-        } else if gfp.contains(gfp::__GFP_RECLAIMABLE) {
-            Kind::Reclaim
-        } else {
+        if !gfp.intersects(gfp::__GFP_DMA | gfp::__GFP_RECLAIMABLE | gfp::__GFP_RCU_PREPAID) {
             Kind::Normal
+        } else if gfp.contains(gfp::__GFP_RCU_PREPAID) {
+            Kind::Prepaid
+        } else if gfp.contains(gfp::__GFP_DMA) {
+            Kind::Dma
+        } else {
+            Kind::Reclaim
         }
     }
 }

@@ -22,8 +22,13 @@ impl<P: Platform> Mm<P> {
         flags: CacheFlags,
         ctor: Option<fn(NonNull<u8>)>,
     ) -> Result<Cache<'_>, AllocError> {
-        let geometry =
-            Geometry::new(size, align, flags, ctor.is_some()).ok_or(AllocError::BadSize)?;
+        let geometry = Geometry::new(
+            size,
+            align,
+            flags,
+            ctor.is_some() || flags.contains(CacheFlags::TYPESAFE_BY_RCU),
+        )
+        .ok_or(AllocError::BadSize)?;
         let memory = self.cache_alloc(self.cache_cache(), gfp::GFP_KERNEL, Location::caller())?;
         let capacity = if flags.intersects(CacheFlags::DEBUG | CacheFlags::NO_SHEAVES) {
             0
@@ -230,13 +235,19 @@ impl<P: Platform> Mm<P> {
     ///
     /// # Context
     ///
-    /// May wait for other CPUs, and for [`Mm::shrink`] and the views to end.
+    /// May wait for other CPUs, for [`Mm::shrink`] and the views to end, and for grace periods: deferred frees of its objects that are
+    /// in flight are seen through. Where the platform says that the caller may not sleep, or is a reader, they count as live.
     ///
     /// # Errors
     ///
     /// Objects are live: the cache stays, and comes back with their number. [`live_objects`](Self::live_objects) names them.
     pub fn kmem_cache_destroy<'m>(&self, cache: Cache<'m>) -> Result<(), DestroyError<'m>> {
         let core = self.checked(&cache);
+        // Frees in flight, by whatever form; and slabs on their way out.
+        self.free_all_deferred();
+        if self.may_wait() {
+            self.kvfree_rcu_barrier();
+        }
         {
             // Reclaim on another CPU shrinks all caches under this lock; what it takes out of a sheaf would look live.
             let mut list = self.slab_mutex();
@@ -266,6 +277,10 @@ impl<P: Platform> Mm<P> {
                     at = next;
                 }
             }
+        }
+        if core.is_type_stable() {
+            // Readers may still look at its slabs, and those lead here.
+            self.discard_all();
         }
         if let Some(memory) = core.sheaves.memory() {
             // SAFETY: the sheaves were kmalloc'd with the cache, and nobody uses a cache that is being destroyed.

@@ -24,8 +24,8 @@ pub(crate) mod object;
 pub(crate) mod sheaf;
 pub(crate) mod typed;
 
-pub(crate) use cache::CacheCore;
 pub use cache::{Cache, CacheFlags, CacheView, DestroyError};
+pub(crate) use cache::{CacheCore, slab_of};
 pub use kmalloc::KMALLOC_MAX_CACHE_SIZE;
 pub(crate) use nolock::DeferredObjects;
 pub use typed::{KmemCache, SlabBox};

@@ -28,6 +28,7 @@ pub(crate) const ZONE_FLAGS: u32 = gfp::__GFP_DMA.bits()
     | gfp::__GFP_HIGHMEM.bits()
     | gfp::__GFP_MOVABLE.bits()
     | gfp::__GFP_RECLAIMABLE.bits()
+    | gfp::__GFP_RCU_PREPAID.bits()
     | gfp::__GFP_ZERO.bits();
 
 impl<P: Platform> Mm<P> {
@@ -236,6 +237,7 @@ impl<P: Platform> Mm<P> {
             geometry.objects as usize,
             self_described,
         );
+        self.prepaid_init(core, slab);
         if core.is_debug() || core.ctor.is_some() {
             let base = map.virt(pfn.phys());
             for index in 0..geometry.objects as usize {
@@ -335,6 +337,28 @@ impl<P: Platform> Mm<P> {
         self.slabs_give(core, &batch[..n], nested, caller);
     }
 
+    /// Takes many objects of one cache back: into the sheaf as far as they fit, the rest straight to the slabs.
+    pub(crate) fn cache_free_run(&self, core: &CacheCore, objects: &[*mut u8], caller: Caller) {
+        let checked = cfg!(any(debug_assertions, feature = "checked"));
+        if core.is_debug() || core.sheaves.capacity() == 0 || checked {
+            for object in objects.iter().filter_map(|o| NonNull::new(*o)) {
+                self.cache_free(self.pages.free_path(), core, object, false, caller);
+            }
+            return;
+        }
+        let path = self.pages.free_path();
+        let stats = self.pages.stats(path.pin());
+        stats.add(path.pin(), Event::SlabFree, objects.len() as u64);
+        let pushed = core.sheaves.owner(path.pin(), |stack| {
+            let fits = |o: &&*mut u8| NonNull::new(**o).is_some_and(|o| stack.push(o));
+            objects.iter().take_while(fits).count()
+        });
+        let _path = self.pages.may_sleep(path);
+        for batch in objects[pushed..].chunks(64) {
+            self.slabs_give(core, batch, false, caller);
+        }
+    }
+
     /// Which slab of this cache an object is from, and which object it is there.
     pub(crate) fn locate(
         &self,
@@ -418,7 +442,7 @@ impl<P: Platform> Mm<P> {
                 }
                 if slab.inuse() > 0 {
                     lists.relist(map, slab);
-                } else if lists.nr_empty < MIN_PARTIAL {
+                } else if lists.nr_empty < MIN_PARTIAL || !self.prepaid_idle(core, slab) {
                     lists.nr_empty += 1;
                     lists.relist(map, slab);
                 } else {
@@ -431,7 +455,7 @@ impl<P: Platform> Mm<P> {
         if let Some((what, object)) = wrong {
             self.report_object(what, Some(core), object, caller);
         }
-        self.discard(empty, nested);
+        self.discard_from(core, empty, nested);
     }
 
     /// Gives slabs that are in no list back to the page allocator: the `struct slab` becomes the free block's buddy.
@@ -475,7 +499,7 @@ impl<P: Platform> Mm<P> {
             while at != Pfn::NONE {
                 let slab = slab_of(map, at);
                 at = slab.links().next();
-                if slab.inuse() == 0 {
+                if slab.inuse() == 0 && self.prepaid_idle(core, slab) {
                     lists.leave(map, slab, core.geometry_of(slab));
                     lists.nr_empty -= 1;
                     slab.links().set_next(empty);
@@ -484,7 +508,7 @@ impl<P: Platform> Mm<P> {
                 }
             }
         }
-        self.discard(empty, false);
+        self.discard_from(core, empty, false);
         pages
     }
 

@@ -593,6 +593,22 @@ unsafe impl Platform for Hooked {
     fn relax(&self, round: u32) {
         self.host.relax(round);
     }
+    fn try_pin(&self) -> Option<usize> {
+        self.host.try_pin()
+    }
+    fn park(&self, word: &std::sync::atomic::AtomicU32, value: u32) {
+        self.host.park(word, value);
+    }
+    fn unpark(&self, word: &std::sync::atomic::AtomicU32) {
+        self.host.unpark(word);
+    }
+    type Rcu = memdesc_host::HostRcu;
+    fn rcu(&self) -> &Self::Rcu {
+        self.host.rcu()
+    }
+    fn context(&self) -> Context {
+        self.host.context()
+    }
     fn reclaim(&self, request: ReclaimRequest) -> usize {
         self.on_reclaim.as_ref().map_or(0, |f| f(request))
     }

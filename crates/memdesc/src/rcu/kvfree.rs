@@ -1,0 +1,658 @@
+//! `kvfree_rcu`: memory that is freed after a grace period, without a callback for each piece.
+//!
+//! Each CPU keeps *blocks*: a page of pointers each, one kind of block for slab objects and one for large memory. A full
+//! block remembers the grace period that it waits for, and is freed in bulk when that is over, a run of objects of one
+//! cache at a time. Source: `mm/slab_common.c` of Linux 6.18 and seed 001, whose fast try is where the pages come from.
+//!
+//! - *With a head* ([`Mm::kvfree_rcu`]): from any context, never allocates for it, never fails. Where no page is to be had, or somebody
+//!   is inside, the object's own head puts it on a stack.
+//! - *Without* ([`Mm::kvfree_rcu_mightsleep`]): where no page is to be had it waits for the grace period there and then.
+//! - *Prepaid*: see [`prepaid`](super::prepaid).
+//!
+//! Nobody drains in the background: who fills a block frees what is due, on the spot if his context allows (a raw one does not,
+//! under RT), and [`Mm::tick`] does the rest. So a flood pays for itself, and its backlog is a few blocks. If readers keep
+//! a grace period from ending, blocks add up to [`Config::kvfree_backlog`](crate::Config::kvfree_backlog), and then who floods waits, if he may.
+//!
+//! Lock order: a CPU's [`LocalLock`] is a leaf; nothing is freed under it.
+
+use core::ptr::NonNull;
+
+use super::{Cookie, HeadStack, Rcu, RcuHead};
+use crate::address::PAGE_SIZE;
+use crate::error::AllocError;
+use crate::gfp;
+use crate::memmap::PageType;
+use crate::mm::Mm;
+use crate::page_alloc::nolock::Try;
+use crate::platform::{Context, Pin, Platform, PlatformBarriers};
+use crate::slab::kmalloc::Where;
+use crate::stats::Event;
+use crate::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use crate::sync::{LocalLock, UnsafeCell};
+
+/// Pointers in a block.
+const RECORDS: usize = (PAGE_SIZE - 24) / 8;
+/// Kinds of blocks: slab objects, and large memory.
+const CHANNELS: usize = 2;
+/// Blank pages kept for the next blocks (`rcu_min_cached_objs`).
+const MIN_CACHED: u32 = 5;
+/// Full blocks worth a grace period: one membarrier or one round of IPIs for so many pointers.
+const WORTH_IT: u32 = 2;
+
+/// A page of pointers. Linked while it is full, and while it is blank.
+#[repr(C)]
+struct Block {
+    next: *mut Block,
+    /// The grace period that all in it wait for; a blank one's means nothing.
+    cookie: u64,
+    nr: u64,
+    records: [*mut u8; RECORDS],
+}
+
+const _: () = assert!(size_of::<Block>() == PAGE_SIZE);
+
+/// What the local lock guards. All zero bytes are a valid one.
+#[derive(Debug)]
+struct Inner {
+    /// The block being filled, for each channel.
+    filling: [*mut Block; CHANNELS],
+    /// When its first pointer went in.
+    since: [u64; CHANNELS],
+    /// Full blocks, oldest first.
+    first: *mut Block,
+    last: *mut Block,
+    nr_full: u32,
+    /// Pointers in all blocks.
+    nr: u64,
+    /// Blank blocks.
+    blank: *mut Block,
+    nr_blank: u32,
+    /// How many blank ones to keep: few for a while after memory was short.
+    keep: u32,
+    keep_again: u64,
+    /// Objects that wait by their heads, for the grace period of `cookie`.
+    heads: *mut RcuHead,
+    cookie: u64,
+}
+
+/// The deferred frees of one CPU.
+#[derive(Debug)]
+#[repr(C, align(64))]
+pub(crate) struct Krc {
+    lock: LocalLock,
+    /// Objects that came by their heads since the last grace period was asked for.
+    heads: HeadStack,
+    /// How many that is, and those whose grace period runs.
+    nr_heads: AtomicU64,
+    /// Taken out of here and not free yet.
+    draining: AtomicU64,
+    inner: UnsafeCell<Inner>,
+}
+
+// SAFETY: `inner` is reached only under the lock; the blocks in it are pages of the memory manager.
+unsafe impl Sync for Krc {}
+// SAFETY: the same.
+unsafe impl Send for Krc {}
+
+impl Krc {
+    pub(crate) fn new() -> Krc {
+        Krc {
+            lock: LocalLock::new(),
+            heads: HeadStack::new(),
+            nr_heads: AtomicU64::new(0),
+            draining: AtomicU64::new(0),
+            inner: UnsafeCell::new(Inner {
+                filling: [core::ptr::null_mut(); CHANNELS],
+                since: [0; CHANNELS],
+                first: core::ptr::null_mut(),
+                last: core::ptr::null_mut(),
+                nr_full: 0,
+                nr: 0,
+                blank: core::ptr::null_mut(),
+                nr_blank: 0,
+                keep: MIN_CACHED,
+                keep_again: 0,
+                heads: core::ptr::null_mut(),
+                cookie: 0,
+            }),
+        }
+    }
+
+    /// Works on it from its own CPU, unless somebody is inside.
+    #[inline]
+    fn try_owner<P: Platform, R>(
+        &self,
+        pin: &Pin<'_, P>,
+        f: impl FnOnce(&mut Inner) -> R,
+    ) -> Option<R> {
+        let _guard = self.lock.try_enter(&PlatformBarriers(pin.platform()))?;
+        // SAFETY: the lock is held.
+        Some(f(unsafe { &mut *self.inner.get_mut_ptr() }))
+    }
+
+    /// Works on it from any CPU.
+    fn remote<P: Platform, R>(&self, platform: &P, f: impl FnOnce(&mut Inner) -> R) -> R {
+        let _guard = self.lock.enter_remote(&PlatformBarriers(platform));
+        // SAFETY: the lock is held.
+        f(unsafe { &mut *self.inner.get_mut_ptr() })
+    }
+}
+
+/// What became of a pointer.
+enum Queued {
+    Yes,
+    /// And it filled its block.
+    Full,
+    /// There is no block.
+    NoBlock,
+}
+
+impl Inner {
+    #[inline]
+    fn push(&mut self, channel: usize, ptr: *mut u8, now: impl FnOnce() -> u64) -> Queued {
+        if self.filling[channel].is_null() {
+            if self.blank.is_null() {
+                return Queued::NoBlock;
+            }
+            let block = self.blank;
+            // SAFETY: blank blocks are whole pages of ours, set up by `add_blank`.
+            self.blank = unsafe { (*block).next };
+            self.nr_blank -= 1;
+            self.filling[channel] = block;
+            self.since[channel] = now();
+        }
+        let block = self.filling[channel];
+        crate::inject::point("kvfree: about to record");
+        // SAFETY: the block being filled is ours under the lock, and has room: a full one is not being filled.
+        unsafe {
+            let nr = (*block).nr as usize;
+            (*block).records[nr] = ptr;
+            (*block).nr = nr as u64 + 1;
+            self.nr += 1;
+            if nr + 1 < RECORDS {
+                return Queued::Yes;
+            }
+        }
+        Queued::Full
+    }
+
+    /// The block being filled waits from now on.
+    fn close(&mut self, channel: usize, cookie: Cookie) {
+        let block = core::mem::replace(&mut self.filling[channel], core::ptr::null_mut());
+        if block.is_null() {
+            return;
+        }
+        // SAFETY: as in `push`; `last` is a full block of ours.
+        unsafe {
+            (*block).cookie = cookie.0;
+            (*block).next = core::ptr::null_mut();
+            if self.last.is_null() {
+                self.first = block;
+            } else {
+                (*self.last).next = block;
+            }
+        }
+        self.last = block;
+        self.nr_full += 1;
+    }
+
+    /// Takes the oldest full block out, if its grace period is over.
+    fn due(&mut self, over: impl Fn(Cookie) -> bool) -> Option<NonNull<Block>> {
+        let block = NonNull::new(self.first)?;
+        // SAFETY: full blocks are ours.
+        let (cookie, next) = unsafe { ((*block.as_ptr()).cookie, (*block.as_ptr()).next) };
+        if !over(Cookie(cookie)) {
+            return None;
+        }
+        self.first = next;
+        if next.is_null() {
+            self.last = core::ptr::null_mut();
+        }
+        self.nr_full -= 1;
+        // SAFETY: as above.
+        self.nr -= unsafe { (*block.as_ptr()).nr };
+        Some(block)
+    }
+
+    /// Keeps an empty block for the next time; `false` if there are enough.
+    fn add_blank(&mut self, block: NonNull<Block>) -> bool {
+        if self.nr_blank >= self.keep {
+            return false;
+        }
+        // SAFETY: the block is a page that the caller gives us.
+        unsafe {
+            (*block.as_ptr()).nr = 0;
+            (*block.as_ptr()).next = self.blank;
+        }
+        self.blank = block.as_ptr();
+        self.nr_blank += 1;
+        true
+    }
+}
+
+impl<P: Platform> Mm<P> {
+    fn krc(&self, pin: Option<&Pin<'_, P>>) -> &Krc {
+        &self.krcs[pin.map_or(0, Pin::cpu)]
+    }
+
+    /// On its own CPU as its owner, from another as a remote.
+    fn with_krc<R>(&self, cpu: usize, mut f: impl FnMut(&mut Inner) -> R) -> R {
+        let (krc, platform) = (&self.krcs[cpu], &self.pages.platform);
+        let pin = self.pages.pin();
+        if pin.cpu() == cpu
+            && let Some(result) = krc.try_owner(&pin, &mut f)
+        {
+            return result;
+        }
+        drop(pin);
+        krc.remote(platform, f)
+    }
+
+    fn channel_of(&self, ptr: NonNull<u8>) -> usize {
+        // Large memory is whole pages.
+        if !ptr.addr().get().is_multiple_of(PAGE_SIZE) {
+            return 0;
+        }
+        let kind = self.pages.map.lookup(self.virt_to_pfn(ptr.as_ptr()));
+        usize::from(kind.is_none_or(|found| found.word.kind() != PageType::Slab))
+    }
+
+    /// Frees an object after a grace period (`kvfree_rcu`, two arguments): what `kmalloc` or a cache gave, or large memory.
+    ///
+    /// # Safety
+    ///
+    /// As [`kfree`](Self::kfree), but readers that entered before may go on using the object. `head` lies in it, or lives as
+    /// long as it does, and is used for nothing else.
+    ///
+    /// # Context
+    ///
+    /// Any, an NMI and a signal handler that says what it is included. Allocates nothing that it needs, cannot fail. May free what is due if the
+    /// context allows, and in a thread that may sleep waits when far too much is queued.
+    #[inline]
+    pub unsafe fn kvfree_rcu(&self, object: NonNull<u8>, head: NonNull<RcuHead>) {
+        let channel = self.channel_of(object);
+        let pin = Pin::try_new(&self.pages.platform);
+        let krc = self.krc(pin.as_ref());
+        let now = || self.pages.platform.now();
+        let mut queued = pin.as_ref().and_then(|pin| {
+            krc.try_owner(pin, |inner| {
+                let queued = inner.push(channel, object.as_ptr(), now);
+                self.closed(inner, channel, queued)
+            })
+        });
+        if let Some(Queued::NoBlock) = queued
+            && let Some(pin) = &pin
+            && let Ok(block) = self.blank_block(gfp::__GFP_FAST_TRY)
+        {
+            queued = self.push_with(pin, krc, block, channel, object);
+        }
+        if matches!(queued, None | Some(Queued::NoBlock)) {
+            // SAFETY: the head is ours until the grace period is over.
+            unsafe {
+                let what: &AtomicPtr<()> = &head.as_ref().what;
+                what.store(object.as_ptr().cast(), Ordering::Relaxed);
+                krc.nr_heads.fetch_add(1, Ordering::Relaxed);
+                krc.heads.push(head);
+            }
+            self.pages
+                .any_stats(pin.as_ref())
+                .add_any(Event::KvfreeHead, 1);
+        }
+        drop(pin);
+        if let Some(Queued::Full) = queued {
+            self.kvfree_full(true);
+        }
+    }
+
+    /// Frees an object after a grace period (`kvfree_rcu_mightsleep`, one argument); it needs no head. Waits for the grace
+    /// period if there is no memory for the pointer.
+    ///
+    /// # Safety
+    ///
+    /// As [`kvfree_rcu`](Self::kvfree_rcu).
+    ///
+    /// # Context
+    ///
+    /// May sleep. Not in a read section.
+    pub unsafe fn kvfree_rcu_mightsleep(&self, object: NonNull<u8>) {
+        let channel = self.channel_of(object);
+        let mut blank = None;
+        let mut round = 0;
+        loop {
+            let pin = self.pages.pin();
+            let krc = self.krc(Some(&pin));
+            let now = || self.pages.platform.now();
+            let queued = match blank.take() {
+                Some(block) => self.push_with(&pin, krc, block, channel, object),
+                None => krc.try_owner(&pin, |inner| {
+                    let queued = inner.push(channel, object.as_ptr(), now);
+                    self.closed(inner, channel, queued)
+                }),
+            };
+            match queued {
+                Some(Queued::Yes | Queued::Full) => {
+                    drop(pin);
+                    if let Some(Queued::Full) = queued {
+                        self.kvfree_full(true);
+                    }
+                    return;
+                }
+                // Another CPU drains: soon over.
+                None => {
+                    drop(pin);
+                    self.pages.platform.relax(round);
+                    round = round.saturating_add(1);
+                }
+                Some(Queued::NoBlock) => {
+                    drop(pin);
+                    let lightly = gfp::GFP_KERNEL
+                        | gfp::__GFP_NORETRY
+                        | gfp::__GFP_NOMEMALLOC
+                        | gfp::__GFP_NOWARN;
+                    let block = self
+                        .blank_block(gfp::__GFP_FAST_TRY)
+                        .or_else(|_| self.blank_block(lightly));
+                    match block {
+                        Ok(block) => blank = Some(block),
+                        Err(_) => {
+                            let pin = self.pages.pin();
+                            self.pages
+                                .any_stats(Some(&pin))
+                                .add_any(Event::KvfreeWaited, 1);
+                            drop(pin);
+                            self.pages.platform.rcu().synchronize();
+                            // SAFETY: the caller's promise, and the grace period is over.
+                            unsafe { self.kfree(object) };
+                            return;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// A full block waits from now on.
+    #[inline]
+    fn closed(&self, inner: &mut Inner, channel: usize, queued: Queued) -> Queued {
+        if let Queued::Full = queued {
+            // One cookie for all of the block: all in it were unlinked before.
+            inner.close(channel, self.pages.platform.rcu().get_state());
+        }
+        queued
+    }
+
+    fn push_with(
+        &self,
+        pin: &Pin<'_, P>,
+        krc: &Krc,
+        block: NonNull<Block>,
+        channel: usize,
+        object: NonNull<u8>,
+    ) -> Option<Queued> {
+        let now = || self.pages.platform.now();
+        let mut kept = false;
+        let queued = krc.try_owner(pin, |inner| {
+            // Room for one is made, however few are to be kept.
+            let keep = core::mem::replace(&mut inner.keep, u32::MAX);
+            kept = inner.add_blank(block);
+            inner.keep = keep;
+            let queued = inner.push(channel, object.as_ptr(), now);
+            self.closed(inner, channel, queued)
+        });
+        if !kept {
+            self.free_block_page(block);
+        }
+        queued
+    }
+
+    /// A page for pointers.
+    fn blank_block(&self, gfp: gfp::Flags) -> Result<NonNull<Block>, AllocError> {
+        let kind = PageType::Bare;
+        let block = if gfp.contains(gfp::__GFP_FAST_TRY) {
+            self.pages
+                .try_block(kind, gfp::Flags::EMPTY, 0, None, Try::Lists, self)?
+        } else {
+            self.pages.alloc_block(kind, gfp, 0, None, self)?
+        };
+        self.pages
+            .map
+            .publish_block(block.pfn, block.word.to_owned(kind));
+        self.kvfree_pages.fetch_add(1, Ordering::Relaxed);
+        NonNull::new(self.page_address(block.pfn).cast()).ok_or(AllocError::Empty)
+    }
+
+    fn free_block_page(&self, block: NonNull<Block>) {
+        self.kvfree_pages.fetch_sub(1, Ordering::Relaxed);
+        // SAFETY: from `blank_block`, and nobody has it any more.
+        unsafe { self.free_pages_nolock(self.virt_to_pfn(block.as_ptr().cast())) };
+    }
+
+    /// May what is due be freed here, which takes locks?
+    pub(crate) fn may_free_here(&self) -> bool {
+        match self.pages.platform.context() {
+            Context::Task => true,
+            Context::Atomic => !self.pages.rt,
+            Context::HardIrq | Context::Nmi => false,
+        }
+    }
+
+    /// A block is full: frees what is due; waits, if that is allowed, when far too much is queued.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn kvfree_full(&self, throttle: bool) {
+        if !self.may_free_here() {
+            return self.pages.platform.kick();
+        }
+        let cpu = self.pages.pin().cpu();
+        let rcu = self.pages.platform.rcu();
+        let (full, nr) = self.with_krc(cpu, |inner| (inner.nr_full, inner.nr));
+        if full >= WORTH_IT {
+            rcu.start_poll();
+            rcu.advance();
+        }
+        self.kvfree_due(cpu);
+        if throttle && nr > u64::from(self.kvfree_backlog) && self.may_wait() {
+            self.pages
+                .any_stats(Some(&self.pages.pin()))
+                .add_any(Event::KvfreeThrottled, 1);
+            rcu.synchronize_expedited();
+            self.kvfree_due(cpu);
+        }
+    }
+
+    /// Frees what is due on a CPU; says how many pointers and heads.
+    pub(crate) fn kvfree_due(&self, cpu: usize) -> usize {
+        let krc = &self.krcs[cpu];
+        let rcu = self.pages.platform.rcu();
+        let mut freed = 0;
+        loop {
+            let block = self.with_krc(cpu, |inner| {
+                let block = inner.due(|cookie| rcu.poll_state(cookie))?;
+                // SAFETY: a block that was taken out is ours.
+                let nr = unsafe { (*block.as_ptr()).nr };
+                // Under the lock: it is in one of the two counts for whoever looks.
+                krc.draining.fetch_add(nr, Ordering::Relaxed);
+                Some(block)
+            });
+            let Some(block) = block else { break };
+            // SAFETY: the block is ours, and all it records is due.
+            let records = unsafe {
+                let nr = (*block.as_ptr()).nr as usize;
+                core::slice::from_raw_parts((&raw const (*block.as_ptr()).records).cast(), nr)
+            };
+            self.kfree_bulk_unchecked(records);
+            freed += records.len();
+            // Release pairs with the Acquire in `kvfree_queued`.
+            krc.draining
+                .fetch_sub(records.len() as u64, Ordering::Release);
+            if !self.with_krc(cpu, |inner| inner.add_blank(block)) {
+                self.free_block_page(block);
+            }
+        }
+        if krc.nr_heads.load(Ordering::Relaxed) == 0 {
+            return freed;
+        }
+        // Those that came by their heads: one batch waits at a time.
+        let due = self.with_krc(cpu, |inner| {
+            if inner.heads.is_null() || !rcu.poll_state(Cookie(inner.cookie)) {
+                return core::ptr::null_mut();
+            }
+            core::mem::replace(&mut inner.heads, core::ptr::null_mut())
+        });
+        let heads = self.free_heads(due);
+        krc.nr_heads.fetch_sub(heads as u64, Ordering::Release);
+        self.with_krc(cpu, |inner| {
+            if inner.heads.is_null() && !krc.heads.is_empty() {
+                inner.heads = krc.heads.take();
+                inner.cookie = rcu.start_poll().0;
+            }
+        });
+        freed + heads
+    }
+
+    fn free_heads(&self, mut at: *mut RcuHead) -> usize {
+        let mut batch = [core::ptr::null_mut(); 64];
+        let (mut n, mut freed) = (0, 0);
+        while let Some(head) = NonNull::new(at) {
+            // SAFETY: heads whose grace period is over are ours; the next is read before the object goes.
+            unsafe {
+                batch[n] = head.as_ref().what.load(Ordering::Relaxed).cast();
+                at = head.as_ref().next.load(Ordering::Relaxed);
+            }
+            n += 1;
+            if n == batch.len() || at.is_null() {
+                self.kfree_bulk_unchecked(&batch[..n]);
+                freed += n;
+                n = 0;
+            }
+        }
+        freed
+    }
+
+    /// The periodic work: blocks that have lain half full for long wait from now on, blank pages are provided, what is due is freed.
+    pub(crate) fn kvfree_tick(&self, hurry: bool) -> usize {
+        let platform = &self.pages.platform;
+        let rcu = platform.rcu();
+        let now = platform.now();
+        let mut freed = 0;
+        for cpu in 0..self.krcs.len() {
+            self.with_krc(cpu, |inner| {
+                for channel in 0..CHANNELS {
+                    let lain = now.saturating_sub(inner.since[channel]);
+                    if !inner.filling[channel].is_null() && (hurry || lain >= self.kvfree_drain_ns)
+                    {
+                        inner.close(channel, rcu.start_poll());
+                    }
+                }
+                if inner.nr_full > 0 {
+                    rcu.start_poll();
+                }
+                if now >= inner.keep_again {
+                    inner.keep = MIN_CACHED;
+                }
+            });
+            // Collects heads; pushes on; and what is begun here may be over at once.
+            freed += self.kvfree_due(cpu);
+            rcu.advance();
+            freed += self.kvfree_due(cpu);
+        }
+        freed
+    }
+
+    /// Waits until all that was given to `kvfree_rcu` and its kin before is freed (`kvfree_rcu_barrier`).
+    ///
+    /// # Context
+    ///
+    /// May sleep. Not in a read section.
+    pub fn kvfree_rcu_barrier(&self) {
+        let rcu = self.pages.platform.rcu();
+        // Heads that are behind a running batch take a grace period more, and what is being freed elsewhere a moment. Others may
+        // go on queueing: what was there when we came is gone after so many rounds.
+        for round in 0.. {
+            self.kvfree_tick(true);
+            self.prepaid_tick();
+            let draining = |k: &Krc| k.draining.load(Ordering::Acquire) > 0;
+            let busy = self.krcs.iter().any(draining);
+            if !busy && (round >= 4 || self.kvfree_queued() == 0 && !self.prepaid_any()) {
+                return;
+            }
+            if round < 4 {
+                rcu.synchronize_expedited();
+            } else {
+                self.pages.platform.relax(round);
+            }
+        }
+    }
+
+    /// Pointers and objects that wait for their grace period, those of prepaid caches aside.
+    ///
+    /// # Context
+    ///
+    /// May wait for other CPUs.
+    pub fn kvfree_queued(&self) -> u64 {
+        let of = |cpu: usize| {
+            let krc = &self.krcs[cpu];
+            let nr = self.with_krc(cpu, |inner| inner.nr);
+            // Acquire pairs with the Release in `kvfree_due`.
+            nr + krc.nr_heads.load(Ordering::Acquire) + krc.draining.load(Ordering::Acquire)
+        };
+        (0..self.krcs.len()).map(of).sum()
+    }
+
+    /// Pages that hold pointers, or wait to.
+    pub(crate) fn kvfree_pages(&self) -> u64 {
+        self.kvfree_pages.load(Ordering::Relaxed)
+    }
+
+    /// Memory is short: blank pages go back and are not collected again for a while (the `rcu-kfree` shrinker); what is due is
+    /// freed. Says how many pages and objects came free.
+    pub(crate) fn kvfree_shrink(&self) -> usize {
+        let platform = &self.pages.platform;
+        let mut freed = 0;
+        let again = platform.now() + self.kvfree_drain_ns;
+        for cpu in 0..self.krcs.len() {
+            loop {
+                let blank = self.with_krc(cpu, |inner| {
+                    inner.keep = 1;
+                    inner.keep_again = again;
+                    let block = NonNull::new(inner.blank)?;
+                    // SAFETY: blank blocks are ours.
+                    inner.blank = unsafe { (*block.as_ptr()).next };
+                    inner.nr_blank -= 1;
+                    Some(block)
+                });
+                let Some(block) = blank else { break };
+                self.free_block_page(block);
+                freed += 1;
+            }
+        }
+        freed + self.kvfree_tick(true)
+    }
+
+    /// Frees many objects, runs of one cache together.
+    pub(crate) fn kfree_bulk_unchecked(&self, objects: &[*mut u8]) {
+        let mut rest = objects;
+        let caller = core::panic::Location::caller();
+        while let Some(first) = rest.first().copied().and_then(NonNull::new) {
+            match self.where_is(first.as_ptr()) {
+                Ok(Where::Object(core)) => {
+                    let same = |&&object: &&*mut u8| match self.where_is(object) {
+                        Ok(Where::Object(other)) => core::ptr::eq(core, other),
+                        _ => false,
+                    };
+                    let run = 1 + rest[1..].iter().take_while(same).count();
+                    self.cache_free_run(core, &rest[..run], caller);
+                    rest = &rest[run..];
+                }
+                Ok(Where::Pages(found)) => {
+                    self.take_back(self.pages.free_path(), found.head, found.word);
+                    rest = &rest[1..];
+                }
+                Err(what) => {
+                    self.report_object(what, None, first.as_ptr(), caller);
+                    rest = &rest[1..];
+                }
+            }
+        }
+    }
+}
