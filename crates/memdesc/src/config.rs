@@ -62,7 +62,7 @@ impl Default for Config {
             lowmem_reserve_ratio: [256, 256, 32],
             memory_is_zeroed: false,
             preempt_rt: false,
-            kvfree_backlog: 8192,
+            kvfree_backlog: 4096,
             kvfree_drain_ns: 5_000_000_000,
             slab_debug: crate::slab::CacheFlags::EMPTY,
         }

@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::ptr::NonNull;
 
 use common::{fill, range};
+use memdesc::rcu::RcuHead;
 use memdesc::*;
 use memdesc_host::Host;
 
@@ -38,6 +39,9 @@ struct Run {
     labels: BTreeMap<&'static str, u64>,
 }
 
+/// Strikes in one run: in a storm that never ends, what waits for an end would wait for ever.
+const MOST: u64 = 2000;
+
 thread_local! {
     static RUN: RefCell<Option<Run>> = const { RefCell::new(None) };
     static BUSY: Cell<bool> = const { Cell::new(false) };
@@ -57,7 +61,7 @@ fn point(label: &'static str) {
             || run.again > 0
                 && run.passed > run.strike
                 && (run.passed - run.strike) % run.again == 0;
-        if !due || run.depth >= 2 {
+        if !due || run.depth >= 2 || run.strikes >= MOST {
             return None;
         }
         run.depth += 1;
@@ -163,6 +167,7 @@ fn free_normal(mm: &Mm<Host>, held: Held) {
 
 /// Every call that a handler may make.
 fn handler(mm: &Mm<Host>) {
+    let _irq = memdesc_host::interrupt::hardirq();
     let fast = gfp::__GFP_FAST_TRY;
     for order in [0, 2, 9] {
         own(got_pages(mm, order, mm.alloc_pages(fast, order)));
@@ -186,6 +191,15 @@ fn handler(mm: &Mm<Host>) {
     for size in [8, 64, 600, 8192, 20_000] {
         own(got_object(size, mm.kmalloc_nolock(size, Flags::EMPTY)));
     }
+    free_later(mm, mm.kmalloc_nolock(64, Flags::EMPTY), false);
+    free_later(mm, mm.kmalloc_nolock(64, gfp::__GFP_RCU_PREPAID), true);
+    let held = with(
+        |run| match run.held.iter().find(|h| matches!(h, Held::Pages(..))) {
+            Some(Held::Pages(pfn, ..)) => Some(*pfn),
+            _ => None,
+        },
+    );
+    drop(held.and_then(|pfn| mm.folio_get(pfn)));
     // Half of it goes back at once, and something that normal code left.
     loop {
         let held = with(|run| {
@@ -196,6 +210,20 @@ fn handler(mm: &Mm<Host>) {
         match held {
             Some(held) => free_nolock(mm, held),
             None => break,
+        }
+    }
+}
+
+/// Deferred frees: with the object's own head, or prepaid.
+fn free_later(mm: &Mm<Host>, object: Result<NonNull<u8>, AllocError>, prepaid: bool) {
+    let Ok(object) = object else { return };
+    // SAFETY: just had, and nobody else knows it.
+    unsafe {
+        if prepaid {
+            mm.kfree_rcu_prepaid(object);
+        } else {
+            object.cast().write(RcuHead::new());
+            mm.kvfree_rcu(object, object.cast());
         }
     }
 }
@@ -231,6 +259,11 @@ fn work(mm: &Mm<Host>) {
         mm.alloc_folio(gfp::GFP_HIGHUSER_MOVABLE, 2, FolioKind::Anon),
     ));
     mine.extend(normal_pages(mm, 0, mm.alloc_page_table(kernel, 0)));
+    if let Ok(pfn) = mm.alloc_folio(gfp::GFP_HIGHUSER_MOVABLE, 1, FolioKind::Anon) {
+        drop(mm.folio_get(pfn.add(1)));
+        // SAFETY: just had.
+        unsafe { mm.free_pages(pfn) };
+    }
     for size in [8, 40, 64, 64, 700, 8192, 30_000] {
         mine.extend(normal_object(size, mm.kmalloc(size, kernel)));
     }
@@ -246,8 +279,21 @@ fn work(mm: &Mm<Host>) {
     let n = mm.alloc_pages_bulk(kernel, &mut bulk);
     // SAFETY: just had.
     unsafe { mm.free_pages_bulk(&bulk[..n]) };
+    for i in 0..40 {
+        let flags = if i % 2 == 0 {
+            kernel
+        } else {
+            kernel | gfp::__GFP_RCU_PREPAID
+        };
+        free_later(mm, mm.kmalloc(200, flags), i % 2 == 1);
+    }
+    if let Ok(object) = mm.kmalloc(100, kernel) {
+        // SAFETY: just had.
+        unsafe { mm.kvfree_rcu_mightsleep(object) };
+    }
     mm.tick();
     mm.drain_all();
+    mm.kvfree_rcu_barrier();
     let gifts = with(|run| std::mem::take(&mut run.gifts));
     gifts.into_iter().for_each(|held| free_normal(mm, held));
 }
@@ -355,6 +401,10 @@ const LABELS: &[&str] = &[
     "slab lists: about to take",
     "slab lists: taken",
     "slab lists: about to give",
+    "kvfree: about to record",
+    "prepaid: about to stack",
+    "prepaid: pending",
+    "folio_get: looked up",
     "deferred pages: about to push",
     "deferred objects: about to push",
 ];

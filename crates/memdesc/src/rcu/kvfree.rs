@@ -27,7 +27,7 @@ use crate::page_alloc::nolock::Try;
 use crate::platform::{Context, Pin, Platform, PlatformBarriers};
 use crate::slab::kmalloc::Where;
 use crate::stats::Event;
-use crate::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
 use crate::sync::{LocalLock, UnsafeCell};
 
 /// Pointers in a block.
@@ -84,6 +84,8 @@ pub(crate) struct Krc {
     heads: HeadStack,
     /// How many that is, and those whose grace period runs.
     nr_heads: AtomicU64,
+    /// 1: somebody went without a page since the blank ones were last provided.
+    hungry: AtomicU32,
     /// Taken out of here and not free yet.
     draining: AtomicU64,
     inner: UnsafeCell<Inner>,
@@ -100,6 +102,7 @@ impl Krc {
             lock: LocalLock::new(),
             heads: HeadStack::new(),
             nr_heads: AtomicU64::new(0),
+            hungry: AtomicU32::new(0),
             draining: AtomicU64::new(0),
             inner: UnsafeCell::new(Inner {
                 filling: [core::ptr::null_mut(); CHANNELS],
@@ -292,6 +295,7 @@ impl<P: Platform> Mm<P> {
                 let what: &AtomicPtr<()> = &head.as_ref().what;
                 what.store(object.as_ptr().cast(), Ordering::Relaxed);
                 krc.nr_heads.fetch_add(1, Ordering::Relaxed);
+                krc.hungry.store(1, Ordering::Relaxed);
                 krc.heads.push(head);
             }
             self.pages
@@ -551,12 +555,28 @@ impl<P: Platform> Mm<P> {
                     inner.keep = MIN_CACHED;
                 }
             });
+            self.kvfree_feed(cpu);
             // Collects heads; pushes on; and what is begun here may be over at once.
             freed += self.kvfree_due(cpu);
             rcu.advance();
             freed += self.kvfree_due(cpu);
         }
         freed
+    }
+
+    /// Provides blank pages for those who had none.
+    fn kvfree_feed(&self, cpu: usize) {
+        if self.krcs[cpu].hungry.swap(0, Ordering::Relaxed) == 0 {
+            return;
+        }
+        let lightly = gfp::GFP_NOWAIT | gfp::__GFP_NOMEMALLOC;
+        while self.with_krc(cpu, |inner| inner.nr_blank < inner.keep)
+            && let Ok(block) = self.blank_block(lightly)
+        {
+            if !self.with_krc(cpu, |inner| inner.add_blank(block)) {
+                self.free_block_page(block);
+            }
+        }
     }
 
     /// Waits until all that was given to `kvfree_rcu` and its kin before is freed (`kvfree_rcu_barrier`).

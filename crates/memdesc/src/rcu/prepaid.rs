@@ -37,13 +37,14 @@ const WORTH_IT: u32 = 32;
 /// waiting bits.
 #[repr(C)]
 struct Header {
-    /// The next slab on the stack, or of the harvest.
+    /// The next slab on the stack.
     next: AtomicU32,
+    /// The next of the harvest; a slab that is harvested may be stacked again already.
+    next_harvested: AtomicU32,
     /// On a CPU's stack: 1.
     stacked: AtomicU32,
     /// In a harvest: 1. Its waiting bits are in use.
     harvested: AtomicU32,
-    _reserved: AtomicU32,
 }
 
 /// Bytes for all that in a slab of so many objects.
@@ -189,9 +190,11 @@ impl<P: Platform> Mm<P> {
             let (header, pending, waiting) = self.prepaid_header(core, slab);
             let bit = 1 << (index % 64);
             let word = index / 64;
+            // Before ours is set, which a harvest may move there at once.
+            let waits = waiting[word].load(Ordering::Relaxed);
             // Release pairs with the Acquire in `harvest`; the rest is order with `stacked`.
             let before = pending[word].fetch_or(bit, Ordering::AcqRel);
-            if (before | waiting[word].load(Ordering::Relaxed)) & bit != 0 {
+            if (before | waits) & bit != 0 {
                 drop(_read);
                 let what = Corruption::DoubleFree;
                 return self.report_object(what, Some(core), object.as_ptr(), caller);
@@ -325,7 +328,7 @@ impl<P: Platform> Mm<P> {
             for (pending, waiting) in pending.iter().zip(waiting) {
                 waiting.store(pending.swap(0, Ordering::AcqRel), Ordering::Relaxed);
             }
-            header.next.store(chain.0, Ordering::Relaxed);
+            header.next_harvested.store(chain.0, Ordering::Relaxed);
             chain = pfn;
         }
         chain
@@ -340,7 +343,7 @@ impl<P: Platform> Mm<P> {
             // SAFETY: as in `prepaid_harvest`.
             let core = unsafe { slab.cache().as_ref() };
             let (header, _, waiting) = self.prepaid_header(core, slab);
-            chain = Pfn(header.next.load(Ordering::Relaxed));
+            chain = Pfn(header.next_harvested.load(Ordering::Relaxed));
             freed += self.prepaid_give(core, slab, header, waiting);
         }
         let pin = Pin::try_new(&self.pages.platform);
