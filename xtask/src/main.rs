@@ -64,6 +64,7 @@ fn main() -> ExitCode {
                 runner.miri(false);
             }
             runner.docs();
+            runner.storm(if quick { 2 } else { 20 });
             runner.replay_built_in();
             if let Some(folder) = recordings {
                 runner.replay(&folder);
@@ -71,7 +72,10 @@ fn main() -> ExitCode {
         }
         Command::Loom { full } => runner.loom((!full).then_some(3)),
         Command::Miri { all } => runner.miri(all),
-        Command::Stress { seconds } => runner.stress(seconds),
+        Command::Stress { seconds } => {
+            runner.stress(seconds);
+            runner.storm(seconds);
+        }
         Command::Replay { recordings } => runner.replay(&recordings),
     }
     runner.finish()

@@ -135,6 +135,15 @@ impl Runner {
         self.command(&format!("threaded tests, {seconds} s each"), command);
     }
 
+    /// Interrupts that allocate, in each configuration.
+    pub(crate) fn storm(&mut self, seconds: u64) {
+        let seconds = seconds.to_string();
+        let args = ["run", "--release", "--quiet", "-p", "memdesc-cli", "--"];
+        let mut command = cargo(&args);
+        command.args(["storm", "--quiet", "--seconds", &seconds]);
+        self.command(&format!("storm of interrupts, 3 × {seconds} s"), command);
+    }
+
     pub(crate) fn replay_built_in(&mut self) {
         self.step(
             "replay of the built-in recording",

@@ -2,12 +2,13 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 const EXIT_CODES: &str = "\
 Exit codes:
   0  all is well
-  1  something failed: an allocation where Linux had none fail, a ledger that does not balance, a page that did not come back
+  1  something failed: an allocation where Linux had none fail, a ledger that does not balance, a page that did not come back,
+     contents that were overwritten
   2  wrong usage, or nothing could be replayed
   3  the recording breaks off; what was good of it is replayed, and all is well with that";
 
@@ -28,6 +29,9 @@ pub(crate) enum Command {
     Cut(Cut),
     /// What metadata costs, a page, for memory that is all of one kind
     Ledger(LedgerArgs),
+    /// Interrupt threads that allocate, thousands of times a second, with handlers that allocate as well, and see that nothing breaks
+    #[command(after_help = EXIT_CODES)]
+    Storm(StormArgs),
 }
 
 #[derive(Debug, Args)]
@@ -87,6 +91,50 @@ pub(crate) struct LedgerArgs {
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StormArgs {
+    /// So long for each configuration
+    #[arg(long, value_name = "S", default_value_t = 10)]
+    pub(crate) seconds: u64,
+    /// So many interrupts a second for each thread; a third as many strike on top of everything, the other handler included
+    #[arg(long, value_name = "N", default_value_t = 12_000, value_parser = clap::value_parser!(u32).range(10..=1_000_000))]
+    pub(crate) hz: u32,
+    /// One configuration rather than all three
+    #[arg(long)]
+    pub(crate) config: Option<StormConfig>,
+    /// Where the random numbers begin
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// Print a JSON array, an object for each configuration
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// No progress bars
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+}
+
+/// On what kind of machine it storms.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub(crate) enum StormConfig {
+    /// Two CPUs
+    Smp,
+    /// One CPU
+    Up,
+    /// A real-time kernel: locks that sleep, and fewer CPUs than threads
+    Rt,
+}
+
+impl StormConfig {
+    /// As on the command line.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            StormConfig::Smp => "smp",
+            StormConfig::Up => "up",
+            StormConfig::Rt => "rt",
+        }
+    }
 }
 
 /// `24G`, `512M`, `1048576`.

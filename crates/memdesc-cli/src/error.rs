@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use memdesc::InitError;
+use memdesc_host::HostError;
 use memdesc_trace::TraceError;
 
 use crate::handles::MachineError;
@@ -38,6 +40,12 @@ pub(crate) enum Error {
         path: PathBuf,
         source: std::io::Error,
     },
+    #[error("{0}")]
+    Host(HostError),
+    #[error("{0}")]
+    Init(InitError),
+    #[error("{0}: {1}: this system gives no such timer")]
+    Timer(&'static str, std::io::Error),
     #[error("{0}")]
     Usage(String),
 }

@@ -1,4 +1,4 @@
-//! The command `memdesc`: replays what a real Linux kernel's allocators did, and says what it found.
+//! The command `memdesc`: replays what a real Linux kernel's allocators did, and says what it found; and tries the memory manager hard.
 
 mod cli;
 mod cut;
@@ -9,6 +9,7 @@ mod output;
 mod progress;
 mod replay;
 mod report;
+mod storm;
 
 use std::process::ExitCode;
 
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
             0
         }),
         Command::Ledger(args) => ledger::run(&args),
+        Command::Storm(args) => storm::run(&args),
     };
     match result {
         Ok(code) => ExitCode::from(code),

@@ -42,3 +42,10 @@ pub(crate) fn events(quiet: bool, total: u64) -> ProgressBar {
         "replaying {wide_bar:.green} {human_pos}/{human_len} {per_sec}",
     )
 }
+
+/// For what takes a certain time.
+pub(crate) fn seconds(quiet: bool, total: u64, what: &str) -> ProgressBar {
+    let bar = bar(quiet, total, "{msg:9} {wide_bar:.yellow} {pos}/{len} s");
+    bar.set_message(what.to_owned());
+    bar
+}

@@ -8,10 +8,10 @@ use crate::desc::DescList;
 use crate::memmap::{BootSlice, PageType};
 use crate::page_alloc::alloc::{Descriptors, PageAllocator};
 use crate::platform::{Holder, Platform};
-use crate::rcu::Rcu;
 use crate::rcu::discard::Discards;
 use crate::rcu::kvfree::Krc;
 use crate::rcu::prepaid::Prepaid;
+use crate::rcu::{Rcu, ReadGuard};
 use crate::shrinker::Shrinkers;
 use crate::slab::CacheCore;
 use crate::slab::kmalloc::{CLASSES, Kind};
@@ -81,6 +81,22 @@ impl<P: Platform> Mm<P> {
     /// The platform it runs on.
     pub fn platform(&self) -> &P {
         &self.pages.platform
+    }
+
+    /// The RCU it uses.
+    #[inline]
+    pub fn rcu(&self) -> &P::Rcu {
+        self.pages.platform.rcu()
+    }
+
+    /// Opens a read section: what is found in it is not freed, nor its type changed, before it ends.
+    ///
+    /// # Context
+    ///
+    /// Any.
+    #[inline]
+    pub fn rcu_read_lock(&self) -> ReadGuard<'_, P::Rcu> {
+        crate::rcu::read_lock(self.rcu())
     }
 
     /// A number that tells this memory manager from others alive at the same time.

@@ -2,6 +2,7 @@
 //! is on a free path, and what it has to free later.
 
 use crate::address::MAX_ORDER;
+use crate::error::AllocError;
 use crate::memmap::PageType;
 use crate::platform::{Pin, Platform};
 use crate::slab::DeferredObjects;
@@ -69,7 +70,23 @@ events! {
     AllocOnFree = "alloc_on_free",
     /// Descriptors reused by the next owner as they were.
     DescReused = "desc_reused",
-    /// Requests for pages that tried and got them: by the fast try, `alloc_pages_nolock`, and on behalf of objects.
+    /// Fast tries for pages that got them.
+    FastPages = "fast_pages",
+    /// Fast tries for pages: nothing there.
+    FastPagesEmpty = "fast_pages_empty",
+    /// Fast tries for pages: somebody was inside.
+    FastPagesContended = "fast_pages_contended",
+    /// Fast tries for pages where or what may not be tried.
+    FastPagesForbidden = "fast_pages_forbidden",
+    /// Fast tries for objects that got one.
+    FastObjects = "fast_objects",
+    /// Fast tries for objects: nothing there.
+    FastObjectsEmpty = "fast_objects_empty",
+    /// Fast tries for objects: somebody was inside.
+    FastObjectsContended = "fast_objects_contended",
+    /// Fast tries for objects where or what may not be tried.
+    FastObjectsForbidden = "fast_objects_forbidden",
+    /// Requests for pages by the nolock calls that got them, also on behalf of objects.
     TryPages = "try_pages",
     /// Requests for pages that tried in vain: nothing there.
     TryPagesEmpty = "try_pages_empty",
@@ -101,6 +118,19 @@ events! {
     NolockKfree = "nolock_kfree",
     /// Objects freed by `kfree_nolock` that the next normal free takes further.
     NolockKfreeDeferred = "nolock_kfree_deferred",
+}
+
+impl Event {
+    /// Of a request that only tries: what became of it. `first` is the event of success; its reasons to fail follow it.
+    pub(crate) fn tried<T>(first: Event, result: &Result<T, AllocError>) -> Event {
+        let reason = match result {
+            Ok(_) => 0,
+            Err(AllocError::Contended) => 2,
+            Err(AllocError::Forbidden | AllocError::BadOrder | AllocError::NoZone) => 3,
+            Err(_) => 1,
+        };
+        Event::ALL[first as usize + reason]
+    }
 }
 
 /// The counters of one CPU.

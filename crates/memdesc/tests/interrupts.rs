@@ -150,18 +150,22 @@ fn check(mm: &Mm<Host>, held: &Held) {
 fn free_nolock(mm: &Mm<Host>, held: Held) {
     check(mm, &held);
     // SAFETY: it is ours, and we forget it.
-    match held {
-        Held::Pages(pfn, ..) => unsafe { mm.free_pages_nolock(pfn) },
-        Held::Object(object, ..) => unsafe { mm.kfree_nolock(object) },
+    unsafe {
+        match held {
+            Held::Pages(pfn, ..) => mm.free_pages_nolock(pfn),
+            Held::Object(object, ..) => mm.kfree_nolock(object),
+        }
     }
 }
 
 fn free_normal(mm: &Mm<Host>, held: Held) {
     check(mm, &held);
-    // SAFETY: as above.
-    match held {
-        Held::Pages(pfn, ..) => unsafe { mm.free_pages(pfn) },
-        Held::Object(object, ..) => unsafe { mm.kfree(object) },
+    // SAFETY: it is ours, and we forget it.
+    unsafe {
+        match held {
+            Held::Pages(pfn, ..) => mm.free_pages(pfn),
+            Held::Object(object, ..) => mm.kfree(object),
+        }
     }
 }
 
@@ -372,9 +376,11 @@ fn run(
 fn free_normal_done(mm: &Mm<Host>, held: Held) {
     check(mm, &held);
     // SAFETY: it is ours, and we forget it.
-    match held {
-        Held::Pages(pfn, ..) => unsafe { mm.free_pages(pfn) },
-        Held::Object(object, ..) => unsafe { mm.kfree(object) },
+    unsafe {
+        match held {
+            Held::Pages(pfn, ..) => mm.free_pages(pfn),
+            Held::Object(object, ..) => mm.kfree(object),
+        }
     }
 }
 

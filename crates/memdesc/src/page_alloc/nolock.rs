@@ -60,17 +60,11 @@ impl<P: Platform> PageAllocator<P> {
             None => Err(AllocError::Forbidden),
         };
         let stats = self.any_stats(pin.as_ref());
-        stats.add_any(
-            match &result {
-                Ok(_) => Event::TryPages,
-                Err(AllocError::Contended) => Event::TryPagesContended,
-                Err(AllocError::Forbidden | AllocError::BadOrder | AllocError::NoZone) => {
-                    Event::TryPagesForbidden
-                }
-                Err(_) => Event::TryPagesEmpty,
-            },
-            1,
-        );
+        let first = match how {
+            Try::Lists => Event::FastPages,
+            Try::Locks => Event::TryPages,
+        };
+        stats.add_any(Event::tried(first, &result), 1);
         if let Ok(block) = &result {
             stats.block_out_any(kind, order);
             self.platform.pages_allocated(block.pfn, order);

@@ -213,6 +213,20 @@ impl<P: Platform> Mm<P> {
         }
     }
 
+    /// Is the deferred free of this memory paid for: may it be given to [`kfree_rcu_prepaid`](Self::kfree_rcu_prepaid)? Large memory
+    /// always is: its descriptor has room for a link.
+    ///
+    /// # Safety
+    ///
+    /// `ptr` is live memory from `kmalloc` or a cache.
+    pub unsafe fn is_prepaid(&self, ptr: NonNull<u8>) -> bool {
+        match self.where_is(ptr.as_ptr()) {
+            Ok(Where::Object(core)) => core.flags.contains(CacheFlags::RCU_PREPAID),
+            Ok(Where::Pages(_)) => true,
+            Err(_) => false,
+        }
+    }
+
     #[cold]
     fn prepaid_large(&self, found: crate::memmap::Found) {
         let links = self.pages.map.buddy_at(found.word.desc());

@@ -65,19 +65,14 @@ impl<P: Platform> Mm<P> {
             None => Err(AllocError::Forbidden),
         };
         let stats = self.pages.any_stats(pin.as_ref());
-        stats.add_any(
-            match &result {
-                Ok(_) => Event::TryObjects,
-                Err(AllocError::Contended) => Event::TryObjectsContended,
-                Err(AllocError::Forbidden) => Event::TryObjectsForbidden,
-                Err(_) => Event::TryObjectsEmpty,
-            },
-            1,
-        );
-        let object = result?;
-        if core.role == super::cache::Role::Objects {
-            stats.add_any(Event::SlabAlloc, 1);
+        if core.is_metadata() {
+            return result;
         }
+        if how == Try::Lists {
+            stats.add_any(Event::tried(Event::FastObjects, &result), 1);
+        }
+        let object = result?;
+        stats.add_any(Event::SlabAlloc, 1);
         self.on_alloc(
             core,
             object,
@@ -336,6 +331,19 @@ impl<P: Platform> Mm<P> {
         let Some(class) = class_of(size) else {
             return self.try_large(size, gfp, Try::Locks);
         };
+        let result = self.kmalloc_class_nolock(class, gfp, caller);
+        let pin = Pin::try_new(&self.pages.platform);
+        let stats = self.pages.any_stats(pin.as_ref());
+        stats.add_any(Event::tried(Event::TryObjects, &result), 1);
+        result
+    }
+
+    fn kmalloc_class_nolock(
+        &self,
+        class: usize,
+        gfp: Flags,
+        caller: Caller,
+    ) -> Result<NonNull<u8>, AllocError> {
         let mut why = AllocError::Empty;
         for class in class..CLASSES.len().min(class + 1 + LARGER) {
             let core = self.kmalloc_cache(Kind::of(gfp), class);
