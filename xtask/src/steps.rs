@@ -69,6 +69,16 @@ impl Runner {
             "tests",
             cargo(&["test", "--workspace", "--exclude", "xtask"]),
         );
+        // All of the core's tests once more, with every lock checked.
+        let args = [
+            "test",
+            "--release",
+            "-p",
+            "memdesc",
+            "--features",
+            "lockdep,checked",
+        ];
+        self.command("the core under lockdep", cargo(&args));
         // The checks of debug builds in optimised code: another schedule, the same answers.
         self.command("owner map, optimised and checked", owner_map());
     }

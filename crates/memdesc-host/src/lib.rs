@@ -13,6 +13,7 @@ pub mod rcu;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, compiler_fence, fence};
 use std::time::Instant;
 
+use memdesc::lockdep::{Lockdep, Task};
 use memdesc::{
     Context, FaultPoint, MemRange, PAGE_SHIFT, PAGE_SIZE, Pfn, Platform, ReclaimRequest, Report,
 };
@@ -26,6 +27,8 @@ pub use rcu::HostRcu;
 
 /// A function that is asked to make memory free, and says how many pages it freed.
 pub type ReclaimFn = dyn Fn(ReclaimRequest) -> usize + Send + Sync;
+/// A function that hears of what the context checker finds.
+pub type LockdepFn = dyn Fn(&memdesc::lockdep::Report) + Send + Sync;
 /// A function that hears of corruption.
 pub type CorruptionFn = dyn Fn(&Report<'_>) + Send + Sync;
 
@@ -42,6 +45,8 @@ pub struct Host {
     reclaim: Option<Box<ReclaimFn>>,
     corruption: Option<Box<CorruptionFn>>,
     rcu: HostRcu,
+    lockdep: Box<Lockdep>,
+    on_lockdep: Option<Box<LockdepFn>>,
     start: Instant,
 }
 
@@ -56,6 +61,7 @@ pub struct HostBuilder {
     reclaim: Option<Box<ReclaimFn>>,
     corruption: Option<Box<CorruptionFn>>,
     stall: Option<(u64, Box<rcu::StallFn>)>,
+    lockdep: Option<Box<LockdepFn>>,
 }
 
 impl HostBuilder {
@@ -123,6 +129,16 @@ impl HostBuilder {
         self
     }
 
+    /// Call this when the context checker finds something, instead of a panic.
+    #[must_use]
+    pub fn on_lockdep(
+        mut self,
+        f: impl Fn(&memdesc::lockdep::Report) + Send + Sync + 'static,
+    ) -> Self {
+        self.lockdep = Some(Box::new(f));
+        self
+    }
+
     /// Reserves the address space.
     ///
     /// # Errors
@@ -144,6 +160,8 @@ impl HostBuilder {
             reclaim: self.reclaim,
             corruption: self.corruption,
             rcu: HostRcu::new(stall_ns, stall),
+            lockdep: Box::new(Lockdep::new()),
+            on_lockdep: self.lockdep,
             start: Instant::now(),
         })
     }
@@ -271,6 +289,21 @@ unsafe impl Platform for Host {
     #[inline]
     fn rcu(&self) -> &HostRcu {
         &self.rcu
+    }
+
+    fn with_lockdep(&self, f: &mut dyn FnMut(&Lockdep, &Task)) {
+        interrupt::TASK.with(|task| f(&self.lockdep, task));
+    }
+
+    fn irqs_enabled(&self) -> bool {
+        interrupt::enabled()
+    }
+
+    fn lockdep_report(&self, report: &memdesc::lockdep::Report) {
+        match &self.on_lockdep {
+            Some(f) => f(report),
+            None => panic!("{report}"),
+        }
     }
 
     fn context(&self) -> Context {

@@ -171,7 +171,7 @@ impl HostRcu {
     #[inline(never)]
     fn slot_slow(&self) -> Option<&Slot> {
         // In a handler the list may be half way through a change. At the end of a thread it is gone.
-        if crate::interrupt::context() != Context::Task {
+        if crate::interrupt::context() > Context::Atomic {
             return None;
         }
         let slot = MINE.try_with(|mine| {

@@ -110,6 +110,9 @@ impl<P: Platform> Mm<P> {
             return Err(InitError::BadCpuCount(nr_cpus));
         }
         check(ranges)?;
+        if config.preempt_rt {
+            platform.with_lockdep(&mut |lockdep, _| lockdep.set_preempt_rt());
+        }
         if let Some(range) = ranges.iter().find(|range| !platform.maps(range)) {
             return Err(InitError::NotMapped(range.start));
         }

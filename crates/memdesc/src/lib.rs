@@ -23,6 +23,8 @@ pub mod inject;
 #[cfg(not(loom))]
 pub mod ledger;
 #[cfg(not(loom))]
+pub mod lockdep;
+#[cfg(not(loom))]
 mod memmap;
 #[cfg(loom)]
 mod memmap {

@@ -5,6 +5,7 @@ use core::ptr::NonNull;
 
 use crate::boot::BootLayout;
 use crate::desc::DescList;
+use crate::lockdep::classes;
 use crate::memmap::{BootSlice, PageType};
 use crate::page_alloc::alloc::{Descriptors, PageAllocator};
 use crate::platform::{Holder, Platform};
@@ -128,7 +129,11 @@ impl<P: Platform> Mm<P> {
     /// Takes the lock of the list of caches.
     pub(crate) fn slab_mutex(&self) -> SpinGuard<'_, CacheList, Holder<'_, P>> {
         // A mutex in every configuration: all who take it may sleep, and its holders take other locks.
-        self.caches.lock(Holder::new(&self.pages.platform, true))
+        self.caches.lock(Holder::new(
+            &self.pages.platform,
+            true,
+            &classes::SLAB_MUTEX,
+        ))
     }
 
     /// Visits every cache. `visit` may neither create nor destroy one.

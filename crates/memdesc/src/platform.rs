@@ -5,6 +5,7 @@
 use crate::address::{Pfn, PhysAddr};
 use crate::config::MemRange;
 use crate::gfp::Flags;
+use crate::lockdep::{self, Acquire, LockClass, Lockdep, Task};
 use crate::rcu::Rcu;
 use crate::report::Report;
 use crate::sync::Waiter;
@@ -33,7 +34,7 @@ pub enum FaultPoint {
 pub enum Context {
     /// A thread that may sleep.
     Task,
-    /// A thread that may not: preemption or interrupts are off. Locks that spin may be taken; under RT none but raw ones.
+    /// A thread that may not: preemption or interrupts are off, or it holds a lock that spins.
     Atomic,
     /// An interrupt handler.
     HardIrq,
@@ -134,6 +135,20 @@ pub unsafe trait Platform: Sync {
 
     /// See [`Rcu`](Self::Rcu).
     fn rcu(&self) -> &Self::Rcu;
+
+    /// Has `f` check something with the kernel's context checker and what the caller's thread of execution holds; by default there is
+    /// none. Asked in builds with the feature `lockdep`. From any context.
+    fn with_lockdep(&self, _f: &mut dyn FnMut(&Lockdep, &Task)) {}
+
+    /// Are interrupts on? For the context checker.
+    fn irqs_enabled(&self) -> bool {
+        true
+    }
+
+    /// The context checker found something. Panics by default.
+    fn lockdep_report(&self, report: &lockdep::Report) {
+        panic!("{report}");
+    }
 
     /// In what the caller runs. Decides what deferred freeing may do on the spot; [`Context::Atomic`], the default, is right
     /// where nobody ever calls from an interrupt, and lets nothing sleep.
@@ -243,32 +258,117 @@ impl<P: Platform> crate::sync::Barriers for PlatformBarriers<'_, P> {
     }
 }
 
+/// What the context checker knows of a hold; dropped, it knows that it is over. Nothing at all without the feature.
+#[derive(Debug)]
+pub(crate) struct Checked<'a, P: Platform> {
+    #[cfg(feature = "lockdep")]
+    platform: &'a P,
+    #[cfg(feature = "lockdep")]
+    class: &'static LockClass,
+    #[cfg(not(feature = "lockdep"))]
+    _none: core::marker::PhantomData<&'a P>,
+}
+
+impl<'a, P: Platform> Checked<'a, P> {
+    #[inline]
+    #[cfg_attr(feature = "lockdep", track_caller)]
+    #[cfg_attr(not(feature = "lockdep"), allow(unused_variables))]
+    pub(crate) fn new(platform: &'a P, class: &'static LockClass, how: Acquire) -> Self {
+        #[cfg(feature = "lockdep")]
+        {
+            let at = core::panic::Location::caller();
+            let env = env(platform);
+            let mut report = None;
+            platform.with_lockdep(&mut |lockdep, task| {
+                report = lockdep.acquire(env, task, class, how, at);
+            });
+            let checked = Checked { platform, class };
+            if let Some(report) = report {
+                platform.lockdep_report(&report);
+            }
+            checked
+        }
+        #[cfg(not(feature = "lockdep"))]
+        Checked {
+            _none: core::marker::PhantomData,
+        }
+    }
+}
+
+#[cfg(feature = "lockdep")]
+impl<P: Platform> Drop for Checked<'_, P> {
+    fn drop(&mut self) {
+        self.platform
+            .with_lockdep(&mut |lockdep, task| lockdep.release(task, self.class));
+    }
+}
+
+#[cfg(feature = "lockdep")]
+fn env<P: Platform>(platform: &P) -> lockdep::Env {
+    lockdep::Env {
+        context: platform.context(),
+        irqs_on: platform.irqs_enabled(),
+    }
+}
+
+/// The caller may take a lock of this class from here on, or find that he need not (`might_lock`): checked as if he did, so that
+/// what is wrong is found whether lists are empty this time or not.
+#[inline]
+#[cfg_attr(feature = "lockdep", track_caller)]
+pub(crate) fn might_lock<P: Platform>(platform: &P, class: &'static LockClass) {
+    let _checked = Checked::new(platform, class, Acquire::Lock);
+}
+
+/// The caller may sleep from here on (`might_alloc`, `might_sleep`).
+#[inline]
+#[cfg_attr(not(feature = "lockdep"), allow(unused_variables))]
+#[cfg_attr(feature = "lockdep", track_caller)]
+pub(crate) fn might_sleep<P: Platform>(platform: &P, what: &'static str) {
+    #[cfg(feature = "lockdep")]
+    {
+        let at = core::panic::Location::caller();
+        let env = env(platform);
+        let mut report = None;
+        platform.with_lockdep(&mut |lockdep, task| {
+            report = lockdep.might_sleep(env, task, what, at);
+        });
+        if let Some(report) = report {
+            platform.lockdep_report(&report);
+        }
+    }
+}
+
 /// What the holder of a lock keeps: his CPU, since a spinning lock's holder must not be preempted; or nothing, if the lock
 /// sleeps.
 #[derive(Debug)]
 pub(crate) struct Holder<'a, P: Platform> {
     platform: &'a P,
     sleeps: bool,
+    _checked: Checked<'a, P>,
     _pin: Option<Pin<'a, P>>,
 }
 
 impl<'a, P: Platform> Holder<'a, P> {
     /// For a lock that spins, or with `sleeps` for one that sleeps.
     #[inline]
-    pub(crate) fn new(platform: &'a P, sleeps: bool) -> Self {
+    #[cfg_attr(feature = "lockdep", track_caller)]
+    pub(crate) fn new(platform: &'a P, sleeps: bool, class: &'static LockClass) -> Self {
         Holder {
             platform,
             sleeps,
+            _checked: Checked::new(platform, class, Acquire::Lock),
             _pin: (!sleeps).then(|| Pin::new(platform)),
         }
     }
 
-    /// For an attempt, from any context: the caller is pinned already and stays so.
+    /// For an attempt, from any context: the caller is pinned already and stays so, or does not care.
     #[inline]
-    pub(crate) fn trying(platform: &'a P, sleeps: bool) -> Self {
+    #[cfg_attr(feature = "lockdep", track_caller)]
+    pub(crate) fn trying(platform: &'a P, sleeps: bool, class: &'static LockClass) -> Self {
         Holder {
             platform,
             sleeps,
+            _checked: Checked::new(platform, class, Acquire::Try),
             _pin: None,
         }
     }

@@ -4,6 +4,7 @@
 //! share that grows with each failed attempt.
 
 use crate::config::MAX_SHRINKERS;
+use crate::lockdep::classes;
 use crate::mm::Mm;
 use crate::platform::{Holder, Platform, ReclaimRequest};
 use crate::sync::SpinGuard;
@@ -23,8 +24,11 @@ pub(crate) type Shrinkers = [Option<&'static dyn Shrinker>; MAX_SHRINKERS];
 
 impl<P: Platform> Mm<P> {
     fn shrinkers(&self) -> SpinGuard<'_, Shrinkers, Holder<'_, P>> {
-        self.shrinkers
-            .lock(Holder::new(&self.pages.platform, self.pages.rt))
+        self.shrinkers.lock(Holder::new(
+            &self.pages.platform,
+            self.pages.rt,
+            &classes::SHRINKERS,
+        ))
     }
 
     /// Adds a shrinker; `false` if there are [`MAX_SHRINKERS`] already.

@@ -15,9 +15,10 @@ use crate::config::MAX_NODES;
 use crate::desc::DescList;
 use crate::error::AllocError;
 use crate::gfp::{self, Flags};
+use crate::lockdep::classes;
 use crate::memmap::{BootSlice, MemMap, PageType};
 use crate::page_alloc::{MigrateType, ZoneType};
-use crate::platform::{FaultPoint, Holder, Pin, Platform, ReclaimRequest};
+use crate::platform::{FaultPoint, Holder, Pin, Platform, ReclaimRequest, might_lock, might_sleep};
 use crate::stats::{CpuStats, Event, FreePath};
 
 /// Orders above this are not worth retrying for (`PAGE_ALLOC_COSTLY_ORDER`).
@@ -117,7 +118,10 @@ impl<P: Platform> PageAllocator<P> {
 
     /// Takes a zone's lock. Not pinned where locks sleep.
     pub(super) fn lock(&self, zone: usize) -> ZoneGuard<'_, P> {
-        self.zones[zone].lock(&self.map, Holder::new(&self.platform, self.rt))
+        self.zones[zone].lock(
+            &self.map,
+            Holder::new(&self.platform, self.rt, &classes::ZONE),
+        )
     }
 
     /// Starts to free something on this CPU.
@@ -156,6 +160,10 @@ impl<P: Platform> PageAllocator<P> {
         if gfp.contains(gfp::__GFP_FAST_TRY) {
             return self.try_block(kind, gfp, order, node, Try::Lists, descs);
         }
+        if gfp.allow_blocking() {
+            might_sleep(&self.platform, "an allocation of pages");
+        }
+        might_lock(&self.platform, &classes::ZONE);
         if self.platform.should_fail(FaultPoint::AllocPages) {
             return Err(AllocError::Injected);
         }

@@ -8,8 +8,9 @@ use super::buddy::Block;
 use super::pcp::{self, Chain};
 use crate::address::Pfn;
 use crate::desc::DescList;
+use crate::lockdep::classes;
 use crate::memmap::Word;
-use crate::platform::Platform;
+use crate::platform::{Platform, might_lock};
 use crate::stats::{Event, FreePath};
 
 /// Blocks freed in one hold of the zone lock.
@@ -29,6 +30,7 @@ impl<P: Platform> PageAllocator<P> {
         nested: bool,
         descs: &impl Descriptors,
     ) {
+        might_lock(&self.platform, &classes::ZONE);
         let order = word.order();
         self.platform.pages_freed(pfn, order);
         let Some(region) = self.map.region(pfn) else {

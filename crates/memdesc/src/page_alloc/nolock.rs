@@ -17,6 +17,7 @@ use crate::address::{MAX_ORDER, Pfn};
 use crate::config::MAX_NODES;
 use crate::error::AllocError;
 use crate::gfp::{self, Flags};
+use crate::lockdep::classes;
 use crate::memmap::{PageType, Word};
 use crate::platform::{FaultPoint, Holder, Pin, Platform};
 use crate::stats::{CpuStats, Event};
@@ -138,7 +139,7 @@ impl<P: Platform> PageAllocator<P> {
         // Untouched memory may have to be carved first, which uses up one ladder.
         for _ in 0..2 {
             let mut spare = descs.try_get(LADDER)?;
-            let holder = Holder::trying(&self.platform, self.rt);
+            let holder = Holder::trying(&self.platform, self.rt, &classes::ZONE);
             let zone = self.zones[index].try_lock(&self.map, holder);
             let removed = zone.map(|mut zone| {
                 zone.rmqueue(order, gfp.migratetype(), Search::default(), &mut spare)

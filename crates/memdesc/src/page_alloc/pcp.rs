@@ -8,10 +8,11 @@
 
 use super::buddy::Block;
 use crate::address::{PAGEBLOCK_ORDER, Pfn};
+use crate::lockdep::{Acquire, classes};
 use crate::memmap::word::AtomicWord;
 use crate::memmap::{MemMap, Word};
 use crate::page_alloc::MigrateType;
-use crate::platform::{Pin, Platform, PlatformBarriers};
+use crate::platform::{Checked, Pin, Platform, PlatformBarriers};
 use crate::sync::atomic::{AtomicU32, Ordering};
 use crate::sync::{LocalLock, UnsafeCell};
 
@@ -186,12 +187,14 @@ impl PerCpuPages {
 
     #[inline]
     fn owner<P: Platform, R>(&self, pin: &Pin<'_, P>, f: impl FnOnce(&mut Lists) -> R) -> R {
+        let _checked = Checked::new(pin.platform(), &classes::PCP, Acquire::Lock);
         let _guard = self.lock.enter(&PlatformBarriers(pin.platform()));
         // SAFETY: the local lock is held, so this is the only reference.
         f(unsafe { &mut *self.lists.get_mut_ptr() })
     }
 
     fn remote<P: Platform, R>(&self, platform: &P, f: impl FnOnce(&mut Lists) -> R) -> R {
+        let _checked = Checked::new(platform, &classes::PCP, Acquire::Lock);
         let _guard = self.lock.enter_remote(&PlatformBarriers(platform));
         // SAFETY: as in `owner`.
         f(unsafe { &mut *self.lists.get_mut_ptr() })

@@ -8,6 +8,7 @@
 
 use super::{Cookie, Rcu};
 use crate::address::Pfn;
+use crate::lockdep::classes;
 use crate::memmap::MemMap;
 use crate::mm::Mm;
 use crate::platform::{Context, Holder, Platform};
@@ -111,7 +112,7 @@ impl<P: Platform> Mm<P> {
         let mut pages = 0;
         // Twice: what is begun here may be over at once.
         for _ in 0..2 {
-            let holder = Holder::trying(&self.pages.platform, self.pages.rt);
+            let holder = Holder::trying(&self.pages.platform, self.pages.rt, &classes::DISCARDS);
             let Some(mut waiting) = self.discards.waiting.try_lock(holder) else {
                 return pages;
             };
@@ -128,7 +129,7 @@ impl<P: Platform> Mm<P> {
             if !rcu.poll_state(cookie) {
                 return pages;
             }
-            let holder = Holder::trying(&self.pages.platform, self.pages.rt);
+            let holder = Holder::trying(&self.pages.platform, self.pages.rt, &classes::DISCARDS);
             let Some(mut waiting) = self.discards.waiting.try_lock(holder) else {
                 return pages;
             };
@@ -170,7 +171,7 @@ impl<P: Platform> Mm<P> {
             let done = self.discard_due();
             pages += done;
             let left = !self.discards.is_empty() || {
-                let holder = Holder::new(&self.pages.platform, self.pages.rt);
+                let holder = Holder::new(&self.pages.platform, self.pages.rt, &classes::DISCARDS);
                 self.discards.waiting.lock(holder).head != Pfn::NONE
             };
             if !left || !self.may_wait() {

@@ -9,8 +9,8 @@
 //! - *Without* ([`Mm::kvfree_rcu_mightsleep`]): where no page is to be had it waits for the grace period there and then.
 //! - *Prepaid*: see [`prepaid`](super::prepaid).
 //!
-//! Nobody drains in the background: who fills a block frees what is due, on the spot if his context allows (a raw one does not,
-//! under RT), and [`Mm::tick`] does the rest. So a flood pays for itself, and its backlog is a few blocks. If readers keep
+//! Nobody drains in the background: who fills a block in a context that may sleep frees what is due, on the spot; one that may not
+//! kicks the platform, and [`Mm::tick`] does the rest. So a flood pays for itself, and its backlog is a few blocks. If readers keep
 //! a grace period from ending, blocks add up to [`Config::kvfree_backlog`](crate::Config::kvfree_backlog), and then who floods waits, if he may.
 //!
 //! Lock order: a CPU's [`LocalLock`] is a leaf; nothing is freed under it.
@@ -21,10 +21,11 @@ use super::{Cookie, HeadStack, Rcu, RcuHead};
 use crate::address::PAGE_SIZE;
 use crate::error::AllocError;
 use crate::gfp;
+use crate::lockdep::{Acquire, classes};
 use crate::memmap::PageType;
 use crate::mm::Mm;
 use crate::page_alloc::nolock::Try;
-use crate::platform::{Context, Pin, Platform, PlatformBarriers};
+use crate::platform::{Checked, Context, Pin, Platform, PlatformBarriers, might_sleep};
 use crate::slab::kmalloc::Where;
 use crate::stats::Event;
 use crate::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
@@ -135,6 +136,7 @@ impl Krc {
 
     /// Works on it from any CPU.
     fn remote<P: Platform, R>(&self, platform: &P, f: impl FnOnce(&mut Inner) -> R) -> R {
+        let _checked = Checked::new(platform, &classes::KVFREE, Acquire::Lock);
         let _guard = self.lock.enter_remote(&PlatformBarriers(platform));
         // SAFETY: the lock is held.
         f(unsafe { &mut *self.inner.get_mut_ptr() })
@@ -319,6 +321,7 @@ impl<P: Platform> Mm<P> {
     ///
     /// May sleep. Not in a read section.
     pub unsafe fn kvfree_rcu_mightsleep(&self, object: NonNull<u8>) {
+        might_sleep(&self.pages.platform, "kvfree_rcu_mightsleep");
         let channel = self.channel_of(object);
         let mut blank = None;
         let mut round = 0;
@@ -431,13 +434,9 @@ impl<P: Platform> Mm<P> {
         unsafe { self.free_pages_nolock(self.virt_to_pfn(block.as_ptr().cast())) };
     }
 
-    /// May what is due be freed here, which takes locks?
+    /// May what is due be freed here? That takes locks that sleep under RT, and the caller may hold a raw one (seed 001's complaint).
     pub(crate) fn may_free_here(&self) -> bool {
-        match self.pages.platform.context() {
-            Context::Task => true,
-            Context::Atomic => !self.pages.rt,
-            Context::HardIrq | Context::Nmi => false,
-        }
+        self.pages.platform.context() == Context::Task
     }
 
     /// A block is full: frees what is due; waits, if that is allowed, when far too much is queued.

@@ -21,6 +21,7 @@ use core::ptr::NonNull;
 use super::{Cookie, Rcu};
 use crate::address::Pfn;
 use crate::desc::Slab;
+use crate::lockdep::classes;
 use crate::mm::Mm;
 use crate::platform::{Holder, Pin, Platform};
 use crate::report::Corruption;
@@ -272,7 +273,7 @@ impl<P: Platform> Mm<P> {
     /// Does anything wait?
     pub(crate) fn prepaid_any(&self) -> bool {
         self.prepaid.iter().any(|cpu| {
-            let holder = Holder::new(&self.pages.platform, self.pages.rt);
+            let holder = Holder::new(&self.pages.platform, self.pages.rt, &classes::HARVEST);
             let harvest = cpu.harvest.lock(holder);
             cpu.stack.load(Ordering::Relaxed) != Pfn::NONE.0
                 || cpu.large.load(Ordering::Relaxed) != Pfn::NONE.0
@@ -288,7 +289,7 @@ impl<P: Platform> Mm<P> {
         let mut freed = 0;
         // Twice: what is asked for here may be over at once.
         for _ in 0..2 {
-            let holder = Holder::trying(&self.pages.platform, self.pages.rt);
+            let holder = Holder::trying(&self.pages.platform, self.pages.rt, &classes::HARVEST);
             let Some(mut harvest) = cpu.harvest.try_lock(holder) else {
                 return freed;
             };

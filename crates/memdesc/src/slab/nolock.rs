@@ -16,6 +16,7 @@ use crate::address::Pfn;
 use crate::desc::{DescList, Slab};
 use crate::error::AllocError;
 use crate::gfp::Flags;
+use crate::lockdep::classes;
 use crate::memmap::{DescClass, PageType, Word};
 use crate::mm::Mm;
 use crate::page_alloc::nolock::Try;
@@ -116,7 +117,7 @@ impl<P: Platform> Mm<P> {
     }
 
     fn try_lists<'a>(&'a self, core: &'a CacheCore) -> Option<SpinGuard<'a, Lists, Holder<'a, P>>> {
-        let holder = Holder::trying(&self.pages.platform, self.pages.rt);
+        let holder = Holder::trying(&self.pages.platform, self.pages.rt, &classes::SLAB_LISTS);
         core.lists.try_lock(holder)
     }
 

@@ -10,11 +10,12 @@ use crate::address::{PAGE_SHIFT, Pfn, PhysAddr};
 use crate::desc::{DescList, Slab, SlabList};
 use crate::error::AllocError;
 use crate::gfp::{self, Flags};
+use crate::lockdep::classes;
 use crate::memmap::{DescClass, PageType, Word};
 use crate::mm::Mm;
 use crate::page_alloc::alloc::Descriptors;
 use crate::page_alloc::nolock::Try;
-use crate::platform::{FaultPoint, Holder, Pin, Platform, ReclaimRequest};
+use crate::platform::{FaultPoint, Holder, Pin, Platform, ReclaimRequest, might_lock, might_sleep};
 use crate::report::{Corruption, Report};
 use crate::stats::{Event, FreePath};
 use crate::sync::SpinGuard;
@@ -34,8 +35,11 @@ pub(crate) const ZONE_FLAGS: u32 = gfp::__GFP_DMA.bits()
 impl<P: Platform> Mm<P> {
     /// Takes the lock of a cache's slab lists. Not pinned where locks sleep.
     pub(crate) fn lists<'a>(&'a self, core: &'a CacheCore) -> SpinGuard<'a, Lists, Holder<'a, P>> {
-        core.lists
-            .lock(Holder::new(&self.pages.platform, self.pages.rt))
+        core.lists.lock(Holder::new(
+            &self.pages.platform,
+            self.pages.rt,
+            &classes::SLAB_LISTS,
+        ))
     }
 
     /// An object of this cache.
@@ -49,6 +53,10 @@ impl<P: Platform> Mm<P> {
         if gfp.contains(gfp::__GFP_FAST_TRY) {
             return self.cache_try_alloc(core, gfp, Try::Lists, caller);
         }
+        if gfp.allow_blocking() {
+            might_sleep(&self.pages.platform, "an allocation of an object");
+        }
+        might_lock(&self.pages.platform, &classes::SLAB_LISTS);
         if self.pages.platform.should_fail(FaultPoint::CacheAlloc) {
             return Err(AllocError::Injected);
         }
@@ -274,6 +282,7 @@ impl<P: Platform> Mm<P> {
         nested: bool,
         caller: Caller,
     ) {
+        might_lock(&self.pages.platform, &classes::SLAB_LISTS);
         let pin = path.pin();
         let stats = self.pages.stats(pin);
         if core.role == Role::Objects {

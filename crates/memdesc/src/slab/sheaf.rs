@@ -7,7 +7,8 @@
 
 use core::ptr::NonNull;
 
-use crate::platform::{Pin, Platform, PlatformBarriers};
+use crate::lockdep::{Acquire, classes};
+use crate::platform::{Checked, Pin, Platform, PlatformBarriers};
 use crate::sync::atomic::{AtomicPtr, Ordering};
 use crate::sync::{LocalLock, UnsafeCell};
 
@@ -114,6 +115,7 @@ impl Sheaves {
         f: impl FnOnce(&mut Stack<'_>) -> R,
     ) -> R {
         let (sheaf, objects) = self.sheaf(pin.cpu());
+        let _checked = Checked::new(pin.platform(), &classes::SHEAF, Acquire::Lock);
         let _guard = sheaf.lock.enter(&PlatformBarriers(pin.platform()));
         f(&mut Stack::new(sheaf, objects, self.capacity))
     }
@@ -138,6 +140,7 @@ impl Sheaves {
         f: impl FnOnce(&mut Stack<'_>) -> R,
     ) -> R {
         let (sheaf, objects) = self.sheaf(cpu);
+        let _checked = Checked::new(platform, &classes::SHEAF, Acquire::Lock);
         let _guard = sheaf.lock.enter_remote(&PlatformBarriers(platform));
         f(&mut Stack::new(sheaf, objects, self.capacity))
     }

@@ -609,6 +609,9 @@ unsafe impl Platform for Hooked {
     fn context(&self) -> Context {
         self.host.context()
     }
+    fn with_lockdep(&self, f: &mut dyn FnMut(&lockdep::Lockdep, &lockdep::Task)) {
+        self.host.with_lockdep(f);
+    }
     fn reclaim(&self, request: ReclaimRequest) -> usize {
         self.on_reclaim.as_ref().map_or(0, |f| f(request))
     }
