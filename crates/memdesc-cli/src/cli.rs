@@ -32,6 +32,55 @@ pub(crate) enum Command {
     /// Interrupt threads that allocate, thousands of times a second, with handlers that allocate as well, and see that nothing breaks
     #[command(after_help = EXIT_CODES)]
     Storm(StormArgs),
+    /// Measure side by side with what one would use instead
+    Bench {
+        #[command(subcommand)]
+        what: Bench,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Bench {
+    /// Deferred frees: kvfree_rcu, prepaid and call_rcu beside crossbeam-epoch, seize, haphazard, and liburcu where it is installed
+    Rcu(BenchRcu),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchRcu {
+    /// With so many threads, each number in turn
+    #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "1,2", value_parser = threads)]
+    pub(crate) threads: Vec<usize>,
+    /// So many objects a thread and round
+    #[arg(long, value_name = "N", default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(1000..))]
+    pub(crate) objects: u64,
+    /// So many rounds, in each of which every scheme has its turn
+    #[arg(long, value_name = "N", default_value_t = 7, value_parser = rounds)]
+    pub(crate) rounds: usize,
+    /// Only these schemes, and the floors they stand on
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',')]
+    pub(crate) only: Vec<String>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// No progress bar
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+}
+
+fn threads(text: &str) -> Result<usize, String> {
+    let n: usize = text.parse().map_err(|_| format!("{text:?} is no number"))?;
+    (1..=64)
+        .contains(&n)
+        .then_some(n)
+        .ok_or_else(|| format!("{n} threads: 1 to 64"))
+}
+
+fn rounds(text: &str) -> Result<usize, String> {
+    let n: usize = text.parse().map_err(|_| format!("{text:?} is no number"))?;
+    (1..=1000)
+        .contains(&n)
+        .then_some(n)
+        .ok_or_else(|| format!("{n} rounds: 1 to 1000"))
 }
 
 #[derive(Debug, Args)]
@@ -60,9 +109,27 @@ pub(crate) struct Replay {
     /// Where Linux maps physical address 0, if it is not found by itself
     #[arg(long, value_name = "ADDRESS", value_parser = address)]
     pub(crate) direct_map_base: Option<u64>,
+    /// Free so many percent of the objects after a grace period (`kvfree_rcu`), and show how many lie about
+    #[arg(long, value_name = "PERCENT", value_parser = percent)]
+    pub(crate) rcu: Option<f64>,
+    /// A grace period takes at least so many milliseconds of the recording's time
+    #[arg(long, value_name = "MS", default_value_t = 10.0, value_parser = milliseconds, requires = "rcu")]
+    pub(crate) rcu_grace: f64,
     /// No progress bars, no warnings
     #[arg(long, short)]
     pub(crate) quiet: bool,
+}
+
+fn percent(text: &str) -> Result<f64, String> {
+    let wrong = || format!("{text:?} is no share: 10%, 0.5, at most 100");
+    let n: f64 = text.trim_end_matches('%').parse().map_err(|_| wrong())?;
+    (0.0..=100.0).contains(&n).then_some(n).ok_or_else(wrong)
+}
+
+fn milliseconds(text: &str) -> Result<f64, String> {
+    let wrong = || format!("{text:?} is no time in milliseconds: 0.1 to 10000");
+    let n: f64 = text.parse().map_err(|_| wrong())?;
+    (0.1..=10_000.0).contains(&n).then_some(n).ok_or_else(wrong)
 }
 
 #[derive(Debug, Args)]
@@ -99,7 +166,7 @@ pub(crate) struct StormArgs {
     #[arg(long, value_name = "S", default_value_t = 10)]
     pub(crate) seconds: u64,
     /// So many interrupts a second for each thread; a third as many strike on top of everything, the other handler included
-    #[arg(long, value_name = "N", default_value_t = 12_000, value_parser = clap::value_parser!(u32).range(10..=1_000_000))]
+    #[arg(long, value_name = "N", default_value_t = 20_000, value_parser = clap::value_parser!(u32).range(10..=1_000_000))]
     pub(crate) hz: u32,
     /// One configuration rather than all three
     #[arg(long)]

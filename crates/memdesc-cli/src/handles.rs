@@ -8,6 +8,7 @@ use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use memdesc::gfp::{__GFP_ZERO, Flags};
+use memdesc::rcu::RcuHead;
 use memdesc::{
     AllocError, Cache, Config, DestroyError, FolioKind, InitError, MemRange, Mm, PAGE_SHIFT,
     PageType, Pfn, PhysAddr,
@@ -240,6 +241,27 @@ impl Machine {
             match cache {
                 Some(cache) => self.mm.kmem_cache_free(cache, ptr),
                 None => self.mm.kfree(ptr),
+            }
+        }
+    }
+
+    /// Frees an object after a grace period, by a head in it or, if it is too small for one, at once: somebody reads all the time, so
+    /// nobody may wait. `size`, if it is known.
+    /// Says whether it was deferred.
+    pub(crate) fn free_object_later(&self, object: OwnedObject, size: Option<usize>) -> bool {
+        let Some(ptr) = NonNull::new(object.parts().0) else {
+            return false;
+        };
+        // SAFETY: as in `free_object`; nobody reads it, and it holds a head.
+        unsafe {
+            let size = size.unwrap_or_else(|| self.mm.ksize(ptr));
+            if size >= size_of::<RcuHead>() {
+                ptr.cast().write(RcuHead::new());
+                self.mm.kvfree_rcu(ptr, ptr.cast());
+                true
+            } else {
+                self.mm.kfree(ptr);
+                false
             }
         }
     }

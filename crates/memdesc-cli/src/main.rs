@@ -1,5 +1,6 @@
 //! The command `memdesc`: replays what a real Linux kernel's allocators did, and says what it found; and tries the memory manager hard.
 
+mod bench;
 mod cli;
 mod cut;
 mod error;
@@ -18,6 +19,10 @@ use clap::Parser;
 use cli::{Cli, Command};
 use error::Error;
 
+/// The allocator that peers are measured with.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 /// Something failed.
 const FAILED: u8 = 1;
 /// Nothing could be done.
@@ -34,6 +39,9 @@ fn main() -> ExitCode {
         }),
         Command::Ledger(args) => ledger::run(&args),
         Command::Storm(args) => storm::run(&args),
+        Command::Bench {
+            what: cli::Bench::Rcu(args),
+        } => bench::rcu(&args),
     };
     match result {
         Ok(code) => ExitCode::from(code),
@@ -53,6 +61,7 @@ fn replay_command(args: &cli::Replay) -> Result<u8, Error> {
         memory: args.memory,
         limit: args.limit,
         direct_map_base: args.direct_map_base,
+        rcu: args.rcu.map(|percent| (percent, args.rcu_grace)),
         quiet: args.quiet,
     };
     let replay = replay::run(&options)?;
@@ -60,6 +69,9 @@ fn replay_command(args: &cli::Replay) -> Result<u8, Error> {
         output::print(&format!("{:#}\n", report::json::object(&replay)));
     } else {
         output::print(&report::text::report(&replay));
+    }
+    if args.rcu.is_some() && replay.backlog.is_none() {
+        eprintln!("memdesc: --rcu: there are no objects among the events, so no free was deferred");
     }
     let failures = replay.failures();
     for failure in &failures {

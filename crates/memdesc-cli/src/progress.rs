@@ -49,3 +49,10 @@ pub(crate) fn seconds(quiet: bool, total: u64, what: &str) -> ProgressBar {
     bar.set_message(what.to_owned());
     bar
 }
+
+/// For a share of a whole, in thousandths.
+pub(crate) fn share(quiet: bool, what: &str) -> ProgressBar {
+    let bar = bar(quiet, 1000, "{msg:9} {wide_bar:.yellow} {percent} %");
+    bar.set_message(what.to_owned());
+    bar
+}

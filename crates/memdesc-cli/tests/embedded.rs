@@ -140,3 +140,37 @@ fn what_metadata_costs() {
     assert!(cost("folios") <= 56.0 && cost("bare") <= 24.0 && cost("folios_order_9") < 12.0);
     assert!(stdout(&memdesc(&["ledger", "--memory", "64M"])).contains("bare single pages"));
 }
+
+#[test]
+fn deferred_frees() {
+    let plain = json(&[]);
+    assert!(at(&plain, "rcu").is_null());
+    let report = json(&["--rcu", "50%"]);
+    let (deferred, freed) = (
+        number(&report, "rcu.deferred"),
+        number(&report, "slab.freed"),
+    );
+    assert!(
+        deferred.abs_diff(freed / 2) <= freed / 100,
+        "{deferred} of {freed}"
+    );
+    assert_eq!(number(&plain, "slab.freed"), freed);
+    let (peak, mean) = (number(&report, "rcu.peak"), number(&report, "rcu.mean"));
+    assert!(0 < mean && mean < peak && peak < deferred);
+    assert_eq!(number(&report, "rcu.left"), 0);
+    assert_eq!(number(&report, "teardown.missing_pages"), 0);
+    // Longer grace periods let more lie about.
+    let slow = json(&["--rcu", "50%", "--rcu-grace", "100"]);
+    assert!(number(&slow, "rcu.mean") > 2 * mean);
+    // All of it.
+    let all = json(&["--rcu", "100"]);
+    assert!(number(&all, "rcu.deferred") > deferred * 3 / 2);
+}
+
+#[test]
+fn shares_that_are_none() {
+    for bad in ["101", "-1", "half"] {
+        let out = memdesc(&["--rcu", bad]);
+        assert_eq!(out.status.code(), Some(2), "{bad}");
+    }
+}

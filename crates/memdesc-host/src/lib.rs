@@ -10,7 +10,7 @@ mod faults;
 pub mod interrupt;
 pub mod rcu;
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, compiler_fence, fence};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, compiler_fence, fence};
 use std::time::Instant;
 
 use memdesc::lockdep::{Lockdep, Task};
@@ -48,6 +48,8 @@ pub struct Host {
     lockdep: Box<Lockdep>,
     on_lockdep: Option<Box<LockdepFn>>,
     start: Instant,
+    /// Time by hand; 0: the real one.
+    clock: AtomicU64,
 }
 
 /// How to build a [`Host`].
@@ -163,6 +165,7 @@ impl HostBuilder {
             lockdep: Box::new(Lockdep::new()),
             on_lockdep: self.lockdep,
             start: Instant::now(),
+            clock: AtomicU64::new(0),
         })
     }
 }
@@ -189,6 +192,11 @@ impl Host {
     /// `None` if another thread has it, or there is no such CPU.
     pub fn claim(&self, cpu: usize) -> Option<CpuGuard<'_>> {
         self.cpus.claim(cpu)
+    }
+
+    /// From now on time is what is said here, in nanoseconds, and goes by hand: for replaying what took longer.
+    pub fn set_clock(&self, ns: u64) {
+        self.clock.store(ns.max(1), Ordering::Relaxed);
     }
 
     /// Fault injection.
@@ -344,7 +352,10 @@ unsafe impl Platform for Host {
     }
 
     fn now(&self) -> u64 {
-        self.start.elapsed().as_nanos() as u64
+        match self.clock.load(Ordering::Relaxed) {
+            0 => self.start.elapsed().as_nanos() as u64,
+            now => now,
+        }
     }
 
     fn corruption(&self, report: &Report<'_>) {

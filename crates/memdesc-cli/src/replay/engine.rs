@@ -11,6 +11,7 @@ use memdesc_trace::{CacheTable, Event, EventKind};
 
 use super::classify;
 use super::counts::{PageCounts, SlabCounts, Traffic, reason};
+use super::deferred::{Backlog, Deferred};
 use super::latency::{Clock, Latencies, Path};
 use super::objects::Objects;
 use super::pages::{Freed, Holder, Pages};
@@ -39,6 +40,8 @@ pub(crate) struct Engine<'m> {
     /// The most bytes of metadata seen, and after how many events.
     pub(crate) peak: (u64, usize),
     dead: Vec<OwnedObject>,
+    /// Which frees are deferred, if any.
+    pub(crate) deferred: Option<Deferred<'m>>,
     /// When the CPUs do their upkeep next, on the recording's clock.
     next_tick: u64,
 }
@@ -63,6 +66,7 @@ impl<'m> Engine<'m> {
         objects: Objects,
         slabs: Option<SlabPages>,
         caches: usize,
+        deferred: Option<Deferred<'m>>,
     ) -> Engine<'m> {
         let clock = Clock::new();
         let floor = clock.floor();
@@ -81,6 +85,7 @@ impl<'m> Engine<'m> {
             slab_counts: SlabCounts::default(),
             peak: (0, 0),
             dead: Vec::new(),
+            deferred,
             next_tick: 0,
         }
     }
@@ -130,6 +135,11 @@ impl<'m> Engine<'m> {
         if event.time_ns >= self.next_tick {
             self.tick(event.time_ns);
         }
+        if let Some(deferred) = &mut self.deferred
+            && event.time_ns >= deferred.next
+        {
+            deferred.turn(event.time_ns);
+        }
         let cpu = usize::from(event.cpu);
         if cpu != self.cpu {
             self.cpu = cpu;
@@ -173,6 +183,16 @@ impl<'m> Engine<'m> {
                 self.object_free(ptr);
             }
         }
+    }
+
+    /// What was measured: latencies, calls, and the most metadata.
+    pub(crate) fn into_results(self) -> (Latencies, Traffic, (u64, usize)) {
+        (self.latencies, self.traffic, self.peak)
+    }
+
+    /// The recording is over: no more readers, and all that waits is freed.
+    pub(crate) fn end_deferred(&mut self) -> Option<Backlog> {
+        self.deferred.take().map(Deferred::end)
     }
 
     /// A second has passed: every CPU does its upkeep.

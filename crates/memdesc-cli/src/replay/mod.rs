@@ -2,6 +2,7 @@
 
 mod classify;
 pub(crate) mod counts;
+pub(crate) mod deferred;
 mod engine;
 pub(crate) mod latency;
 mod layout;
@@ -25,6 +26,7 @@ use crate::handles::Machine;
 use crate::progress;
 
 use counts::{PageCounts, SlabCounts, Traffic};
+use deferred::{Backlog, Deferred};
 use engine::{Engine, LoopTime};
 use latency::Latencies;
 pub(crate) use layout::Claims;
@@ -45,6 +47,8 @@ pub(crate) struct Options {
     pub(crate) memory: Option<u64>,
     pub(crate) limit: Option<usize>,
     pub(crate) direct_map_base: Option<u64>,
+    /// The share of the objects' frees that is deferred, in percent, and how long a grace period is, in milliseconds.
+    pub(crate) rcu: Option<(f64, f64)>,
     pub(crate) quiet: bool,
 }
 
@@ -148,6 +152,8 @@ pub(crate) struct Replay {
     /// Pages in Linux's per-CPU lists, before and after.
     pub(crate) linux_pcp: (Option<u64>, Option<u64>),
     pub(crate) picture: Picture,
+    /// What deferred frees let lie about.
+    pub(crate) backlog: Option<Backlog>,
     pub(crate) teardown: Teardown,
     pub(crate) corruptions: (u64, Option<String>),
 }
@@ -186,6 +192,11 @@ impl Replay {
         check(
             self.alloc_on_free > 0,
             format!("{} allocations on free paths", self.alloc_on_free),
+        );
+        let left = self.backlog.as_ref().map_or(0, |b| b.left);
+        check(
+            left > 0,
+            format!("{left} objects are not free after the barrier"),
         );
         for cache in &down.stuck_caches {
             check(true, format!("a cache could not be destroyed: {cache}"));
@@ -317,6 +328,10 @@ pub(crate) fn run(options: &Options) -> Result<Replay, Error> {
         objects,
         slabs,
         recording.caches.len(),
+        options
+            .rcu
+            .filter(|_| objects_too)
+            .map(|(percent, grace_ms)| Deferred::new(&machine, percent, grace_ms)),
     );
     let bar = progress::events(options.quiet, events.len() as u64);
     times.replay = engine.run(events, &recording.caches, |done| {
@@ -346,9 +361,10 @@ pub(crate) fn run(options: &Options) -> Result<Replay, Error> {
     machine.mm.vmstat(|name, value| vmstat.push((name, value)));
 
     let start = Instant::now();
+    let backlog = engine.end_deferred();
     let teardown = tear_down(&machine, &mut engine, claims.as_ref());
     times.teardown = start.elapsed();
-    let (latencies, traffic, peak) = (engine.latencies, engine.traffic, engine.peak);
+    let (latencies, traffic, peak) = engine.into_results();
     let alloc_on_free = machine.mm.event(Counter::AllocOnFree);
     let corruptions = machine.corruptions.get();
     drop(guards);
@@ -377,6 +393,7 @@ pub(crate) fn run(options: &Options) -> Result<Replay, Error> {
         descriptor_caches,
         linux_pcp,
         picture,
+        backlog,
         teardown,
         corruptions,
         source,

@@ -198,6 +198,11 @@ pub(crate) fn object(replay: &Replay) -> Value {
             "linux_pinned_pageblocks_before": replay.linux_before.map(|l| l.pinned_pageblocks),
             "linux_pinned_pageblocks_by_events": replay.linux_derived.map(|l| l.pinned_pageblocks),
         },
+        "rcu": replay.backlog.as_ref().map(|b| json!({
+            "deferred": b.deferred, "grace_ms": b.grace_ms, "grace_periods": b.grace_periods,
+            "peak": b.peak(), "mean": b.mean(), "by_heads": b.by_heads, "left": b.left,
+            "backlog": b.columns(240),
+        })),
         "latency_ns": latencies(replay),
         "teardown": {
             "blocks": teardown.blocks, "objects": teardown.objects,

@@ -52,6 +52,7 @@ pub(crate) fn report(replay: &Replay) -> String {
     failures(&mut page, replay);
     ledger(&mut page, replay);
     fragmentation(&mut page, replay);
+    deferred(&mut page, replay);
     latencies(&mut page, replay);
     speed(&mut page, replay);
     teardown(&mut page, replay);
@@ -392,6 +393,44 @@ fn fragmentation(page: &mut Page, replay: &Replay) {
     for row in picture::map(&replay.picture.taken, MAP_WIDTH) {
         page.line(&format!("  {row}"));
     }
+}
+
+/// Columns of the picture of the backlog.
+const COLUMNS: usize = 60;
+
+fn deferred(page: &mut Page, replay: &Replay) {
+    let Some(backlog) = &replay.backlog else {
+        return;
+    };
+    page.head("Deferred frees (kvfree_rcu)");
+    let share = backlog.deferred as f64 * 100.0 / replay.slab.freed.max(1) as f64;
+    page.note(
+        "objects",
+        &n(backlog.deferred),
+        &format!("{share:.1} % of the frees"),
+    );
+    page.note(
+        "grace periods",
+        &n(backlog.grace_periods),
+        &format!("of at least {} ms", backlog.grace_ms),
+    );
+    page.note("lay about at most", &n(backlog.peak()), "objects");
+    page.note("  on average", &n(backlog.mean()), "");
+    page.note(
+        "by their heads",
+        &n(backlog.by_heads),
+        "no page for pointers was to be had",
+    );
+    page.note("not free after the barrier", &n(backlog.left), "");
+    let columns = backlog.columns(COLUMNS);
+    let top = columns.iter().copied().max().unwrap_or(0).max(1);
+    let bars = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
+    let picture: String = columns
+        .iter()
+        .map(|&n| bars[(n * 7).div_ceil(top).min(7) as usize])
+        .collect();
+    page.line(&format!("over time, up to {}:", n(top)));
+    page.line(&format!("  {picture}"));
 }
 
 fn latencies(page: &mut Page, replay: &Replay) {

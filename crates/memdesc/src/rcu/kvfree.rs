@@ -38,7 +38,7 @@ const CHANNELS: usize = 2;
 /// Blank pages kept for the next blocks (`rcu_min_cached_objs`).
 const MIN_CACHED: u32 = 5;
 /// Full blocks worth a grace period: one membarrier or one round of IPIs for so many pointers.
-const WORTH_IT: u32 = 2;
+const WORTH_IT: u32 = 6;
 
 /// A page of pointers. Linked while it is full, and while it is blank.
 #[repr(C)]

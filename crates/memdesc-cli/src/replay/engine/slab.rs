@@ -156,6 +156,14 @@ impl Engine<'_> {
 
     #[inline]
     pub(super) fn free_object(&mut self, object: OwnedObject) {
+        if let Some(deferred) = &mut self.deferred
+            && deferred.takes()
+        {
+            let cache = object.cache().and_then(|n| self.caches.get(n)?.as_ref());
+            deferred.free(object, cache);
+            self.slab_counts.freed += 1;
+            return;
+        }
         let cache = object.cache().and_then(|n| self.caches.get(n)?.as_ref());
         let before = [Counter::SheafFlush, Counter::PgFree].map(|c| self.counter(c));
         let start = self.clock.now();
