@@ -10,8 +10,8 @@
 //!
 //! Why one barrier is enough. A reader's store into its slot either is visible when the slots are read, and he is waited
 //! for, or it came after the barrier; then so did all his loads, and they see everything that was unlinked before. It does not matter
-//! that he may have loaded `started` long before he stores it: an old number is waited for needlessly, never the other way
-//! round, and numbers do not come again (which is why liburcu, with one bit of them, must turn round twice). At the end the loads of the slots
+//! that he may have loaded `started` long before he stores it: an old number is waited for needlessly; a new one he can only have
+//! after what was unlinked before it, since the load acquires; and numbers do not come again (which is why liburcu, with one bit of them, must turn round twice). At the end the loads of the slots
 //! acquire what the readers' last stores release, so what they did is over, and no second barrier is needed.
 //!
 //! Who has no slot (a signal handler on a thread that never read before) is an *anonymous* reader: counted, by atomic
@@ -226,7 +226,9 @@ impl Engine {
         };
         let now = slot.ctr.load(Ordering::Relaxed);
         let next = if now == 0 {
-            self.started.load(Ordering::Relaxed) << NEST_BITS | 1
+            // Acquire pairs with the Release in `begin`: who notes a number, and is not waited for by its grace period, sees what was
+            // unlinked before it began, also where loads overtake each other.
+            self.started.load(Ordering::Acquire) << NEST_BITS | 1
         } else {
             debug_assert!(now & NEST < NEST, "read sections nested too deep");
             now + 1
@@ -344,7 +346,8 @@ impl Engine {
         self.called.swap(0, Ordering::AcqRel);
         driven.waiting.append_stack(self.callbacks.take());
         readers.for_each(&mut |slot| driven.waiting.append_stack(slot.callbacks.take()));
-        self.started.store(number, Ordering::Relaxed);
+        // Release pairs with the Acquire in `read_lock`.
+        self.started.store(number, Ordering::Release);
         // The fence is for `get_state` and anonymous readers, the barrier for the slots.
         fence(Ordering::SeqCst);
         readers.heavy();

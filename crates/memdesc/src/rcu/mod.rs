@@ -1,11 +1,13 @@
 //! RCU: readers that pay next to nothing, and the grace period after which none of them can see what was unlinked before it.
 //!
-//! [`Rcu`] is what the memory manager needs of it: a kernel with an RCU of its own implements the trait. [`engine`] is ours, for those
-//! without.
+//! [`Rcu`] is what the memory manager needs of it: a kernel with an RCU of its own implements the trait. For those without,
+//! [`engine`] has grace periods, and [`cpus`] readers that are CPUs.
 //!
 //! Names are Linux's: `synchronize_rcu`, `call_rcu`, `rcu_barrier`, `get_state_synchronize_rcu` and so on, without the word that
 //! the module says already.
 
+#[cfg(not(loom))]
+pub mod cpus;
 #[cfg(not(loom))]
 pub(crate) mod discard;
 pub mod engine;

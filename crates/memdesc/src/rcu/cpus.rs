@@ -1,0 +1,220 @@
+//! RCU for a kernel that has none: the readers are its CPUs, which stay where they are while they read.
+//!
+//! As Linux's without preemption in read sections: a section pins its CPU. [`CpuRcu`] is a static of the kernel's, and its
+//! [`Platform::Rcu`](crate::Platform::Rcu).
+
+use core::ptr::NonNull;
+
+use super::engine::{Engine, Readers, Slot, Stall};
+use super::{Callback, Cookie, Rcu, RcuHead, ReadToken};
+
+/// The CPUs of a kernel.
+///
+/// # Safety
+///
+/// Promises 2 and 3 of [`Platform`](crate::Platform), for these functions of the same names.
+pub unsafe trait Cpus: Sync {
+    /// Keeps the caller on its CPU and says which it is. Nests. Any context.
+    fn pin(&self) -> usize;
+    /// Undoes one `pin`.
+    ///
+    /// # Safety
+    ///
+    /// `cpu` is what the latest `pin` that is not undone gave.
+    unsafe fn unpin(&self, cpu: usize);
+    /// The reader's half of an asymmetric fence; a full one by default.
+    #[inline]
+    fn light_barrier(&self) {
+        core::sync::atomic::fence(core::sync::atomic::Ordering::SeqCst);
+    }
+    /// The other half.
+    fn heavy_barrier(&self) {
+        core::sync::atomic::fence(core::sync::atomic::Ordering::SeqCst);
+    }
+    /// One turn of waiting, the `round`-th; `nap`: the caller is in no hurry and may sleep.
+    fn relax(&self, _round: u32, _nap: bool) {
+        core::hint::spin_loop();
+    }
+    /// Monotonic nanoseconds, for reports of stalls.
+    fn now(&self) -> u64 {
+        0
+    }
+    /// A CPU holds up a grace period for long: `stall.reader` is its number.
+    fn stall(&self, _stall: &Stall) {}
+}
+
+/// RCU among up to `N` CPUs.
+#[derive(Debug)]
+pub struct CpuRcu<C, const N: usize> {
+    cpus: C,
+    engine: Engine,
+    slots: [Slot; N],
+}
+
+impl<C: Cpus, const N: usize> CpuRcu<C, N> {
+    /// Nobody reads yet. CPUs that hold up a grace period for longer than `stall_ns` are reported; see [`Engine::STALL_NS`].
+    pub fn new(cpus: C, stall_ns: u64) -> CpuRcu<C, N> {
+        let slots = core::array::from_fn(|cpu| {
+            let slot = Slot::new();
+            slot.set_owner(cpu as u64);
+            slot
+        });
+        CpuRcu {
+            cpus,
+            engine: Engine::new(stall_ns),
+            slots,
+        }
+    }
+
+    /// The CPUs.
+    pub fn cpus(&self) -> &C {
+        &self.cpus
+    }
+}
+
+// SAFETY: who uses a CPU's slot stays on it: in a read section by the section's pin. Between two instructions of anyone else's use, which are
+// single loads and atomic pushes, it does not matter whose slot it is. Barriers as `Cpus` promises.
+unsafe impl<C: Cpus, const N: usize> Readers for CpuRcu<C, N> {
+    #[inline]
+    fn slot(&self) -> Option<&Slot> {
+        let cpu = self.cpus.pin();
+        // SAFETY: from `pin`, just now.
+        unsafe { self.cpus.unpin(cpu) };
+        self.slots.get(cpu)
+    }
+    fn for_each(&self, visit: &mut dyn FnMut(&Slot)) {
+        self.slots.iter().for_each(visit);
+    }
+    #[inline]
+    fn light(&self) {
+        self.cpus.light_barrier();
+    }
+    fn heavy(&self) {
+        self.cpus.heavy_barrier();
+    }
+    fn relax(&self, round: u32, nap: bool) {
+        self.cpus.relax(round, nap);
+    }
+    fn now(&self) -> u64 {
+        self.cpus.now()
+    }
+    fn stall(&self, stall: &Stall) {
+        self.cpus.stall(stall);
+    }
+}
+
+// SAFETY: the engine's promise, with slots and barriers as `Readers` wants them.
+unsafe impl<C: Cpus, const N: usize> Rcu for CpuRcu<C, N> {
+    #[inline]
+    fn read_lock(&self) -> ReadToken {
+        // Until the section is closed.
+        self.cpus.pin();
+        self.engine.read_lock(self)
+    }
+
+    #[inline]
+    unsafe fn read_unlock(&self, token: ReadToken) {
+        // SAFETY: the caller's promise.
+        unsafe { self.engine.read_unlock(self, token) };
+        let cpu = self.cpus.pin();
+        // SAFETY: the pin of `read_lock`, and the one just made: both of this CPU.
+        unsafe {
+            self.cpus.unpin(cpu);
+            self.cpus.unpin(cpu);
+        }
+    }
+
+    fn reading(&self) -> bool {
+        self.slot().is_some_and(Slot::reading)
+    }
+    fn get_state(&self) -> Cookie {
+        self.engine.get_state()
+    }
+    fn start_poll(&self) -> Cookie {
+        self.engine.start_poll()
+    }
+    fn poll_state(&self, cookie: Cookie) -> bool {
+        self.engine.poll_state(cookie)
+    }
+    fn advance(&self) {
+        self.engine.advance(self);
+    }
+    fn cond_synchronize(&self, cookie: Cookie) {
+        self.engine.cond_synchronize(self, cookie, false);
+    }
+    fn cond_synchronize_expedited(&self, cookie: Cookie) {
+        self.engine.cond_synchronize(self, cookie, true);
+    }
+    unsafe fn call(&self, head: NonNull<RcuHead>, func: Callback) {
+        // SAFETY: the caller's promise.
+        unsafe { self.engine.call(self, head, func) }
+    }
+    fn run_callbacks(&self) -> usize {
+        self.engine.run_callbacks(self)
+    }
+    fn barrier(&self) {
+        self.engine.barrier(self);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+    use super::*;
+    use crate::rcu::read_lock;
+    use std::cell::Cell;
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::vec::Vec;
+
+    std::thread_local!(static CPU: Cell<usize> = const { Cell::new(0) });
+
+    /// Threads that say which CPU they are.
+    struct Threads;
+
+    // SAFETY: each thread of the test is a CPU of its own; full fences on both sides.
+    unsafe impl Cpus for Threads {
+        fn pin(&self) -> usize {
+            CPU.get()
+        }
+        unsafe fn unpin(&self, cpu: usize) {
+            assert_eq!(cpu, CPU.get());
+        }
+        fn relax(&self, _round: u32, _nap: bool) {
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn cpus_read_while_another_waits() {
+        let rcu = &CpuRcu::<Threads, 4>::new(Threads, u64::MAX);
+        // Readers see both or neither of what is changed with a grace period between.
+        let (one, two) = (&AtomicU64::new(0), &AtomicU64::new(0));
+        let rounds = if cfg!(miri) { 20 } else { 2000 };
+        std::thread::scope(|scope| {
+            let readers: Vec<_> = (1..4)
+                .map(|cpu| {
+                    scope.spawn(move || {
+                        CPU.set(cpu);
+                        for _ in 0..rounds {
+                            let _read = read_lock(rcu);
+                            let _nested = read_lock(rcu);
+                            assert!(rcu.reading());
+                            let (later, earlier) =
+                                (two.load(Ordering::Relaxed), one.load(Ordering::Relaxed));
+                            // `two` follows `one` a grace period behind: whoever sees it sees the other.
+                            assert!(earlier >= later, "{earlier} {later}");
+                        }
+                    })
+                })
+                .collect();
+            for round in 1..rounds / 4 {
+                one.store(round, Ordering::Relaxed);
+                rcu.synchronize();
+                two.store(round, Ordering::Relaxed);
+            }
+            readers.into_iter().for_each(|r| r.join().unwrap());
+        });
+        assert!(!rcu.reading());
+        rcu.barrier();
+    }
+}
