@@ -12,7 +12,7 @@ use core::ptr::NonNull;
 
 use crate::address::Pfn;
 use crate::desc::Folio;
-use crate::memmap::PageType;
+
 use crate::mm::Mm;
 use crate::platform::Platform;
 
@@ -85,7 +85,7 @@ impl<P: Platform> Mm<P> {
     pub fn folio_get(&self, pfn: Pfn) -> Option<FolioRef<'_, P>> {
         let _read = crate::rcu::read_lock(self.pages.platform.rcu());
         let found = self.pages.map.lookup(pfn)?;
-        if !matches!(found.word.kind(), PageType::File | PageType::Anon) {
+        if !found.word.is_folio() {
             return None;
         }
         // Type-stable until `_read` goes: a folio, though perhaps no longer this page's.

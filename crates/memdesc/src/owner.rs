@@ -350,9 +350,7 @@ impl<P: Platform> Mm<P> {
             self.report_page(pfn, word, caller);
             return None;
         }
-        if matches!(kind, PageType::File | PageType::Anon)
-            && !self.folio_at(word.desc()).owner_puts(pfn)
-        {
+        if word.is_folio() && !self.folio_at(word.desc()).owner_puts(pfn) {
             // Somebody else has a reference; who puts the last one frees.
             return None;
         }

@@ -361,7 +361,7 @@ impl<'a, P: Platform> Holder<'a, P> {
         }
     }
 
-    /// For an attempt, from any context: the caller is pinned already and stays so, or does not care.
+    /// For an attempt, from any context.
     #[inline]
     #[cfg_attr(feature = "lockdep", track_caller)]
     pub(crate) fn trying(platform: &'a P, sleeps: bool, class: &'static LockClass) -> Self {
@@ -369,7 +369,8 @@ impl<'a, P: Platform> Holder<'a, P> {
             platform,
             sleeps,
             _checked: Checked::new(platform, class, Acquire::Try),
-            _pin: None,
+            // Where there is no CPU to be had, nobody can take it away either.
+            _pin: if sleeps { None } else { Pin::try_new(platform) },
         }
     }
 }

@@ -265,6 +265,13 @@ impl Word {
         }
     }
 
+    /// Does it lead to a folio of ours? A file's or anonymous pages may also have a descriptor that the kernel brought.
+    #[inline]
+    pub(crate) fn is_folio(self) -> bool {
+        matches!(self.kind(), PageType::File | PageType::Anon)
+            && matches!(self.class(), DescClass::File | DescClass::Anon)
+    }
+
     /// Free and in a zone's free list (not in a per-CPU list): may be merged with.
     #[inline]
     pub(crate) const fn is_free_in_zone(self, order: usize) -> bool {

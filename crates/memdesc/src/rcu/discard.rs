@@ -16,7 +16,7 @@ use crate::slab::CacheCore;
 use crate::sync::SpinLock;
 use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-/// So many empty slabs are worth a grace period before the next tick.
+/// So many empty slabs are worth a kick before the next tick.
 const WORTH_IT: u32 = 16;
 
 /// Empty slabs on their way out.
@@ -86,7 +86,7 @@ impl Discards {
 impl<P: Platform> Mm<P> {
     /// Gives back empty slabs of a cache that are in no list, a chain through their links: at once, or after a grace period.
     pub(crate) fn discard_from(&self, core: &CacheCore, mut chain: Pfn, nested: bool) {
-        if !core.is_type_stable() {
+        if !core.is_type_stable() || chain == Pfn::NONE {
             return self.discard(chain, nested);
         }
         let map = &self.pages.map;
@@ -100,8 +100,14 @@ impl<P: Platform> Mm<P> {
             }
             self.discards.push(map, pfn);
         }
-        if self.discards.nr_fresh.load(Ordering::Relaxed) >= WORTH_IT && !nested {
-            self.discard_due();
+        // Not here: this may be a free path, pinned, and a grace period's barrier wants interrupts on.
+        if self
+            .discards
+            .nr_fresh
+            .load(Ordering::Relaxed)
+            .is_multiple_of(WORTH_IT)
+        {
+            self.pages.platform.kick();
         }
     }
 

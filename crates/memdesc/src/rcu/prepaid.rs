@@ -286,6 +286,7 @@ impl<P: Platform> Mm<P> {
     fn prepaid_work(&self, cpu: usize) -> usize {
         let cpu = &self.prepaid[cpu];
         let rcu = self.pages.platform.rcu();
+        let map = &self.pages.map;
         let mut freed = 0;
         // Twice: what is asked for here may be over at once.
         for _ in 0..2 {
@@ -301,9 +302,19 @@ impl<P: Platform> Mm<P> {
                 }
                 harvest.cookie = rcu.start_poll();
             }
+            let cookie = harvest.cookie;
+            // A grace period's barrier wants interrupts on.
+            drop(harvest);
             rcu.advance();
-            if !rcu.poll_state(harvest.cookie) {
+            if !rcu.poll_state(cookie) {
                 return freed;
+            }
+            let holder = Holder::trying(&self.pages.platform, self.pages.rt, &classes::HARVEST);
+            let Some(mut harvest) = cpu.harvest.try_lock(holder) else {
+                return freed;
+            };
+            if harvest.cookie != cookie {
+                continue;
             }
             let chain = core::mem::replace(&mut harvest.head, Pfn::NONE);
             let mut large = core::mem::replace(&mut harvest.large, Pfn::NONE);
@@ -311,6 +322,12 @@ impl<P: Platform> Mm<P> {
             freed += self.prepaid_free(chain);
             while large != Pfn::NONE {
                 let (pfn, word) = (large, self.pages.map.word(large).load_owned());
+                if word.kind() != crate::memmap::PageType::LargeKmalloc {
+                    // It is in the list twice, which goes round.
+                    let (at, what) = (map.virt(pfn.phys()), Corruption::DoubleFree);
+                    self.report_object(what, None, at, Location::caller());
+                    break;
+                }
                 large = self.pages.map.buddy_at(word.desc()).next();
                 self.take_back(self.pages.free_path(), pfn, word);
                 freed += 1;

@@ -143,7 +143,10 @@ pub(crate) fn on_new(core: &CacheCore, object: NonNull<u8>) {
 
 /// A constructor's state must survive in free objects, so they are not poisoned.
 fn poisons(core: &CacheCore) -> bool {
-    core.flags.contains(CacheFlags::POISON) && core.ctor.is_none()
+    // What a constructor made must stay, and what a reader of a type-stable cache may still look at.
+    core.flags.contains(CacheFlags::POISON)
+        && core.ctor.is_none()
+        && !core.flags.contains(CacheFlags::TYPESAFE_BY_RCU)
 }
 
 /// An object is about to be handed out, for `asked` bytes.

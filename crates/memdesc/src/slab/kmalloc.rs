@@ -111,12 +111,16 @@ impl<P: Platform> Mm<P> {
     ///
     /// # Errors
     ///
-    /// [`AllocError::BadSize`] for 0 and for more than 4 MiB; else why there was no memory.
+    /// [`AllocError::BadSize`] for 0 and for more than 4 MiB; [`AllocError::NoZone`] for prepaid objects from ZONE_DMA; else why there was no
+    /// memory.
     #[inline]
     #[track_caller]
     pub fn kmalloc(&self, size: usize, gfp: Flags) -> Result<NonNull<u8>, AllocError> {
         let caller = Location::caller();
         match class_of(size) {
+            Some(_) if gfp.contains(gfp::__GFP_RCU_PREPAID | gfp::__GFP_DMA) => {
+                Err(AllocError::NoZone)
+            }
             Some(class) => {
                 let core = self.kmalloc_cache(Kind::of(gfp), class);
                 if core.is_debug() {
