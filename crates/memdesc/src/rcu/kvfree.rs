@@ -13,227 +13,25 @@
 //! kicks the platform, and [`Mm::tick`] does the rest. So a flood pays for itself, and its backlog is a few blocks. If readers keep
 //! a grace period from ending, blocks add up to [`Config::kvfree_backlog`](crate::Config::kvfree_backlog), and then who floods waits, if he may.
 //!
-//! Lock order: a CPU's [`LocalLock`] is a leaf; nothing is freed under it.
+//! Lock order: that of a CPU's blocks is a leaf; nothing is freed under it.
 
 use core::ptr::NonNull;
 
-use super::{Cookie, HeadStack, Rcu, RcuHead};
+use super::block::{Block, CHANNELS, Inner, Krc, MIN_CACHED, Queued};
+use super::{Cookie, Rcu, RcuHead};
 use crate::address::PAGE_SIZE;
 use crate::error::AllocError;
 use crate::gfp;
-use crate::lockdep::{Acquire, classes};
 use crate::memmap::PageType;
 use crate::mm::Mm;
 use crate::page_alloc::nolock::Try;
-use crate::platform::{Checked, Context, Pin, Platform, PlatformBarriers, might_sleep};
+use crate::platform::{Context, Pin, Platform, might_sleep};
 use crate::slab::kmalloc::Where;
 use crate::stats::Event;
-use crate::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
-use crate::sync::{LocalLock, UnsafeCell};
+use crate::sync::atomic::{AtomicPtr, Ordering};
 
-/// Pointers in a block.
-const RECORDS: usize = (PAGE_SIZE - 24) / 8;
-/// Kinds of blocks: slab objects, and large memory.
-const CHANNELS: usize = 2;
-/// Blank pages kept for the next blocks (`rcu_min_cached_objs`).
-const MIN_CACHED: u32 = 5;
 /// Full blocks worth a grace period: one membarrier or one round of IPIs for so many pointers.
 const WORTH_IT: u32 = 6;
-
-/// A page of pointers. Linked while it is full, and while it is blank.
-#[repr(C)]
-struct Block {
-    next: *mut Block,
-    /// The grace period that all in it wait for; a blank one's means nothing.
-    cookie: u64,
-    nr: u64,
-    records: [*mut u8; RECORDS],
-}
-
-const _: () = assert!(size_of::<Block>() == PAGE_SIZE);
-
-/// What the local lock guards. All zero bytes are a valid one.
-#[derive(Debug)]
-struct Inner {
-    /// The block being filled, for each channel.
-    filling: [*mut Block; CHANNELS],
-    /// When its first pointer went in.
-    since: [u64; CHANNELS],
-    /// Full blocks, oldest first.
-    first: *mut Block,
-    last: *mut Block,
-    nr_full: u32,
-    /// Pointers in all blocks.
-    nr: u64,
-    /// Blank blocks.
-    blank: *mut Block,
-    nr_blank: u32,
-    /// How many blank ones to keep: few for a while after memory was short.
-    keep: u32,
-    keep_again: u64,
-    /// Objects that wait by their heads, for the grace period of `cookie`.
-    heads: *mut RcuHead,
-    cookie: u64,
-}
-
-/// The deferred frees of one CPU.
-#[derive(Debug)]
-#[repr(C, align(64))]
-pub(crate) struct Krc {
-    lock: LocalLock,
-    /// Objects that came by their heads since the last grace period was asked for.
-    heads: HeadStack,
-    /// How many that is, and those whose grace period runs.
-    nr_heads: AtomicU64,
-    /// 1: somebody went without a page since the blank ones were last provided.
-    hungry: AtomicU32,
-    /// Taken out of here and not free yet.
-    draining: AtomicU64,
-    inner: UnsafeCell<Inner>,
-}
-
-// SAFETY: `inner` is reached only under the lock; the blocks in it are pages of the memory manager.
-unsafe impl Sync for Krc {}
-// SAFETY: the same.
-unsafe impl Send for Krc {}
-
-impl Krc {
-    pub(crate) fn new() -> Krc {
-        Krc {
-            lock: LocalLock::new(),
-            heads: HeadStack::new(),
-            nr_heads: AtomicU64::new(0),
-            hungry: AtomicU32::new(0),
-            draining: AtomicU64::new(0),
-            inner: UnsafeCell::new(Inner {
-                filling: [core::ptr::null_mut(); CHANNELS],
-                since: [0; CHANNELS],
-                first: core::ptr::null_mut(),
-                last: core::ptr::null_mut(),
-                nr_full: 0,
-                nr: 0,
-                blank: core::ptr::null_mut(),
-                nr_blank: 0,
-                keep: MIN_CACHED,
-                keep_again: 0,
-                heads: core::ptr::null_mut(),
-                cookie: 0,
-            }),
-        }
-    }
-
-    /// Works on it from its own CPU, unless somebody is inside.
-    #[inline]
-    fn try_owner<P: Platform, R>(
-        &self,
-        pin: &Pin<'_, P>,
-        f: impl FnOnce(&mut Inner) -> R,
-    ) -> Option<R> {
-        let _guard = self.lock.try_enter(&PlatformBarriers(pin.platform()))?;
-        // SAFETY: the lock is held.
-        Some(f(unsafe { &mut *self.inner.get_mut_ptr() }))
-    }
-
-    /// Works on it from any CPU.
-    fn remote<P: Platform, R>(&self, platform: &P, f: impl FnOnce(&mut Inner) -> R) -> R {
-        let _checked = Checked::new(platform, &classes::KVFREE, Acquire::Lock);
-        let _guard = self.lock.enter_remote(&PlatformBarriers(platform));
-        // SAFETY: the lock is held.
-        f(unsafe { &mut *self.inner.get_mut_ptr() })
-    }
-}
-
-/// What became of a pointer.
-enum Queued {
-    Yes,
-    /// And it filled its block.
-    Full,
-    /// There is no block.
-    NoBlock,
-}
-
-impl Inner {
-    #[inline]
-    fn push(&mut self, channel: usize, ptr: *mut u8, now: impl FnOnce() -> u64) -> Queued {
-        if self.filling[channel].is_null() {
-            if self.blank.is_null() {
-                return Queued::NoBlock;
-            }
-            let block = self.blank;
-            // SAFETY: blank blocks are whole pages of ours, set up by `add_blank`.
-            self.blank = unsafe { (*block).next };
-            self.nr_blank -= 1;
-            self.filling[channel] = block;
-            self.since[channel] = now();
-        }
-        let block = self.filling[channel];
-        crate::inject::point("kvfree: about to record");
-        // SAFETY: the block being filled is ours under the lock, and has room: a full one is not being filled.
-        unsafe {
-            let nr = (*block).nr as usize;
-            (*block).records[nr] = ptr;
-            (*block).nr = nr as u64 + 1;
-            self.nr += 1;
-            if nr + 1 < RECORDS {
-                return Queued::Yes;
-            }
-        }
-        Queued::Full
-    }
-
-    /// The block being filled waits from now on.
-    fn close(&mut self, channel: usize, cookie: Cookie) {
-        let block = core::mem::replace(&mut self.filling[channel], core::ptr::null_mut());
-        if block.is_null() {
-            return;
-        }
-        // SAFETY: as in `push`; `last` is a full block of ours.
-        unsafe {
-            (*block).cookie = cookie.0;
-            (*block).next = core::ptr::null_mut();
-            if self.last.is_null() {
-                self.first = block;
-            } else {
-                (*self.last).next = block;
-            }
-        }
-        self.last = block;
-        self.nr_full += 1;
-    }
-
-    /// Takes the oldest full block out, if its grace period is over.
-    fn due(&mut self, over: impl Fn(Cookie) -> bool) -> Option<NonNull<Block>> {
-        let block = NonNull::new(self.first)?;
-        // SAFETY: full blocks are ours.
-        let (cookie, next) = unsafe { ((*block.as_ptr()).cookie, (*block.as_ptr()).next) };
-        if !over(Cookie(cookie)) {
-            return None;
-        }
-        self.first = next;
-        if next.is_null() {
-            self.last = core::ptr::null_mut();
-        }
-        self.nr_full -= 1;
-        // SAFETY: as above.
-        self.nr -= unsafe { (*block.as_ptr()).nr };
-        Some(block)
-    }
-
-    /// Keeps an empty block for the next time; `false` if there are enough.
-    fn add_blank(&mut self, block: NonNull<Block>) -> bool {
-        if self.nr_blank >= self.keep {
-            return false;
-        }
-        // SAFETY: the block is a page that the caller gives us.
-        unsafe {
-            (*block.as_ptr()).nr = 0;
-            (*block.as_ptr()).next = self.blank;
-        }
-        self.blank = block.as_ptr();
-        self.nr_blank += 1;
-        true
-    }
-}
 
 impl<P: Platform> Mm<P> {
     fn krc(&self, pin: Option<&Pin<'_, P>>) -> &Krc {

@@ -7,6 +7,8 @@
 //! the module says already.
 
 #[cfg(not(loom))]
+pub(crate) mod block;
+#[cfg(not(loom))]
 pub mod cpus;
 #[cfg(not(loom))]
 pub(crate) mod discard;

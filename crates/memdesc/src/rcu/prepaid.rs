@@ -158,7 +158,7 @@ impl<P: Platform> Mm<P> {
 
     /// Frees an object of a prepaid cache after a grace period: no head, no memory, no waiting, no failure. Objects from
     /// [`kmem_cache_create`](Self::kmem_cache_create) with [`CacheFlags::RCU_PREPAID`], or from `kmalloc` with
-    /// [`__GFP_RCU_PREPAID`](gfp::__GFP_RCU_PREPAID).
+    /// [`__GFP_RCU_PREPAID`](crate::gfp::__GFP_RCU_PREPAID).
     ///
     /// # Safety
     ///
