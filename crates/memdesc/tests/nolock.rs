@@ -502,3 +502,86 @@ fn nolock_leaves_the_reserve() {
         "the reserve is there for those in need"
     );
 }
+
+/// Between the look at the word and the reference, the page is freed and its descriptor becomes another page's folio's. That folio is not
+/// what was asked for: it is given up again, unharmed.
+#[test]
+fn folio_get_looks_again() {
+    if !points() {
+        return;
+    }
+    let mm = machine(false);
+    let _cpu = mm.platform().host.claim(0).unwrap();
+    let user = gfp::GFP_HIGHUSER_MOVABLE;
+    let folios: Vec<_> = (0..5)
+        .map(|_| mm.alloc_folio(user, 0, FolioKind::Anon).unwrap())
+        .collect();
+    // The others keep the slab of descriptors where it is.
+    let pfn = folios[2];
+    thread_local! {
+        static ASKED: Cell<Pfn> = const { Cell::new(Pfn(0)) };
+        static OTHER: Cell<Option<Pfn>> = const { Cell::new(None) };
+    }
+    fn descriptor(mm: &Mm<Hooked>, pfn: Pfn) -> *const Folio {
+        match mm.lookup(pfn).2 {
+            Memory::Anon(desc) => desc.as_ptr(),
+            _ => std::ptr::null(),
+        }
+    }
+    ASKED.set(pfn);
+    let reuse: Try = |mm| {
+        let pfn = ASKED.get();
+        let desc = descriptor(mm, pfn);
+        free(mm, pfn);
+        mm.shrink();
+        mm.alloc_pages_at(pfn, 0)?;
+        for _ in 0..300 {
+            let other = mm.alloc_folio(gfp::GFP_HIGHUSER_MOVABLE, 0, FolioKind::Anon)?;
+            if descriptor(mm, other) == desc {
+                OTHER.set(Some(other));
+                return Ok(());
+            }
+        }
+        Ok(())
+    };
+    let mut got = true;
+    let saw = interrupted(&mm, "folio_get: looked up", reuse, || {
+        got = mm.folio_get(pfn).is_some();
+    });
+    assert_eq!(saw, Some(Ok(())));
+    let other = OTHER.get().expect("the descriptor serves another page");
+    assert!(!got, "a reference to another page's folio");
+    let Memory::Anon(desc) = mm.lookup(other).2 else {
+        panic!("the other folio is gone")
+    };
+    // SAFETY: ours.
+    assert_eq!(unsafe { desc.as_ref() }.refcount(), 1);
+}
+
+/// The owner lets go while somebody has a reference: who puts the last one frees, also if he has it by mistake.
+#[test]
+fn the_last_reference_frees() {
+    let mm = machine(false);
+    let _cpu = mm.platform().host.claim(0).unwrap();
+    let pfn = mm.alloc_folio(KERNEL, 2, FolioKind::File).unwrap();
+    let folio = mm.folio_get(pfn.add(3)).unwrap();
+    assert_eq!((folio.head(), folio.refcount()), (pfn, 2));
+    let again = folio.clone();
+    free(&mm, pfn);
+    assert!(
+        matches!(mm.lookup(pfn).2, Memory::File(_)),
+        "freed under a reference"
+    );
+    drop(folio);
+    assert!(matches!(mm.lookup(pfn).2, Memory::File(_)));
+    drop(again);
+    assert!(matches!(mm.lookup(pfn).2, Memory::Free { .. }));
+    assert!(mm.folio_get(pfn).is_none());
+    assert!(mm.folio_get(Pfn(u32::MAX - 1)).is_none());
+    mm.shrink();
+    let ledger = common::ledger(&mm);
+    assert!(
+        ledger.balanced && common::users(&ledger) == 0,
+        "{ledger:#?}"
+    );
+}
