@@ -161,7 +161,7 @@ impl HostBuilder {
             faults: Faults::default(),
             reclaim: self.reclaim,
             corruption: self.corruption,
-            rcu: HostRcu::new(stall_ns, stall),
+            rcu: rcu::host_rcu(stall_ns, stall),
             lockdep: Box::new(Lockdep::new()),
             on_lockdep: self.lockdep,
             start: Instant::now(),

@@ -13,8 +13,8 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering, compiler_fen
 use std::time::{Duration, Instant};
 
 use memdesc::Context;
-use memdesc::rcu::engine::{Engine, Readers, Slot, Stall};
-use memdesc::rcu::{Callback, Cookie, Rcu, RcuHead, ReadToken};
+use memdesc::rcu::domain::Domain;
+use memdesc::rcu::engine::{Readers, Slot, Stall};
 
 /// Slots made at once.
 const CHUNK: usize = 32;
@@ -137,26 +137,31 @@ impl Drop for Table {
 }
 
 /// RCU among the threads of the process. Any number of them.
-pub struct HostRcu {
-    engine: Engine,
+pub type HostRcu = Domain<Threads>;
+
+/// The readers of a [`HostRcu`].
+pub struct Threads {
     instance: u64,
     table: Arc<Table>,
 }
 
-impl std::fmt::Debug for HostRcu {
+impl std::fmt::Debug for Threads {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("HostRcu")
-            .field("engine", &self.engine)
+        f.debug_struct("Threads")
+            .field("instance", &self.instance)
             .finish_non_exhaustive()
     }
 }
 
-impl HostRcu {
-    /// Reports readers that hold up a grace period for longer than `stall_ns` to `stall`, or to standard error.
-    pub fn new(stall_ns: u64, stall: Option<Box<StallFn>>) -> HostRcu {
+/// Reports readers that hold up a grace period for longer than `stall_ns` to `stall`, or to standard error.
+pub fn host_rcu(stall_ns: u64, stall: Option<Box<StallFn>>) -> HostRcu {
+    Domain::new(Threads::new(stall), stall_ns)
+}
+
+impl Threads {
+    fn new(stall: Option<Box<StallFn>>) -> Threads {
         static NEXT: AtomicU64 = AtomicU64::new(1);
-        HostRcu {
-            engine: Engine::new(stall_ns),
+        Threads {
             instance: NEXT.fetch_add(1, Ordering::Relaxed),
             table: Arc::new(Table {
                 chunks: AtomicPtr::new(std::ptr::null_mut()),
@@ -201,7 +206,7 @@ impl HostRcu {
 }
 
 // SAFETY: a slot is its thread's until the thread ends; all slots are in the table. Barriers as `Host` has them.
-unsafe impl Readers for HostRcu {
+unsafe impl Readers for Threads {
     #[inline]
     fn slot(&self) -> Option<&Slot> {
         let slot = CACHED.with(|cached| {
@@ -275,59 +280,4 @@ fn thread_id() -> u64 {
     return unsafe { libc::gettid() } as u64;
     #[cfg(not(all(target_os = "linux", not(miri))))]
     return 0;
-}
-
-// SAFETY: the engine's promise, with slots and barriers as `Readers` wants them.
-unsafe impl Rcu for HostRcu {
-    #[inline]
-    fn read_lock(&self) -> ReadToken {
-        self.engine.read_lock(self)
-    }
-
-    #[inline]
-    unsafe fn read_unlock(&self, token: ReadToken) {
-        // SAFETY: the caller's promise.
-        unsafe { self.engine.read_unlock(self, token) }
-    }
-
-    fn reading(&self) -> bool {
-        self.slot().is_some_and(Slot::reading)
-    }
-
-    fn get_state(&self) -> Cookie {
-        self.engine.get_state()
-    }
-
-    fn start_poll(&self) -> Cookie {
-        self.engine.start_poll()
-    }
-
-    fn poll_state(&self, cookie: Cookie) -> bool {
-        self.engine.poll_state(cookie)
-    }
-
-    fn advance(&self) {
-        self.engine.advance(self);
-    }
-
-    fn cond_synchronize(&self, cookie: Cookie) {
-        self.engine.cond_synchronize(self, cookie, false);
-    }
-
-    fn cond_synchronize_expedited(&self, cookie: Cookie) {
-        self.engine.cond_synchronize(self, cookie, true);
-    }
-
-    unsafe fn call(&self, head: NonNull<RcuHead>, func: Callback) {
-        // SAFETY: the caller's promise.
-        unsafe { self.engine.call(self, head, func) }
-    }
-
-    fn run_callbacks(&self) -> usize {
-        self.engine.run_callbacks(self)
-    }
-
-    fn barrier(&self) {
-        self.engine.barrier(self);
-    }
 }

@@ -621,6 +621,8 @@ fn every_form_of_waiting() {
     assert!(!rcu.poll_state(cookie), "nobody asked for it");
     let cookie = rcu.start_poll();
     let read = rcu::read_lock(rcu);
+    // The end of an inner section ends nothing.
+    drop(rcu::read_lock(rcu));
     assert!(rcu.reading());
     rcu.advance();
     rcu.advance();

@@ -3,10 +3,8 @@
 //! As Linux's without preemption in read sections: a section pins its CPU. [`CpuRcu`] is a static of the kernel's, and its
 //! [`Platform::Rcu`](crate::Platform::Rcu).
 
-use core::ptr::NonNull;
-
-use super::engine::{Engine, Readers, Slot, Stall};
-use super::{Callback, Cookie, Rcu, RcuHead, ReadToken};
+use super::domain::Domain;
+use super::engine::{Readers, Slot, Stall};
 
 /// The CPUs of a kernel.
 ///
@@ -44,26 +42,24 @@ pub unsafe trait Cpus: Sync {
 }
 
 /// RCU among up to `N` CPUs.
+pub type CpuRcu<C, const N: usize> = Domain<CpuReaders<C, N>>;
+
+/// The readers of a [`CpuRcu`]: a slot for each CPU.
 #[derive(Debug)]
-pub struct CpuRcu<C, const N: usize> {
+pub struct CpuReaders<C, const N: usize> {
     cpus: C,
-    engine: Engine,
     slots: [Slot; N],
 }
 
-impl<C: Cpus, const N: usize> CpuRcu<C, N> {
-    /// Nobody reads yet. CPUs that hold up a grace period for longer than `stall_ns` are reported; see [`Engine::STALL_NS`].
-    pub fn new(cpus: C, stall_ns: u64) -> CpuRcu<C, N> {
+impl<C: Cpus, const N: usize> CpuReaders<C, N> {
+    /// Nobody reads yet.
+    pub fn new(cpus: C) -> CpuReaders<C, N> {
         let slots = core::array::from_fn(|cpu| {
             let slot = Slot::new();
             slot.set_owner(cpu as u64);
             slot
         });
-        CpuRcu {
-            cpus,
-            engine: Engine::new(stall_ns),
-            slots,
-        }
+        CpuReaders { cpus, slots }
     }
 
     /// The CPUs.
@@ -74,7 +70,21 @@ impl<C: Cpus, const N: usize> CpuRcu<C, N> {
 
 // SAFETY: who uses a CPU's slot stays on it: in a read section by the section's pin. Between two instructions of anyone else's use, which are
 // single loads and atomic pushes, it does not matter whose slot it is. Barriers as `Cpus` promises.
-unsafe impl<C: Cpus, const N: usize> Readers for CpuRcu<C, N> {
+unsafe impl<C: Cpus, const N: usize> Readers for CpuReaders<C, N> {
+    #[inline]
+    fn enter(&self) {
+        // Until the section is closed.
+        self.cpus.pin();
+    }
+    #[inline]
+    fn leave(&self) {
+        let cpu = self.cpus.pin();
+        // SAFETY: the pin of `enter`, and the one just made: both of this CPU.
+        unsafe {
+            self.cpus.unpin(cpu);
+            self.cpus.unpin(cpu);
+        }
+    }
     #[inline]
     fn slot(&self) -> Option<&Slot> {
         let cpu = self.cpus.pin();
@@ -103,65 +113,11 @@ unsafe impl<C: Cpus, const N: usize> Readers for CpuRcu<C, N> {
     }
 }
 
-// SAFETY: the engine's promise, with slots and barriers as `Readers` wants them.
-unsafe impl<C: Cpus, const N: usize> Rcu for CpuRcu<C, N> {
-    #[inline]
-    fn read_lock(&self) -> ReadToken {
-        // Until the section is closed.
-        self.cpus.pin();
-        self.engine.read_lock(self)
-    }
-
-    #[inline]
-    unsafe fn read_unlock(&self, token: ReadToken) {
-        // SAFETY: the caller's promise.
-        unsafe { self.engine.read_unlock(self, token) };
-        let cpu = self.cpus.pin();
-        // SAFETY: the pin of `read_lock`, and the one just made: both of this CPU.
-        unsafe {
-            self.cpus.unpin(cpu);
-            self.cpus.unpin(cpu);
-        }
-    }
-
-    fn reading(&self) -> bool {
-        self.slot().is_some_and(Slot::reading)
-    }
-    fn get_state(&self) -> Cookie {
-        self.engine.get_state()
-    }
-    fn start_poll(&self) -> Cookie {
-        self.engine.start_poll()
-    }
-    fn poll_state(&self, cookie: Cookie) -> bool {
-        self.engine.poll_state(cookie)
-    }
-    fn advance(&self) {
-        self.engine.advance(self);
-    }
-    fn cond_synchronize(&self, cookie: Cookie) {
-        self.engine.cond_synchronize(self, cookie, false);
-    }
-    fn cond_synchronize_expedited(&self, cookie: Cookie) {
-        self.engine.cond_synchronize(self, cookie, true);
-    }
-    unsafe fn call(&self, head: NonNull<RcuHead>, func: Callback) {
-        // SAFETY: the caller's promise.
-        unsafe { self.engine.call(self, head, func) }
-    }
-    fn run_callbacks(&self) -> usize {
-        self.engine.run_callbacks(self)
-    }
-    fn barrier(&self) {
-        self.engine.barrier(self);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     extern crate std;
     use super::*;
-    use crate::rcu::read_lock;
+    use crate::rcu::{Rcu, read_lock};
     use std::cell::Cell;
     use std::sync::atomic::{AtomicU64, Ordering};
     use std::vec::Vec;
@@ -186,7 +142,7 @@ mod tests {
 
     #[test]
     fn cpus_read_while_another_waits() {
-        let rcu = &CpuRcu::<Threads, 4>::new(Threads, u64::MAX);
+        let rcu = &CpuRcu::new(CpuReaders::<Threads, 4>::new(Threads), u64::MAX);
         // Readers see both or neither of what is changed with a grace period between.
         let (one, two) = (&AtomicU64::new(0), &AtomicU64::new(0));
         let rounds = if cfg!(miri) { 20 } else { 2000 };

@@ -93,6 +93,12 @@ pub struct Stall {
 pub unsafe trait Readers {
     /// The caller's slot; none if he has none, and cannot have one here.
     fn slot(&self) -> Option<&Slot>;
+    /// A section is about to be opened: keeps the caller where his slot is, if that is not his own.
+    #[inline]
+    fn enter(&self) {}
+    /// A section was closed: undoes `enter`.
+    #[inline]
+    fn leave(&self) {}
     /// Visits all slots.
     fn for_each(&self, visit: &mut dyn FnMut(&Slot));
     /// The reader's half of the barrier.

@@ -1,7 +1,7 @@
 //! RCU: readers that pay next to nothing, and the grace period after which none of them can see what was unlinked before it.
 //!
 //! [`Rcu`] is what the memory manager needs of it: a kernel with an RCU of its own implements the trait. For those without,
-//! [`engine`] has grace periods, and [`cpus`] readers that are CPUs.
+//! [`engine`] has grace periods, [`domain`] puts them together with readers, and in [`cpus`] the readers are CPUs.
 //!
 //! Names are Linux's: `synchronize_rcu`, `call_rcu`, `rcu_barrier`, `get_state_synchronize_rcu` and so on, without the word that
 //! the module says already.
@@ -12,6 +12,8 @@ pub(crate) mod block;
 pub mod cpus;
 #[cfg(not(loom))]
 pub(crate) mod discard;
+#[cfg(not(loom))]
+pub mod domain;
 pub mod engine;
 #[cfg(not(loom))]
 pub(crate) mod kvfree;
