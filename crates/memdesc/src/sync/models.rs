@@ -93,6 +93,46 @@ fn planted_bug_local_lock_without_fences() {
     loom::model(|| owner_and_remotes(NoFences, 1, 2));
 }
 
+/// The fast try of a per-CPU list against a drain on another CPU: the owner tries, the remote waits.
+fn fast_try_and_remote(barriers: impl Barriers + Send + Sync + 'static) {
+    let barriers = Arc::new(barriers);
+    let shared = Arc::new(Guarded {
+        lock: LocalLock::new(),
+        value: UnsafeCell::new(0),
+    });
+    let handle = {
+        let (shared, barriers) = (shared.clone(), barriers.clone());
+        thread::spawn(move || {
+            let _guard = shared.lock.enter_remote(&*barriers);
+            bump(&shared.value);
+        })
+    };
+    let mut got = 0;
+    for _ in 0..2 {
+        if let Some(_guard) = shared.lock.try_enter(&*barriers) {
+            // An interrupt that strikes here finds somebody inside.
+            assert!(shared.lock.try_enter(&*barriers).is_none());
+            bump(&shared.value);
+            got += 1;
+        }
+    }
+    handle.join().unwrap();
+    let _guard = shared.lock.enter(&*barriers);
+    // SAFETY: all others are gone.
+    assert_eq!(unsafe { *shared.value.get_mut_ptr() }, got + 1);
+}
+
+#[test]
+fn a_fast_try_excludes_a_drain() {
+    loom::model(|| fast_try_and_remote(Fences));
+}
+
+#[test]
+#[should_panic]
+fn planted_bug_fast_try_without_fences() {
+    loom::model(|| fast_try_and_remote(NoFences));
+}
+
 /// Waits by spinning, or by sleeping on a futex of loom's mutex and condition: a wake-up that is lost is a deadlock, which loom
 /// reports.
 #[derive(Clone)]
