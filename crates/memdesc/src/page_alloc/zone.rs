@@ -1,5 +1,8 @@
 //! A zone: its free lists, its counters, and its lock.
 
+use core::marker::PhantomData;
+use core::ptr::NonNull;
+
 use crate::address::{MAX_ORDER, Pfn};
 use crate::memmap::MemMap;
 use crate::page_alloc::{MigrateType, ZoneType};
@@ -157,6 +160,28 @@ impl Zone {
     }
 }
 
+/// The lists of a zone whose lock is held. A pointer and not a reference: a guard is passed by value, to `drop` for one, and a
+/// reference in an argument claims to be the only one until the call returns, when another CPU has the lock already. (Miri found that.)
+#[derive(Debug)]
+pub(crate) struct HeldLists<'a>(NonNull<ZoneLists>, PhantomData<&'a mut ZoneLists>);
+
+impl core::ops::Deref for HeldLists<'_> {
+    type Target = ZoneLists;
+    #[inline]
+    fn deref(&self) -> &ZoneLists {
+        // SAFETY: made by `ZoneGuard::new` from a lock that is held until after this is dropped, and nothing else reaches the value.
+        unsafe { self.0.as_ref() }
+    }
+}
+
+impl core::ops::DerefMut for HeldLists<'_> {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut ZoneLists {
+        // SAFETY: as above, and `&mut self` makes it the only one.
+        unsafe { self.0.as_mut() }
+    }
+}
+
 /// The zone lock is held as long as this lives.
 #[derive(Debug)]
 pub(crate) struct ZoneGuard<'a, P: Platform> {
@@ -172,8 +197,7 @@ impl<'a, P: Platform> ZoneGuard<'a, P> {
         map: &'a MemMap,
         lock: SpinGuard<'a, ZoneLists, Holder<'a, P>>,
     ) -> ZoneGuard<'a, P> {
-        // SAFETY: the lock is held until `_lock` is dropped, which is after `zone`; nobody uses `_lock` to reach the value.
-        let lists = unsafe { &mut *lock.as_mut_ptr() };
+        let lists = HeldLists(lock.value_ptr(), PhantomData);
         ZoneGuard {
             zone: LockedZone { zone, map, lists },
             _lock: lock,
@@ -201,7 +225,7 @@ impl<'a, P: Platform> core::ops::DerefMut for ZoneGuard<'a, P> {
 pub(crate) struct LockedZone<'a> {
     pub(crate) zone: &'a Zone,
     pub(crate) map: &'a MemMap,
-    pub(crate) lists: &'a mut ZoneLists,
+    pub(crate) lists: HeldLists<'a>,
 }
 
 impl Drop for LockedZone<'_> {

@@ -123,8 +123,12 @@ pub(crate) struct SpinGuard<'a, T, W: Waiter> {
 
 impl<T, W: Waiter> SpinGuard<'_, T, W> {
     /// Where the value is; good as long as the guard lives.
-    pub(crate) fn as_mut_ptr(&self) -> *mut T {
-        self.value
+    #[cfg(not(loom))]
+    pub(crate) fn value_ptr(&self) -> core::ptr::NonNull<T> {
+        match core::ptr::NonNull::new(self.value) {
+            Some(value) => value,
+            None => unreachable!("a cell is nowhere at null"),
+        }
     }
 }
 
