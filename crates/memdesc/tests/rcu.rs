@@ -316,6 +316,27 @@ fn a_flood_is_throttled() {
     assert_eq!(mm.kvfree_queued(), 0);
 }
 
+/// Without a page for pointers a flood is bounded all the same, without ticks.
+#[test]
+fn a_flood_by_heads_is_bounded() {
+    let mm = machine(Config::default());
+    let mut peak = 0;
+    for i in 0..20_000 {
+        let object = alloc(&mm, Form::Head, 1).unwrap();
+        mm.platform().faults().fail_one_in(1, 1);
+        // SAFETY: nobody else has it.
+        unsafe { retire(&mm, Form::Head, object) };
+        mm.platform().faults().off();
+        if i % 100 == 0 {
+            peak = peak.max(mm.kvfree_queued());
+        }
+    }
+    assert!(mm.event(Event::KvfreeHead) >= 20_000);
+    assert!(peak < 2_000, "{peak} lay about");
+    mm.kvfree_rcu_barrier();
+    assert_eq!(mm.kvfree_queued(), 0);
+}
+
 /// A reader who frees may not be made to wait for himself.
 #[test]
 fn a_reader_may_flood() {

@@ -44,6 +44,8 @@ pub(super) struct Inner {
     first: *mut Block,
     last: *mut Block,
     pub(super) nr_full: u32,
+    /// A block whose grace period is over, being emptied a few pointers at a time.
+    pub(super) ripe: *mut Block,
     /// Pointers in all blocks.
     pub(super) nr: u64,
     /// Blank blocks.
@@ -92,6 +94,7 @@ impl Krc {
                 first: core::ptr::null_mut(),
                 last: core::ptr::null_mut(),
                 nr_full: 0,
+                ripe: core::ptr::null_mut(),
                 nr: 0,
                 blank: core::ptr::null_mut(),
                 nr_blank: 0,
@@ -133,6 +136,8 @@ pub(super) enum Queued {
     Yes,
     /// And it filled its block.
     Full,
+    /// And it is time to free some of the ripe block.
+    Ripe,
     /// There is no block.
     NoBlock,
 }
@@ -191,8 +196,47 @@ impl Inner {
         self.nr_full += 1;
     }
 
-    /// Takes the oldest full block out, if its grace period is over.
+    /// Makes the oldest full block the ripe one, if there is none and its grace period is over.
+    pub(super) fn ripen(&mut self, over: impl Fn(Cookie) -> bool) {
+        if self.ripe.is_null()
+            && let Some(block) = self.due(over)
+        {
+            self.ripe = block.as_ptr();
+            // SAFETY: the block is ours; its pointers still count.
+            self.nr += unsafe { (*block.as_ptr()).nr };
+        }
+    }
+
+    /// Takes pointers out of the ripe block, as many as `out` has room for. Says how many, and gives the block if that was all of it.
+    pub(super) fn take_ripe(&mut self, out: &mut [*mut u8]) -> (usize, Option<NonNull<Block>>) {
+        let Some(block) = NonNull::new(self.ripe) else {
+            return (0, None);
+        };
+        // SAFETY: the ripe block is ours, and its first `nr` records are written.
+        let (n, left) = unsafe {
+            let block = block.as_ptr();
+            let nr = (*block).nr as usize;
+            let n = nr.min(out.len());
+            out[..n].copy_from_slice(&(&(*block).records)[nr - n..nr]);
+            (*block).nr = (nr - n) as u64;
+            (n, nr - n)
+        };
+        self.nr -= n as u64;
+        if left > 0 {
+            return (n, None);
+        }
+        self.ripe = core::ptr::null_mut();
+        (n, Some(block))
+    }
+
+    /// Takes the ripe block out, else the oldest full one if its grace period is over.
     pub(super) fn due(&mut self, over: impl Fn(Cookie) -> bool) -> Option<NonNull<Block>> {
+        if let Some(block) = NonNull::new(self.ripe) {
+            self.ripe = core::ptr::null_mut();
+            // SAFETY: the ripe block is ours.
+            self.nr -= unsafe { (*block.as_ptr()).nr };
+            return Some(block);
+        }
         let block = NonNull::new(self.first)?;
         // SAFETY: full blocks are ours.
         let (cookie, next) = unsafe { ((*block.as_ptr()).cookie, (*block.as_ptr()).next) };

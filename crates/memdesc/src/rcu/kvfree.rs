@@ -9,8 +9,8 @@
 //! - *Without* ([`Mm::kvfree_rcu_mightsleep`]): where no page is to be had it waits for the grace period there and then.
 //! - *Prepaid*: see [`prepaid`](super::prepaid).
 //!
-//! Nobody drains in the background: who fills a block in a context that may sleep frees what is due, on the spot; one that may not
-//! kicks the platform, and [`Mm::tick`] does the rest. So a flood pays for itself, and its backlog is a few blocks. If readers keep
+//! Nobody drains in the background: who queues pointers in a context that may sleep frees some that are due in passing, faster than he
+//! queues; one that may not kicks the platform, and [`Mm::tick`] does the rest. So a flood pays for itself, and its backlog is a few blocks. If readers keep
 //! a grace period from ending, blocks add up to [`Config::kvfree_backlog`](crate::Config::kvfree_backlog), and then who floods waits, if he may.
 //!
 //! Lock order: that of a CPU's blocks is a leaf; nothing is freed under it.
@@ -31,7 +31,11 @@ use crate::stats::Event;
 use crate::sync::atomic::{AtomicPtr, Ordering};
 
 /// Full blocks worth a grace period: one membarrier or one round of IPIs for so many pointers.
-const WORTH_IT: u32 = 6;
+const WORTH_IT: u32 = 3;
+/// So many objects that wait by their heads are worth as much as a full block.
+const HEADS: u64 = 256;
+/// Every so many pointers some of the ripe block are freed, half as many again.
+const STRIDE: u64 = 16;
 
 impl<P: Platform> Mm<P> {
     fn krc(&self, pin: Option<&Pin<'_, P>>) -> &Krc {
@@ -90,12 +94,15 @@ impl<P: Platform> Mm<P> {
             queued = self.push_with(pin, krc, block, channel, object);
         }
         if matches!(queued, None | Some(Queued::NoBlock)) {
+            let n = krc.nr_heads.fetch_add(1, Ordering::Relaxed) + 1;
+            krc.hungry.store(1, Ordering::Relaxed);
+            if n.is_multiple_of(HEADS) {
+                queued = Some(Queued::Full);
+            }
             // SAFETY: the head is ours until the grace period is over.
             unsafe {
                 let what: &AtomicPtr<()> = &head.as_ref().what;
                 what.store(object.as_ptr().cast(), Ordering::Relaxed);
-                krc.nr_heads.fetch_add(1, Ordering::Relaxed);
-                krc.hungry.store(1, Ordering::Relaxed);
                 krc.heads.push(head);
             }
             self.pages
@@ -103,8 +110,10 @@ impl<P: Platform> Mm<P> {
                 .add_any(Event::KvfreeHead, 1);
         }
         drop(pin);
-        if let Some(Queued::Full) = queued {
-            self.kvfree_full(true);
+        match queued {
+            Some(Queued::Full) => self.kvfree_full(true),
+            Some(Queued::Ripe) => self.kvfree_some(),
+            _ => {}
         }
     }
 
@@ -135,10 +144,12 @@ impl<P: Platform> Mm<P> {
                 }),
             };
             match queued {
-                Some(Queued::Yes | Queued::Full) => {
+                Some(Queued::Yes | Queued::Full | Queued::Ripe) => {
                     drop(pin);
-                    if let Some(Queued::Full) = queued {
-                        self.kvfree_full(true);
+                    match queued {
+                        Some(Queued::Full) => self.kvfree_full(true),
+                        Some(Queued::Ripe) => self.kvfree_some(),
+                        _ => {}
                     }
                     return;
                 }
@@ -179,9 +190,13 @@ impl<P: Platform> Mm<P> {
     /// A full block waits from now on.
     #[inline]
     fn closed(&self, inner: &mut Inner, channel: usize, queued: Queued) -> Queued {
-        if let Queued::Full = queued {
+        match queued {
             // One cookie for all of the block: all in it were unlinked before.
-            inner.close(channel, self.pages.platform.rcu().get_state());
+            Queued::Full => inner.close(channel, self.pages.platform.rcu().get_state()),
+            Queued::Yes if !inner.ripe.is_null() && inner.nr.is_multiple_of(STRIDE) => {
+                return Queued::Ripe;
+            }
+            _ => {}
         }
         queued
     }
@@ -246,18 +261,59 @@ impl<P: Platform> Mm<P> {
         }
         let cpu = self.pages.pin().cpu();
         let rcu = self.pages.platform.rcu();
-        let (full, nr) = self.with_krc(cpu, |inner| (inner.nr_full, inner.nr));
-        if full >= WORTH_IT {
+        let krc = &self.krcs[cpu];
+        let (full, nr) = self.with_krc(cpu, |inner| {
+            inner.ripen(|cookie| rcu.poll_state(cookie));
+            (inner.nr_full, inner.nr)
+        });
+        let heads = krc.nr_heads.load(Ordering::Relaxed);
+        if heads > 0 {
+            // A batch that is due goes, the next one gets its grace period, and those who come now a page.
+            self.kvfree_heads(cpu);
+            self.kvfree_feed(cpu);
+        }
+        if full >= WORTH_IT || heads > 0 {
             rcu.start_poll();
             rcu.advance();
+            self.with_krc(cpu, |inner| inner.ripen(|cookie| rcu.poll_state(cookie)));
         }
-        self.kvfree_due(cpu);
+        // Behind by more than is emptied in passing.
+        let nr = nr + heads;
+        if nr > u64::from(self.kvfree_backlog) / 2 {
+            self.kvfree_due(cpu);
+        }
         if throttle && nr > u64::from(self.kvfree_backlog) && self.may_wait() {
             self.pages
                 .any_stats(Some(&self.pages.pin()))
                 .add_any(Event::KvfreeThrottled, 1);
             rcu.synchronize_expedited();
             self.kvfree_due(cpu);
+        }
+    }
+
+    /// Frees some of the ripe block: a few more than were queued since the last time. They fit the sheaf, from which as many were taken
+    /// meanwhile, if the CPU allocates as much as it frees; so nothing goes to the slabs, and no lock is shared with anyone.
+    #[inline(never)]
+    fn kvfree_some(&self) {
+        if !self.may_free_here() {
+            return;
+        }
+        let cpu = self.pages.pin().cpu();
+        let krc = &self.krcs[cpu];
+        let rcu = self.pages.platform.rcu();
+        let mut out = [core::ptr::null_mut(); STRIDE as usize * 3 / 2];
+        let (n, spare) = self.with_krc(cpu, |inner| {
+            let (n, empty) = inner.take_ripe(&mut out);
+            // Under the lock: they are in one of the two counts for whoever looks.
+            krc.draining.fetch_add(n as u64, Ordering::Relaxed);
+            inner.ripen(|cookie| rcu.poll_state(cookie));
+            (n, empty.filter(|block| !inner.add_blank(*block)))
+        });
+        self.kfree_bulk_unchecked(&out[..n]);
+        // Release pairs with the Acquire in `kvfree_queued`.
+        krc.draining.fetch_sub(n as u64, Ordering::Release);
+        if let Some(block) = spare {
+            self.free_block_page(block);
         }
     }
 
@@ -290,10 +346,16 @@ impl<P: Platform> Mm<P> {
                 self.free_block_page(block);
             }
         }
+        freed + self.kvfree_heads(cpu)
+    }
+
+    /// Frees those that came by their heads, if that is due, and lets the next batch wait: one at a time. Says how many were freed.
+    fn kvfree_heads(&self, cpu: usize) -> usize {
+        let krc = &self.krcs[cpu];
+        let rcu = self.pages.platform.rcu();
         if krc.nr_heads.load(Ordering::Relaxed) == 0 {
-            return freed;
+            return 0;
         }
-        // Those that came by their heads: one batch waits at a time.
         let due = self.with_krc(cpu, |inner| {
             if inner.heads.is_null() || !rcu.poll_state(Cookie(inner.cookie)) {
                 return core::ptr::null_mut();
@@ -308,7 +370,7 @@ impl<P: Platform> Mm<P> {
                 inner.cookie = rcu.start_poll().0;
             }
         });
-        freed + heads
+        heads
     }
 
     fn free_heads(&self, mut at: *mut RcuHead) -> usize {
