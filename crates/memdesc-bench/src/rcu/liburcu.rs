@@ -139,7 +139,7 @@ impl Scheme for Liburcu {
             if let Some(tally) = tally {
                 tally.retired();
                 if i % 16 == 0 {
-                    tally.sample(FREED.load(Ordering::Relaxed));
+                    tally.sample(|_| FREED.load(Ordering::Relaxed));
                 }
             }
         }
@@ -160,7 +160,7 @@ impl Scheme for Liburcu {
         // SAFETY: not in a read section.
         unsafe { (self.barrier)() };
         if let Some(tally) = tally {
-            tally.sample(FREED.load(Ordering::Relaxed));
+            tally.sample(|_| FREED.load(Ordering::Relaxed));
         }
     }
 }

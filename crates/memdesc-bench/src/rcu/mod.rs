@@ -57,11 +57,14 @@ impl Tally {
         self.retired.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Looks how many lie about now; `freed` so far.
-    fn sample(&self, freed: u64) {
+    /// Looks how many lie about now. `freed` says how many are free, given how many were given up: in this order, so that a thread that
+    /// loses its CPU in between does not take what others did meanwhile for a backlog.
+    fn sample(&self, freed: impl FnOnce(u64) -> u64) {
+        let retired = self.retired.load(Ordering::SeqCst);
+        let freed = freed(retired);
         self.freed.fetch_max(freed, Ordering::Relaxed);
-        let backlog = self.retired.load(Ordering::Relaxed).saturating_sub(freed);
-        self.peak.fetch_max(backlog, Ordering::Relaxed);
+        self.peak
+            .fetch_max(retired.saturating_sub(freed), Ordering::Relaxed);
     }
 }
 

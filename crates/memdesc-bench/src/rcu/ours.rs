@@ -161,14 +161,17 @@ impl Ours {
         tally.retired();
         // A look costs a barrier on all CPUs; blocks are 509 pointers.
         if i.is_multiple_of(61) {
-            let retired = tally.retired.load(Ordering::Relaxed);
-            let freed = match self.form {
-                Form::Floor => retired,
-                Form::Call => FREED.load(Ordering::Relaxed),
-                Form::Kvfree => retired.saturating_sub(self.mm.kvfree_queued()),
-                Form::Prepaid => self.prepaid_freed(),
-            };
-            tally.sample(freed);
+            tally.sample(|retired| self.freed(retired));
+        }
+    }
+
+    /// How many are free, of so many given up.
+    fn freed(&self, retired: u64) -> u64 {
+        match self.form {
+            Form::Floor => retired,
+            Form::Call => FREED.load(Ordering::Relaxed),
+            Form::Kvfree => retired.saturating_sub(self.mm.kvfree_queued()),
+            Form::Prepaid => self.prepaid_freed(),
         }
     }
 
@@ -219,13 +222,7 @@ impl Scheme for Ours {
         self.mm.rcu().barrier();
         self.mm.kvfree_rcu_barrier();
         if let Some(tally) = tally {
-            let retired = tally.retired.load(Ordering::Relaxed);
-            tally.sample(match self.form {
-                Form::Floor => retired,
-                Form::Call => FREED.load(Ordering::Relaxed),
-                Form::Kvfree => retired.saturating_sub(self.mm.kvfree_queued()),
-                Form::Prepaid => self.prepaid_freed(),
-            });
+            tally.sample(|retired| self.freed(retired));
         }
     }
 }

@@ -79,7 +79,7 @@ fn turns(n: u64, tally: Option<&Tally>, mut turn: impl FnMut(u64)) {
                 tally.retired();
                 turn(i);
                 if i % 16 == 0 {
-                    tally.sample(FREED.load(Ordering::Relaxed));
+                    tally.sample(|_| FREED.load(Ordering::Relaxed));
                 }
             }
         }
@@ -92,7 +92,7 @@ fn until_free(tally: Option<&Tally>, mut push: impl FnMut()) {
     loop {
         push();
         let Some(tally) = tally else { return };
-        tally.sample(FREED.load(Ordering::Relaxed));
+        tally.sample(|_| FREED.load(Ordering::Relaxed));
         let all = tally.freed.load(Ordering::Relaxed) >= tally.retired.load(Ordering::Relaxed);
         if all || start.elapsed() > Duration::from_secs(1) {
             return;
