@@ -62,6 +62,24 @@ impl Both {
     }
 }
 
+impl Both {
+    /// Gives up `n` objects of a thread by `timed`, or with a tally by `counted`, which is the same for the other kind of object.
+    #[inline(always)]
+    fn run(
+        &self,
+        thread: usize,
+        n: u64,
+        tally: Option<&Tally>,
+        timed: impl Fn(&AtomicPtr<Object<false>>, u64),
+        counted: impl Fn(&AtomicPtr<Object<true>>, u64),
+    ) {
+        match tally {
+            None => turns(n, None, |i| timed(&self.timed[thread].0, i)),
+            Some(_) => turns(n, tally, |i| counted(&self.counted[thread].0, i)),
+        }
+    }
+}
+
 impl Drop for Both {
     fn drop(&mut self) {
         free_slots(&mut self.timed);
@@ -123,10 +141,7 @@ impl Scheme for Floor {
             // SAFETY: from `Box::into_raw`; there are no readers in this scheme.
             drop(unsafe { Box::from_raw(old) });
         }
-        match tally {
-            None => turns(n, None, |i| turn(&self.0.timed[thread].0, i)),
-            Some(_) => turns(n, tally, |i| turn(&self.0.counted[thread].0, i)),
-        }
+        self.0.run(thread, n, tally, turn, turn);
     }
     fn read(&self, thread: usize, n: u64) {
         let slot = &self.0.timed[thread].0;
@@ -166,10 +181,7 @@ impl Scheme for Epoch {
                 guard.defer_destroy(crossbeam_epoch::Shared::from(old.cast_const()));
             }
         }
-        match tally {
-            None => turns(n, None, |i| turn(&self.0.timed[thread].0, i)),
-            Some(_) => turns(n, tally, |i| turn(&self.0.counted[thread].0, i)),
-        }
+        self.0.run(thread, n, tally, turn, turn);
     }
     fn read(&self, thread: usize, n: u64) {
         let slot = &self.0.timed[thread].0;
@@ -218,12 +230,13 @@ impl Scheme for Seize {
             unsafe { collector.retire(old, seize::reclaim::boxed) };
         }
         let collector = &self.collector;
-        match tally {
-            None => turns(n, None, |i| turn(collector, &self.slots.timed[thread].0, i)),
-            Some(_) => turns(n, tally, |i| {
-                turn(collector, &self.slots.counted[thread].0, i);
-            }),
-        }
+        self.slots.run(
+            thread,
+            n,
+            tally,
+            |slot, i| turn(collector, slot, i),
+            |slot, i| turn(collector, slot, i),
+        );
     }
     fn read(&self, thread: usize, n: u64) {
         use seize::Guard;
@@ -265,10 +278,7 @@ impl Scheme for Haphazard {
                 haphazard::Domain::global().retire_ptr::<Object<COUNTS>, Box<Object<COUNTS>>>(old);
             }
         }
-        match tally {
-            None => turns(n, None, |i| turn(&self.0.timed[thread].0, i)),
-            Some(_) => turns(n, tally, |i| turn(&self.0.counted[thread].0, i)),
-        }
+        self.0.run(thread, n, tally, turn, turn);
     }
     fn read(&self, thread: usize, n: u64) {
         let slot = &self.0.timed[thread].0;

@@ -14,7 +14,7 @@ use crate::memmap::{MemMap, Word};
 use crate::page_alloc::MigrateType;
 use crate::platform::{Checked, Pin, Platform, PlatformBarriers};
 use crate::sync::atomic::{AtomicU32, Ordering};
-use crate::sync::{LocalLock, UnsafeCell};
+use crate::sync::{LocalLock, PfnStack, UnsafeCell};
 
 /// Orders below this have a list per mobility.
 const PCP_ORDERS: usize = 4;
@@ -130,7 +130,7 @@ pub(crate) struct PerCpuPages {
 /// buddies. The next normal free on the CPU takes it to the zone.
 #[derive(Debug)]
 struct Deferred {
-    head: AtomicU32,
+    stack: PfnStack,
     /// Pages in it, for the ledger.
     pages: AtomicU32,
 }
@@ -167,7 +167,7 @@ impl PerCpuPages {
         PerCpuPages {
             lock: LocalLock::new(),
             deferred: Deferred {
-                head: AtomicU32::new(Pfn::NONE.0),
+                stack: PfnStack::new(),
                 pages: AtomicU32::new(0),
             },
             lists: UnsafeCell::new(Lists {
@@ -379,36 +379,24 @@ impl PerCpuPages {
         cell.publish(block.word.to_pcp(mt));
         self.deferred.pages.fetch_add(1 << order, Ordering::Relaxed);
         let links = map.buddy_at(block.word.desc());
-        let mut head = self.deferred.head.load(Ordering::Relaxed);
-        loop {
-            links.set_next(Pfn(head));
+        self.deferred.stack.push(block.pfn, |next| {
+            links.set_next(next);
             crate::inject::point("deferred pages: about to push");
-            // Release pairs with the Acquire in `take_deferred`: who takes the block sees its link and its word.
-            match self.deferred.head.compare_exchange_weak(
-                head,
-                block.pfn.0,
-                Ordering::Release,
-                Ordering::Relaxed,
-            ) {
-                Ok(_) => return,
-                Err(now) => head = now,
-            }
-        }
+        });
     }
 
     /// Is there something to free?
     #[inline]
     pub(crate) fn has_deferred(&self) -> bool {
-        self.deferred.head.load(Ordering::Relaxed) != Pfn::NONE.0
+        !self.deferred.stack.is_empty()
     }
 
     /// Takes all that was deferred, from any CPU.
     pub(crate) fn take_deferred(&self, map: &MemMap) -> Chain {
-        if !self.has_deferred() {
+        let head = self.deferred.stack.take();
+        if head == Pfn::NONE {
             return Chain::new();
         }
-        // Acquire pairs with the Release in `defer`. Nobody else can have what was swapped out.
-        let head = Pfn(self.deferred.head.swap(Pfn::NONE.0, Ordering::Acquire));
         let mut chain = Chain { head, blocks: 0 };
         let (mut at, mut pages) = (head, 0);
         while at != Pfn::NONE {

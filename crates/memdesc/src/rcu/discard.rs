@@ -13,8 +13,8 @@ use crate::memmap::MemMap;
 use crate::mm::Mm;
 use crate::platform::{Context, Holder, Platform};
 use crate::slab::CacheCore;
-use crate::sync::SpinLock;
 use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use crate::sync::{PfnStack, SpinLock};
 
 /// So many empty slabs are worth a kick before the next tick.
 const WORTH_IT: u32 = 16;
@@ -22,8 +22,7 @@ const WORTH_IT: u32 = 16;
 /// Empty slabs on their way out.
 #[derive(Debug)]
 pub(crate) struct Discards {
-    /// A stack that is only ever taken as a whole, linked by page frame number.
-    fresh: AtomicU32,
+    fresh: PfnStack,
     nr_fresh: AtomicU32,
     /// Pages of descriptors' slabs in here, for the ledger.
     metadata: AtomicU64,
@@ -39,7 +38,7 @@ struct Waiting {
 impl Discards {
     pub(crate) fn new() -> Discards {
         Discards {
-            fresh: AtomicU32::new(Pfn::NONE.0),
+            fresh: PfnStack::new(),
             nr_fresh: AtomicU32::new(0),
             metadata: AtomicU64::new(0),
             waiting: SpinLock::new(Waiting {
@@ -56,30 +55,13 @@ impl Discards {
 
     fn push(&self, map: &MemMap, pfn: Pfn) {
         let links = map.slab_at(map.word(pfn).load_owned().desc()).links();
-        let mut head = self.fresh.load(Ordering::Relaxed);
-        loop {
-            links.set_next(Pfn(head));
-            // Release pairs with the Acquire in `take`.
-            match self.fresh.compare_exchange_weak(
-                head,
-                pfn.0,
-                Ordering::Release,
-                Ordering::Relaxed,
-            ) {
-                Ok(_) => break,
-                Err(now) => head = now,
-            }
-        }
+        self.fresh.push(pfn, |next| links.set_next(next));
         self.nr_fresh.fetch_add(1, Ordering::Relaxed);
     }
 
     fn take(&self) -> Pfn {
         self.nr_fresh.store(0, Ordering::Relaxed);
-        Pfn(self.fresh.swap(Pfn::NONE.0, Ordering::Acquire))
-    }
-
-    fn is_empty(&self) -> bool {
-        self.fresh.load(Ordering::Relaxed) == Pfn::NONE.0
+        self.fresh.take()
     }
 }
 
@@ -122,7 +104,7 @@ impl<P: Platform> Mm<P> {
             let Some(mut waiting) = self.discards.waiting.try_lock(holder) else {
                 return pages;
             };
-            if waiting.head == Pfn::NONE && !self.discards.is_empty() {
+            if waiting.head == Pfn::NONE && !self.discards.fresh.is_empty() {
                 waiting.head = self.discards.take();
                 waiting.cookie = rcu.start_poll();
             }
@@ -176,7 +158,7 @@ impl<P: Platform> Mm<P> {
         loop {
             let done = self.discard_due();
             pages += done;
-            let left = !self.discards.is_empty() || {
+            let left = !self.discards.fresh.is_empty() || {
                 let holder = Holder::new(&self.pages.platform, self.pages.rt, &classes::DISCARDS);
                 self.discards.waiting.lock(holder).head != Pfn::NONE
             };

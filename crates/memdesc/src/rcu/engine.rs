@@ -431,7 +431,7 @@ impl Engine {
         what.store(func as *mut (), Ordering::Relaxed);
         let stack = readers.slot().map_or(&self.callbacks, |s| &s.callbacks);
         // SAFETY: the same.
-        unsafe { stack.push(head) };
+        unsafe { stack.push_head(head) };
         if self.called.load(Ordering::Relaxed) == 0 {
             self.called.store(1, Ordering::Relaxed);
         }

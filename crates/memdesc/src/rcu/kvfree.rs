@@ -80,13 +80,9 @@ impl<P: Platform> Mm<P> {
         let channel = self.channel_of(object);
         let pin = Pin::try_new(&self.pages.platform);
         let krc = self.krc(pin.as_ref());
-        let now = || self.pages.platform.now();
-        let mut queued = pin.as_ref().and_then(|pin| {
-            krc.try_owner(pin, |inner| {
-                let queued = inner.push(channel, object.as_ptr(), now);
-                self.closed(inner, channel, queued)
-            })
-        });
+        let mut queued = pin
+            .as_ref()
+            .and_then(|pin| krc.try_owner(pin, |inner| self.record(inner, channel, object)));
         if let Some(Queued::NoBlock) = queued
             && let Some(pin) = &pin
             && let Ok(block) = self.blank_block(gfp::__GFP_FAST_TRY)
@@ -103,15 +99,21 @@ impl<P: Platform> Mm<P> {
             unsafe {
                 let what: &AtomicPtr<()> = &head.as_ref().what;
                 what.store(object.as_ptr().cast(), Ordering::Relaxed);
-                krc.heads.push(head);
+                krc.heads.push_head(head);
             }
             self.pages
                 .any_stats(pin.as_ref())
                 .add_any(Event::KvfreeHead, 1);
         }
         drop(pin);
+        self.kvfree_after(queued);
+    }
+
+    /// What is to be done once a pointer is queued and the CPU let go of.
+    #[inline]
+    fn kvfree_after(&self, queued: Option<Queued>) {
         match queued {
-            Some(Queued::Full) => self.kvfree_full(true),
+            Some(Queued::Full) => self.kvfree_full(),
             Some(Queued::Ripe) => self.kvfree_some(),
             _ => {}
         }
@@ -135,23 +137,14 @@ impl<P: Platform> Mm<P> {
         loop {
             let pin = self.pages.pin();
             let krc = self.krc(Some(&pin));
-            let now = || self.pages.platform.now();
             let queued = match blank.take() {
                 Some(block) => self.push_with(&pin, krc, block, channel, object),
-                None => krc.try_owner(&pin, |inner| {
-                    let queued = inner.push(channel, object.as_ptr(), now);
-                    self.closed(inner, channel, queued)
-                }),
+                None => krc.try_owner(&pin, |inner| self.record(inner, channel, object)),
             };
             match queued {
                 Some(Queued::Yes | Queued::Full | Queued::Ripe) => {
                     drop(pin);
-                    match queued {
-                        Some(Queued::Full) => self.kvfree_full(true),
-                        Some(Queued::Ripe) => self.kvfree_some(),
-                        _ => {}
-                    }
-                    return;
+                    return self.kvfree_after(queued);
                 }
                 // Another CPU drains: soon over.
                 None => {
@@ -187,9 +180,10 @@ impl<P: Platform> Mm<P> {
         }
     }
 
-    /// A full block waits from now on.
+    /// Puts a pointer in. A block that is full then waits from now on.
     #[inline]
-    fn closed(&self, inner: &mut Inner, channel: usize, queued: Queued) -> Queued {
+    fn record(&self, inner: &mut Inner, channel: usize, object: NonNull<u8>) -> Queued {
+        let queued = inner.push(channel, object.as_ptr(), || self.pages.platform.now());
         match queued {
             // One cookie for all of the block: all in it were unlinked before.
             Queued::Full => inner.close(channel, self.pages.platform.rcu().get_state()),
@@ -209,15 +203,13 @@ impl<P: Platform> Mm<P> {
         channel: usize,
         object: NonNull<u8>,
     ) -> Option<Queued> {
-        let now = || self.pages.platform.now();
         let mut kept = false;
         let queued = krc.try_owner(pin, |inner| {
             // Room for one is made, however few are to be kept.
             let keep = core::mem::replace(&mut inner.keep, u32::MAX);
             kept = inner.add_blank(block);
             inner.keep = keep;
-            let queued = inner.push(channel, object.as_ptr(), now);
-            self.closed(inner, channel, queued)
+            self.record(inner, channel, object)
         });
         if !kept {
             self.free_block_page(block);
@@ -255,7 +247,7 @@ impl<P: Platform> Mm<P> {
     /// A block is full: frees what is due; waits, if that is allowed, when far too much is queued.
     #[cold]
     #[inline(never)]
-    pub(crate) fn kvfree_full(&self, throttle: bool) {
+    fn kvfree_full(&self) {
         if !self.may_free_here() {
             return self.pages.platform.kick();
         }
@@ -282,7 +274,7 @@ impl<P: Platform> Mm<P> {
         if nr > u64::from(self.kvfree_backlog) / 2 {
             self.kvfree_due(cpu);
         }
-        if throttle && nr > u64::from(self.kvfree_backlog) && self.may_wait() {
+        if nr > u64::from(self.kvfree_backlog) && self.may_wait() {
             self.pages
                 .any_stats(Some(&self.pages.pin()))
                 .add_any(Event::KvfreeThrottled, 1);

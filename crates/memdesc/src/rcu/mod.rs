@@ -25,6 +25,7 @@ pub(crate) mod prepaid;
 use core::marker::PhantomData;
 use core::ptr::NonNull;
 
+use crate::sync::PtrStack;
 use crate::sync::atomic::{AtomicPtr, Ordering};
 
 /// Names a grace period: see [`Rcu::get_state`]. Later ones compare greater.
@@ -92,48 +93,17 @@ impl Default for RcuHead {
 /// What is called when the grace period is over.
 pub type Callback = unsafe fn(NonNull<RcuHead>);
 
-/// A stack of heads that any context pushes on without a lock, and that is only ever taken as a whole.
-#[derive(Debug)]
-pub(crate) struct HeadStack(AtomicPtr<RcuHead>);
+/// Heads that any context pushes, until somebody takes them all.
+pub(crate) type HeadStack = PtrStack<RcuHead>;
 
 impl HeadStack {
-    pub(crate) fn new() -> HeadStack {
-        HeadStack(AtomicPtr::new(core::ptr::null_mut()))
-    }
-
     /// # Safety
     ///
     /// The head lives, and is nobody else's, until it is taken.
-    pub(crate) unsafe fn push(&self, head: NonNull<RcuHead>) {
+    pub(crate) unsafe fn push_head(&self, head: NonNull<RcuHead>) {
         // SAFETY: the caller's promise.
-        let next = &unsafe { head.as_ref() }.next;
-        let mut first = self.0.load(Ordering::Relaxed);
-        loop {
-            next.store(first, Ordering::Relaxed);
-            // AcqRel: Release pairs with the Acquire in `take`, so that who takes the head sees its fields; Acquire pairs with the Release
-            // there, so that who pushes after a `take` does all that follows after what went before it.
-            match self.0.compare_exchange_weak(
-                first,
-                head.as_ptr(),
-                Ordering::AcqRel,
-                Ordering::Relaxed,
-            ) {
-                Ok(_) => return,
-                Err(now) => first = now,
-            }
-        }
-    }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.0.load(Ordering::Relaxed).is_null()
-    }
-
-    /// Takes all, latest first.
-    pub(crate) fn take(&self) -> *mut RcuHead {
-        if self.is_empty() {
-            return core::ptr::null_mut();
-        }
-        self.0.swap(core::ptr::null_mut(), Ordering::AcqRel)
+        let link = &unsafe { head.as_ref() }.next;
+        self.push(head.as_ptr(), |next| link.store(next, Ordering::Relaxed));
     }
 }
 

@@ -327,14 +327,13 @@ fn deferred(relaxed: bool) {
                     });
                     let head = NonNull::from(std::boxed::Box::leak(headed)).cast::<RcuHead>();
                     // SAFETY: the box is the stack's.
-                    unsafe { stack.push(head) };
+                    unsafe { stack.push_head(head) };
                 })
             })
             .collect();
         let take = || {
             let mut at = if relaxed {
-                // Planted bug: what the pushers released is not acquired.
-                stack.0.swap(core::ptr::null_mut(), Ordering::Relaxed)
+                stack.take_relaxed()
             } else {
                 stack.take()
             };

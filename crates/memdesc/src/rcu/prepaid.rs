@@ -28,8 +28,8 @@ use crate::report::Corruption;
 use crate::slab::kmalloc::Where;
 use crate::slab::{CacheCore, CacheFlags, slab_of};
 use crate::stats::Event;
-use crate::sync::SpinLock;
 use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use crate::sync::{PfnStack, SpinLock};
 
 /// So many slabs on a CPU's stack are worth a grace period.
 const WORTH_IT: u32 = 32;
@@ -62,10 +62,10 @@ const fn words(objects: usize) -> usize {
 #[repr(C, align(64))]
 pub(crate) struct Prepaid {
     /// Slabs with pending bits: a stack that any context pushes on, only ever taken as a whole.
-    stack: AtomicU32,
+    stack: PfnStack,
     nr_stacked: AtomicU32,
     /// Large memory: the same, linked through its buddies, which are idle while the memory is handed out.
-    large: AtomicU32,
+    large: PfnStack,
     harvest: SpinLock<Harvest>,
 }
 
@@ -81,9 +81,9 @@ struct Harvest {
 impl Prepaid {
     pub(crate) fn new() -> Prepaid {
         Prepaid {
-            stack: AtomicU32::new(Pfn::NONE.0),
+            stack: PfnStack::new(),
             nr_stacked: AtomicU32::new(0),
-            large: AtomicU32::new(Pfn::NONE.0),
+            large: PfnStack::new(),
             harvest: SpinLock::new(Harvest {
                 head: Pfn::NONE,
                 large: Pfn::NONE,
@@ -93,21 +93,11 @@ impl Prepaid {
     }
 
     fn push(&self, header: &Header, pfn: Pfn) -> u32 {
-        let mut head = self.stack.load(Ordering::Relaxed);
-        loop {
-            header.next.store(head, Ordering::Relaxed);
+        self.stack.push(pfn, |next| {
+            header.next.store(next.0, Ordering::Relaxed);
             crate::inject::point("prepaid: about to stack");
-            // Release pairs with the Acquire in `harvest`.
-            match self.stack.compare_exchange_weak(
-                head,
-                pfn.0,
-                Ordering::Release,
-                Ordering::Relaxed,
-            ) {
-                Ok(_) => return self.nr_stacked.fetch_add(1, Ordering::Relaxed) + 1,
-                Err(now) => head = now,
-            }
-        }
+        });
+        self.nr_stacked.fetch_add(1, Ordering::Relaxed) + 1
     }
 }
 
@@ -233,20 +223,7 @@ impl<P: Platform> Mm<P> {
         let links = self.pages.map.buddy_at(found.word.desc());
         let pin = Pin::try_new(&self.pages.platform);
         let cpu = &self.prepaid[pin.as_ref().map_or(0, Pin::cpu)];
-        let mut head = cpu.large.load(Ordering::Relaxed);
-        loop {
-            links.set_next(Pfn(head));
-            // Release pairs with the Acquire in `prepaid_work`.
-            match cpu.large.compare_exchange_weak(
-                head,
-                found.head.0,
-                Ordering::Release,
-                Ordering::Relaxed,
-            ) {
-                Ok(_) => break,
-                Err(now) => head = now,
-            }
-        }
+        cpu.large.push(found.head, |next| links.set_next(next));
         drop(pin);
         self.prepaid_many();
     }
@@ -275,8 +252,8 @@ impl<P: Platform> Mm<P> {
         self.prepaid.iter().any(|cpu| {
             let holder = Holder::new(&self.pages.platform, self.pages.rt, &classes::HARVEST);
             let harvest = cpu.harvest.lock(holder);
-            cpu.stack.load(Ordering::Relaxed) != Pfn::NONE.0
-                || cpu.large.load(Ordering::Relaxed) != Pfn::NONE.0
+            !cpu.stack.is_empty()
+                || !cpu.large.is_empty()
                 || harvest.head != Pfn::NONE
                 || harvest.large != Pfn::NONE
         })
@@ -296,7 +273,7 @@ impl<P: Platform> Mm<P> {
             };
             if harvest.head == Pfn::NONE && harvest.large == Pfn::NONE {
                 harvest.head = self.prepaid_harvest(cpu);
-                harvest.large = Pfn(cpu.large.swap(Pfn::NONE.0, Ordering::Acquire));
+                harvest.large = cpu.large.take();
                 if harvest.head == Pfn::NONE && harvest.large == Pfn::NONE {
                     return freed;
                 }
@@ -341,8 +318,7 @@ impl<P: Platform> Mm<P> {
         let map = &self.pages.map;
         let mut chain = Pfn::NONE;
         cpu.nr_stacked.store(0, Ordering::Relaxed);
-        // Acquire pairs with the Release in `push`.
-        let mut at = Pfn(cpu.stack.swap(Pfn::NONE.0, Ordering::Acquire));
+        let mut at = cpu.stack.take();
         while at != Pfn::NONE {
             let (pfn, slab) = (at, slab_of(map, at));
             // SAFETY: a slab's cache lives as long as the slab, and a stacked slab stays.

@@ -23,8 +23,8 @@ use crate::page_alloc::nolock::Try;
 use crate::platform::{Holder, Pin, Platform};
 use crate::report::Corruption;
 use crate::stats::Event;
-use crate::sync::SpinGuard;
 use crate::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use crate::sync::{PtrStack, SpinGuard};
 
 /// Larger classes tried when the right one has nothing (Linux: one).
 const LARGER: usize = 2;
@@ -32,7 +32,7 @@ const LARGER: usize = 2;
 /// Dead objects that wait for the next normal free: a stack that any context and any CPU pushes on, only ever taken as a whole.
 #[derive(Debug)]
 pub(crate) struct DeferredObjects {
-    head: AtomicPtr<u8>,
+    stack: PtrStack<u8>,
     /// Pushed so far, ahead of the push: how many there can be at most in what is taken.
     pushed: AtomicU64,
 }
@@ -40,14 +40,14 @@ pub(crate) struct DeferredObjects {
 impl DeferredObjects {
     pub(crate) fn new() -> DeferredObjects {
         DeferredObjects {
-            head: AtomicPtr::new(core::ptr::null_mut()),
+            stack: PtrStack::new(),
             pushed: AtomicU64::new(0),
         }
     }
 
     #[inline]
     pub(crate) fn any(&self) -> bool {
-        !self.head.load(Ordering::Relaxed).is_null()
+        !self.stack.is_empty()
     }
 }
 
@@ -208,24 +208,8 @@ impl<P: Platform> Mm<P> {
         Ok(list)
     }
 
-    pub(crate) fn descs_put_nolock(&self, mut list: DescList) {
-        let map = &self.pages.map;
-        while let Some(desc) = list.pop(map) {
-            let Some(object) = NonNull::new(map.virt(desc)) else {
-                unreachable!()
-            };
-            match map.lookup(Pfn::containing(desc)) {
-                Some(found) if found.word.kind() == PageType::Slab => {
-                    // SAFETY: a slab's cache lives as long as the slab, and this slab has an object out: `desc`.
-                    let core = unsafe { map.slab_at(found.word.desc()).cache().as_ref() };
-                    self.free_object_nolock(core, object);
-                }
-                _ => {
-                    let caller = Location::caller();
-                    self.report_object(Corruption::WrongType, None, object.as_ptr(), caller);
-                }
-            }
-        }
+    pub(crate) fn descs_put_nolock(&self, list: DescList) {
+        self.each_desc(list, |core, object| self.free_object_nolock(core, object));
     }
 
     /// An object comes back, from any context.
@@ -246,21 +230,10 @@ impl<P: Platform> Mm<P> {
         let deferred = stats.deferred();
         deferred.pushed.fetch_add(1, Ordering::Relaxed);
         let link = self.link_of(core, object);
-        let mut head = deferred.head.load(Ordering::Relaxed);
-        loop {
-            link.store(head, Ordering::Relaxed);
+        deferred.stack.push(object.as_ptr(), |next| {
+            link.store(next, Ordering::Relaxed);
             crate::inject::point("deferred objects: about to push");
-            // Release pairs with the Acquire in `take_deferred`: who takes the object sees its link.
-            match deferred.head.compare_exchange_weak(
-                head,
-                object.as_ptr(),
-                Ordering::Release,
-                Ordering::Relaxed,
-            ) {
-                Ok(_) => return,
-                Err(now) => head = now,
-            }
-        }
+        });
     }
 
     /// Where a dead object keeps its link: in itself, or behind it if what it holds must stay.
@@ -291,8 +264,7 @@ impl<P: Platform> Mm<P> {
 
     fn free_deferred_of(&self, cpu: usize) -> usize {
         let deferred = self.pages.stats[cpu].deferred();
-        // Acquire pairs with the Release in `free_object_nolock`. Nobody else can have what was swapped out.
-        let mut at = deferred.head.swap(core::ptr::null_mut(), Ordering::Acquire);
+        let mut at = deferred.stack.take();
         let most = deferred.pushed.load(Ordering::Relaxed);
         let mut freed = 0;
         while let Some(object) = NonNull::new(at) {

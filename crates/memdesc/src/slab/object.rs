@@ -295,26 +295,15 @@ impl<P: Platform> Mm<P> {
             }
             return;
         }
-        if cfg!(any(debug_assertions, feature = "checked")) {
+        let path = if cfg!(any(debug_assertions, feature = "checked")) {
             let path = self.pages.may_sleep(path);
             if !self.check_free(core, object, caller) {
                 return;
             }
-            let path = path.unwrap_or_else(|| self.pages.free_path());
-            return self.to_sheaf(path, core, object, nested, caller);
-        }
-        self.to_sheaf(path, core, object, nested, caller);
-    }
-
-    #[inline]
-    fn to_sheaf(
-        &self,
-        path: FreePath<'_, P>,
-        core: &CacheCore,
-        object: NonNull<u8>,
-        nested: bool,
-        caller: Caller,
-    ) {
+            path.unwrap_or_else(|| self.pages.free_path())
+        } else {
+            path
+        };
         if !core.sheaves.owner(path.pin(), |stack| stack.push(object)) {
             self.flush_and_push(path, core, object, nested, caller);
         }
@@ -603,7 +592,17 @@ impl<P: Platform> Descriptors for Mm<P> {
         self.free_all_deferred() + self.shrink_slab(request)
     }
 
-    fn put(&self, mut list: DescList) {
+    fn put(&self, list: DescList) {
+        self.each_desc(list, |core, object| {
+            let path = self.pages.free_path();
+            self.cache_free(path, core, object, true, Location::caller());
+        });
+    }
+}
+
+impl<P: Platform> Mm<P> {
+    /// Has each descriptor freed to the cache that it is from, found through the memory map like any object's.
+    pub(crate) fn each_desc(&self, mut list: DescList, free: impl Fn(&CacheCore, NonNull<u8>)) {
         let map = &self.pages.map;
         while let Some(desc) = list.pop(map) {
             let Some(object) = NonNull::new(map.virt(desc)) else {
@@ -613,14 +612,7 @@ impl<P: Platform> Descriptors for Mm<P> {
                 Some(found) if found.word.kind() == PageType::Slab => {
                     let cache = map.slab_at(found.word.desc()).cache();
                     // SAFETY: a slab's cache lives as long as the slab, and this slab has an object out: `desc`.
-                    let core = unsafe { cache.as_ref() };
-                    self.cache_free(
-                        self.pages.free_path(),
-                        core,
-                        object,
-                        true,
-                        Location::caller(),
-                    );
+                    free(unsafe { cache.as_ref() }, object);
                 }
                 _ => self.report_object(
                     Corruption::WrongType,

@@ -6,9 +6,13 @@
 
 mod local;
 mod spin;
+mod stack;
 
 pub(crate) use local::{Barriers, LocalLock};
 pub(crate) use spin::{SpinGuard, SpinLock, Waiter};
+#[cfg(not(loom))]
+pub(crate) use stack::PfnStack;
+pub(crate) use stack::PtrStack;
 
 /// Atomics: loom's under the model checker.
 pub(crate) mod atomic {
