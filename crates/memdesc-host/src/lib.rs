@@ -275,7 +275,11 @@ unsafe impl Platform for Host {
     }
 
     fn unpark(&self, word: &AtomicU32) {
-        sys::futex_wake(word);
+        sys::futex_wake(word, 1);
+    }
+
+    fn unpark_all(&self, word: &AtomicU32) {
+        sys::futex_wake(word, i32::MAX);
     }
 
     fn cpu_to_node(&self, cpu: usize) -> usize {
@@ -391,10 +395,10 @@ mod sys {
         unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), op, value, timeout) };
     }
 
-    pub(super) fn futex_wake(word: &AtomicU32) {
+    pub(super) fn futex_wake(word: &AtomicU32, most: i32) {
         let op = libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG;
         // SAFETY: futex(2) does not touch the word for a wake-up; the address is only a name.
-        unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), op, 1) };
+        unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), op, most) };
     }
 
     use std::sync::atomic::AtomicU32;
@@ -414,7 +418,7 @@ mod sys {
         }
     }
 
-    pub(super) fn futex_wake(_word: &AtomicU32) {}
+    pub(super) fn futex_wake(_word: &AtomicU32, _most: i32) {}
 
     use std::sync::atomic::{AtomicU32, Ordering};
 }

@@ -8,8 +8,9 @@ use core::ptr::NonNull;
 
 use crate::address::{MAX_PFN, PAGE_SHIFT, PAGE_SIZE, Pfn, PhysAddr};
 use crate::config::{Config, MAX_CPUS, MAX_NODES, MAX_SHRINKERS, MemRange};
-use crate::desc::{Folio, PtDesc, Slab};
+use crate::desc::{Folio, FolioPrivate, PtDesc, Slab};
 use crate::error::InitError;
+use crate::folio::{Lruvec, WaitTable};
 use crate::gfp::{self, Flags};
 use crate::memmap::map::SECTION_SHIFT;
 use crate::memmap::word::AtomicWord;
@@ -20,6 +21,7 @@ use crate::page_alloc::alloc::{PageAllocator, ZoneList};
 use crate::page_alloc::pcp::PerCpuPages;
 use crate::page_alloc::watermark;
 use crate::page_alloc::zone::Zone;
+use crate::pgtable::RcuPages;
 use crate::platform::{Platform, phys_to_virt};
 use crate::rcu::block::Krc;
 use crate::rcu::discard::Discards;
@@ -186,6 +188,9 @@ impl<P: Platform> Mm<P> {
             kvfree_pages: AtomicU64::new(0),
             kvfree_backlog: config.kvfree_backlog,
             kvfree_drain_ns: config.kvfree_drain_ns,
+            lruvecs: parts.lruvecs,
+            folio_waits: WaitTable::new(),
+            rcu_pages: RcuPages::new(),
             discards: Discards::new(),
             boot: parts.layout,
             bootstrap_depth: AtomicU64::new(0),
@@ -316,6 +321,7 @@ struct Parts {
     stats: BootSlice<CpuStats>,
     krcs: BootSlice<Krc>,
     prepaid: BootSlice<Prepaid>,
+    lruvecs: BootSlice<Lruvec>,
     caches: BootSlice<CacheCore>,
     layout: BootLayout,
 }
@@ -424,6 +430,8 @@ fn lay_out<P: Platform>(
     let stats = bump.fill(nr_cpus, |_| CpuStats::new());
     let krcs = bump.fill(nr_cpus, |_| Krc::new());
     let prepaid = bump.fill(nr_cpus, |_| Prepaid::new());
+    let nodes = present.iter().rposition(|node| node.contains(&true));
+    let lruvecs = bump.fill(nodes.map_or(0, |last| last + 1), |_| Lruvec::new());
 
     // Sheaves first, then the caches that point at them.
     let id = platform.direct_map().addr();
@@ -482,6 +490,7 @@ fn lay_out<P: Platform>(
         stats,
         krcs,
         prepaid,
+        lruvecs,
         caches,
         layout,
     }
@@ -549,6 +558,10 @@ fn built_in(index: usize, config: &Config, name: &mut Name) -> Spec {
         i if i == BuiltIn::PtDesc as usize => {
             ("ptdesc", plain(size_of::<PtDesc>(), 16, Role::Descriptors))
         }
+        i if i == BuiltIn::Private as usize => (
+            "folio_private",
+            plain(size_of::<FolioPrivate>(), 16, Role::Descriptors),
+        ),
         _ => (
             "kmem_cache",
             plain(size_of::<CacheCore>(), 64, Role::Descriptors),

@@ -186,7 +186,7 @@ impl<P: Platform> Mm<P> {
                 let (start, end) = region.untouched();
                 let pages = if at >= start && at < end {
                     end - at
-                } else if word.is_zero() {
+                } else if word.is_tail() {
                     1
                 } else {
                     1 << word.order()

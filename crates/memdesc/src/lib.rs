@@ -14,6 +14,12 @@ mod boot;
 pub mod config;
 #[cfg(not(loom))]
 mod desc;
+#[cfg(loom)]
+mod desc {
+    pub(crate) mod counts;
+    #[cfg(test)]
+    mod models;
+}
 #[cfg(not(loom))]
 mod error;
 #[cfg(not(loom))]
@@ -32,7 +38,7 @@ mod memmap {
     pub(crate) mod word;
 }
 #[cfg(not(loom))]
-mod get;
+mod folio;
 #[cfg(not(loom))]
 mod mm;
 #[cfg(not(loom))]
@@ -44,6 +50,8 @@ mod page_alloc {
     mod types;
     pub(crate) use types::MigrateType;
 }
+#[cfg(not(loom))]
+pub mod pgtable;
 #[cfg(not(loom))]
 pub mod platform;
 pub mod rcu;
@@ -62,9 +70,9 @@ pub use {
     address::{MAX_ORDER, PAGE_SHIFT, PAGE_SIZE, PAGEBLOCK_ORDER, Pfn, PhysAddr},
     boot::Reserved,
     config::{Config, MemRange},
-    desc::{AtomicCount, Folio, FolioFlags, PtDesc, Slab},
+    desc::{Folio, FolioFlags, Held, PtDesc, Slab},
     error::{AllocError, InitError},
-    get::FolioRef,
+    folio::{FolioLock, FolioRef, LruList, LruView},
     gfp::Flags,
     ledger::{Fragmentation, Ledger, Walk, ZoneView},
     memmap::{DescClass, Found, PageType, TAIL_WORDS_ORDER, Word},

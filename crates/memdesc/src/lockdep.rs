@@ -66,6 +66,12 @@ pub mod classes {
         ZONE = "zone->lock", Config;
         /// The slab lists of a cache.
         SLAB_LISTS = "cache->lists", Config;
+        /// The entries of a page table.
+        PTL = "ptl", Config;
+        /// The entries of a page table, under the lock of the one above.
+        PTL_NESTED = "ptl/1", Config;
+        /// The lists of folios of a node, by age.
+        LRU = "lruvec->lock", Config;
         /// The table of shrinkers.
         SHRINKERS = "shrinkers", Config;
         /// A CPU's harvest of prepaid frees.

@@ -5,9 +5,11 @@ use core::ptr::NonNull;
 
 use crate::boot::BootLayout;
 use crate::desc::DescList;
+use crate::folio::{Lruvec, WaitTable};
 use crate::lockdep::classes;
 use crate::memmap::{BootSlice, PageType};
 use crate::page_alloc::alloc::{Descriptors, PageAllocator};
+use crate::pgtable::RcuPages;
 use crate::platform::{Holder, Platform};
 use crate::rcu::block::Krc;
 use crate::rcu::discard::Discards;
@@ -29,8 +31,9 @@ pub(crate) enum BuiltIn {
     File = 2,
     Anon = 3,
     PtDesc = 4,
-    Cache = 5,
-    Kmalloc = 6,
+    Private = 5,
+    Cache = 6,
+    Kmalloc = 7,
 }
 
 impl BuiltIn {
@@ -61,6 +64,11 @@ pub struct Mm<P: Platform> {
     pub(crate) kvfree_pages: AtomicU64,
     pub(crate) kvfree_backlog: u32,
     pub(crate) kvfree_drain_ns: u64,
+    /// Folios by age, for each node.
+    pub(crate) lruvecs: BootSlice<Lruvec>,
+    pub(crate) folio_waits: WaitTable,
+    /// Page tables that wait for a grace period.
+    pub(crate) rcu_pages: RcuPages,
     /// Slabs that wait for a grace period.
     pub(crate) discards: Discards,
     pub(crate) boot: BootLayout,
@@ -182,6 +190,7 @@ impl<P: Platform> Mm<P> {
         if self.may_wait() {
             self.kvfree_rcu_barrier();
         }
+        self.rcu_pages_all();
         // Ordinary caches first: their slabs' descriptors come free with them. Descriptors of folios and page tables next,
         // those of slabs and free blocks last, since all the others give those back.
         let mut pages = 0;
@@ -196,6 +205,7 @@ impl<P: Platform> Mm<P> {
             BuiltIn::File,
             BuiltIn::Anon,
             BuiltIn::PtDesc,
+            BuiltIn::Private,
             BuiltIn::Buddy,
             BuiltIn::Slab,
         ] {
@@ -237,6 +247,7 @@ impl<P: Platform> Mm<P> {
         let rcu = self.pages.platform.rcu();
         let freed = self.kvfree_tick(false) + self.prepaid_tick();
         self.discard_due();
+        self.rcu_pages_due();
         freed + rcu.run_callbacks()
     }
 

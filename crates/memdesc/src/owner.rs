@@ -10,7 +10,7 @@ use core::ptr::NonNull;
 
 use crate::address::{PAGE_SIZE, Pfn, PhysAddr};
 use crate::boot::Reserved;
-use crate::desc::{Folio, PtDesc, Slab};
+use crate::desc::{Folio, FolioFlags, Held, PtDesc, Put, Slab};
 use crate::error::AllocError;
 use crate::gfp::{self, Flags};
 use crate::memmap::{DescClass, Found, PageType, Word};
@@ -180,7 +180,7 @@ impl<P: Platform> Mm<P> {
         Ok(block.pfn)
     }
 
-    /// A folio: pages that users can map, under a 24-byte descriptor, with one reference.
+    /// A folio: pages that users can map, under a 32-byte descriptor, with one reference.
     ///
     /// # Errors
     ///
@@ -198,8 +198,9 @@ impl<P: Platform> Mm<P> {
         };
         let block = self.pages.alloc_block(kind, gfp, order, None, self)?;
         let word = self.own_block(block, class, kind, Some(gfp))?;
-        self.folio_at(word.desc()).init();
-        self.pages.map.publish_block(block.pfn, word);
+        self.folio_at(word.desc()).init(block.pfn);
+        // Only the head's word: those of the tails count how often each is mapped.
+        self.pages.map.word(block.pfn).publish(word);
         Ok(block.pfn)
     }
 
@@ -300,12 +301,17 @@ impl<P: Platform> Mm<P> {
             Some(desc) => Word::described(kind, word.order(), desc, class),
             None => word.to_owned(kind),
         };
-        match class {
-            DescClass::File | DescClass::Anon => self.folio_at(new.desc()).init(),
-            DescClass::PtDesc => self.ptdesc_at(new.desc()).init(),
-            _ => {}
+        if new.is_folio() {
+            self.folio_at(new.desc()).init(pfn);
+            let region = self.pages.map.region(pfn);
+            region.inspect(|r| r.clear_tails(pfn, new.order()));
+            self.pages.map.word(pfn).publish(new);
+        } else {
+            if class == DescClass::PtDesc {
+                self.ptdesc_at(new.desc()).init();
+            }
+            self.pages.map.publish_block(pfn, new);
         }
-        self.pages.map.publish_block(pfn, new);
         let pin = self.pages.pin();
         self.pages
             .stats(&pin)
@@ -350,9 +356,15 @@ impl<P: Platform> Mm<P> {
             self.report_page(pfn, word, caller);
             return None;
         }
-        if word.is_folio() && !self.folio_at(word.desc()).owner_puts(pfn) {
-            // Somebody else has a reference; who puts the last one frees.
-            return None;
+        if word.is_folio() {
+            let folio = self.folio_at(word.desc());
+            if folio.put_counts(Held::REF, pfn) == Put::Alive {
+                // Somebody else has it; who puts the last one frees.
+                return None;
+            }
+            if folio.has_flag(FolioFlags::LRU) {
+                self.lru_forget(pfn);
+            }
         }
         Some(word)
     }
@@ -538,12 +550,12 @@ impl<P: Platform> Mm<P> {
 
     pub(crate) fn folio_at(&self, desc: PhysAddr) -> &Folio {
         let ptr = self.pages.map.virt(desc).cast::<Folio>();
-        // SAFETY: words of these types lead to objects of the folio caches, 24 bytes, 8-byte aligned; all fields are atomics,
+        // SAFETY: words of these types lead to objects of the folio caches, 32 bytes, 8-byte aligned; all fields are atomics,
         // every bit pattern is valid.
         unsafe { &*ptr }
     }
 
-    fn ptdesc_at(&self, desc: PhysAddr) -> &PtDesc {
+    pub(crate) fn ptdesc_at(&self, desc: PhysAddr) -> &PtDesc {
         let ptr = self.pages.map.virt(desc).cast::<PtDesc>();
         // SAFETY: as for folios, with the ptdesc cache.
         unsafe { &*ptr }

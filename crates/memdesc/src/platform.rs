@@ -114,6 +114,11 @@ pub unsafe trait Platform: Sync {
     /// does so a little later (`irq_work`).
     fn unpark(&self, _word: &AtomicU32) {}
 
+    /// Wakes all who sleep on the word.
+    fn unpark_all(&self, word: &AtomicU32) {
+        self.unpark(word);
+    }
+
     /// The NUMA node of a CPU.
     fn cpu_to_node(&self, _cpu: usize) -> usize {
         0

@@ -65,9 +65,12 @@ fn rule_1_every_page_leads_to_the_same() {
         }
         // SAFETY: the folio is ours; its memory stays a folio's, since nothing gives back slabs between here and the end of the loop.
         let folio = unsafe { folio.as_ref() };
-        assert!(folio.try_get() && !folio.put());
+        let tail = mm.folio_get(pfn.add((1 << order) - 1)).unwrap();
+        assert_eq!((tail.head(), folio.refcount()), (pfn, 2));
+        drop(tail);
         free(&mm, pfn);
-        assert!(!folio.try_get(), "a freed folio cannot be got");
+        assert_eq!(folio.refcount(), 0);
+        assert!(mm.folio_get(pfn).is_none(), "a freed folio cannot be got");
     }
 }
 

@@ -1,34 +1,89 @@
-//! `folio`: memory that users map, file cache or anonymous, in 24 bytes.
+//! `folio`: memory that users map, file cache or anonymous, in 32 bytes, however large it is.
 //!
-//! Linux's is 64 for a single page (it *is* the `struct page`); the separate one on Linux's own roadmap is 80. What goes: the
-//! order, the node and whether it is a file's or anonymous are known from the word; the flags live in the low 12 bits
-//! of the byte offset, which are zero otherwise; and there are no LRU links. A folio's age is its *generation* (as in
-//! Linux's multi-generational LRU, three bits), and whoever ages or evicts walks the memory map, in which every
-//! folio is found by its page: a clock whose hand is a page frame number.
+//! Linux's is 64 for a single page (it *is* the `struct page`) and 256 for a large one; the separate one on Linux's own roadmap
+//! is 80. Where every byte goes:
+//!
+//! | bytes | what | Linux |
+//! |---|---|---|
+//! | 0–7 | links of the LRU list, two page frame numbers; of a list of the owner's while isolated; of the free block's list once it is free | `lru`, 16 |
+//! | 8–15 | references, mappings, pins, guesses: [`Held`] | `_refcount`, `_mapcount`, `_pincount`, 12 |
+//! | 16–23 | whom it is charged to (16 bits), what the rest is (8), the mapping (40) | `memcg_data`, `mapping`, 16 |
+//! | 24–31 | the byte offset in the mapping, whose low 12 bits are zero and are the flags | `index`, `flags`, 16 |
+//!
+//! What else Linux keeps, and where it is here: order, node, zone, and whether it is a file's or anonymous: the word. `private`: a
+//! [`FolioPrivate`] of 16 bytes that the third word then leads to, for the folios that have one. How often each page of a large folio
+//! is mapped, and how often the whole: the words of its tail pages, which have nothing else to say.
 
 use core::fmt;
 
-use crate::address::Pfn;
+use super::counts::{Counts, Held, Put};
+use crate::address::{Pfn, PhysAddr};
 use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// The descriptor of a folio.
 ///
 /// # Invariants
 ///
-/// `refcount` is 0 exactly while the folio is free, being set up or being torn down; it lies outside the first 8 bytes, so it
-/// stays 0 when those serve as a free block's links. `mapping` means nothing then; between the owner's letting go and the last
-/// reference it is the head's page frame number.
+/// The counts are 0 exactly while the folio is free, being set up, frozen or being torn down; they lie outside the first 8 bytes, so
+/// they stay 0 when those serve as a free block's links.
 #[repr(C, align(8))]
 pub struct Folio {
-    /// The address space; the free block's links once the folio is let go.
-    mapping: AtomicU64,
-    refcount: AtomicU32,
-    mapcount: AtomicCount,
-    /// Offset of the first byte in the mapping, in its low 12 bits [`FolioFlags`] and the generation.
+    links: [AtomicU32; 2],
+    counts: Counts,
+    /// `owner << 48 | what << 40 | address >> 4`, or the head's page frame number if it is in no mapping.
+    place: AtomicU64,
+    /// Offset of the first byte in the mapping, in its low 12 bits [`FolioFlags`].
     offset_flags: AtomicU64,
 }
 
-const _: () = assert!(size_of::<Folio>() == 24);
+const _: () = assert!(size_of::<Folio>() == 32);
+
+/// What a filesystem keeps of a folio (`folio_attach_private`): the mapping moves in with it.
+#[repr(C, align(8))]
+pub(crate) struct FolioPrivate {
+    /// The link of the free list once it is detached.
+    pub(crate) private: AtomicU64,
+    /// The mapping; still there for who looks a little late.
+    pub(crate) place: AtomicU64,
+}
+
+const _: () = assert!(size_of::<FolioPrivate>() == 16);
+
+/// What the third word of a folio leads to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Place {
+    /// Nowhere: the folio's first page, for whoever frees it.
+    Head(Pfn),
+    /// To the mapping.
+    Mapping(u64),
+    /// To a [`FolioPrivate`].
+    Private(PhysAddr),
+}
+
+const OWNER_SHIFT: u32 = 48;
+const PLACE_SHIFT: u32 = 40;
+const PLACE_MASK: u64 = (1 << PLACE_SHIFT) - 1;
+const KIND_MASK: u64 = 0xff << PLACE_SHIFT;
+const OWNER_MASK: u64 = 0xffff << OWNER_SHIFT;
+
+impl Place {
+    fn pack(self) -> u64 {
+        match self {
+            Place::Head(pfn) => u64::from(pfn.0),
+            Place::Mapping(handle) => 1 << PLACE_SHIFT | handle,
+            Place::Private(at) => 2 << PLACE_SHIFT | at.0 >> 4,
+        }
+    }
+
+    fn unpack(bits: u64) -> Place {
+        let rest = bits & PLACE_MASK;
+        match (bits & KIND_MASK) >> PLACE_SHIFT {
+            0 => Place::Head(Pfn(rest as u32)),
+            1 => Place::Mapping(rest),
+            _ => Place::Private(PhysAddr(rest << 4)),
+        }
+    }
+}
 
 /// The state bits of a folio (a byte offset's low 12 bits are always zero).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -46,92 +101,149 @@ impl FolioFlags {
     pub const WRITEBACK: FolioFlags = FolioFlags(1 << 3);
     /// Used since the LRU last looked.
     pub const REFERENCED: FolioFlags = FolioFlags(1 << 4);
-    /// On the active list.
+    /// On the active list, or to go there.
     pub const ACTIVE: FolioFlags = FolioFlags(1 << 5);
     /// On an LRU list.
     pub const LRU: FolioFlags = FolioFlags(1 << 6);
+    /// Somebody waits for LOCKED or WRITEBACK to go.
+    pub const WAITERS: FolioFlags = FolioFlags(1 << 7);
+    /// Readahead put it here: whoever reads it asks for more.
+    pub const READAHEAD: FolioFlags = FolioFlags(1 << 8);
+    /// Nobody may evict it (`mlock`).
+    pub const UNEVICTABLE: FolioFlags = FolioFlags(1 << 9);
+    /// Evicted not long ago, and wanted again.
+    pub const WORKINGSET: FolioFlags = FolioFlags(1 << 10);
     const MASK: u64 = 0xfff;
-    /// The generation's place.
-    const GENERATION_SHIFT: u32 = 8;
-    const GENERATION_MASK: u64 = 0x7 << Self::GENERATION_SHIFT;
+
+    /// Both.
+    #[must_use]
+    pub const fn with(self, other: FolioFlags) -> FolioFlags {
+        FolioFlags(self.0 | other.0)
+    }
 }
 
 impl Folio {
-    /// Sets the folio up for a new owner: one reference, unmapped, no flags, in no mapping.
-    pub(crate) fn init(&self) {
-        self.mapcount.0.store(0, Ordering::Relaxed);
-        self.mapping.store(0, Ordering::Relaxed);
+    /// Sets the folio up for a new owner: one reference, unmapped, no flags, charged to nobody, in no mapping.
+    pub(crate) fn init(&self, head: Pfn) {
+        self.place
+            .store(Place::Head(head).pack(), Ordering::Relaxed);
         self.offset_flags.store(0, Ordering::Relaxed);
-        // Release pairs with the Acquire in `try_get`: who gets a reference sees the fields above.
-        self.refcount.store(1, Ordering::Release);
+        self.counts.init(Held::REF);
     }
 
-    /// The owner lets go of his reference, and says which pages these are, for whoever puts the last one: a reader who took a
-    /// reference by mistake, on a folio that had become another's, does not know. Says whether it was the last.
-    pub(crate) fn owner_puts(&self, head: Pfn) -> bool {
-        self.mapping.store(u64::from(head.0), Ordering::Relaxed);
-        // AcqRel: Release hands the store above on, to the one who puts last.
-        self.refcount.fetch_sub(1, Ordering::AcqRel) == 1
+    /// Sets up what another folio was split into, before anybody can find it. No reference yet: [`Counts::unfreeze`].
+    pub(crate) fn init_part(&self, of: &Folio, pages: u64, head: Pfn) {
+        let place = match of.place() {
+            Place::Head(_) => Place::Head(head),
+            other => other,
+        };
+        self.place.store(place.pack(), Ordering::Relaxed);
+        self.set_owner(of.owner());
+        let offset = of.offset_flags.load(Ordering::Relaxed);
+        self.offset_flags
+            .store(offset + (pages << 12), Ordering::Relaxed);
     }
 
-    /// Which pages these are, once the owner has let go and all references are gone.
+    /// Of new memory: nobody has it.
+    pub(crate) fn freeze_new(&self) {
+        self.counts.unfreeze(Held::default());
+    }
+
+    pub(crate) fn counts(&self) -> &Counts {
+        &self.counts
+    }
+
+    /// One less of `what`; `head` is the folio's first page, which the caller knows since he has the folio.
+    #[inline]
+    pub(crate) fn put_counts(&self, what: Held, head: Pfn) -> Put {
+        self.counts.put(what, || {
+            let owner = self.place.load(Ordering::Relaxed) & OWNER_MASK;
+            // Nobody has it any more, so it is in no mapping either; pairs with `going` through the counts.
+            let place = Place::Head(head).pack();
+            self.place.store(owner | place, Ordering::Relaxed);
+        })
+    }
+
+    /// Which pages these are, for the last of those who guessed.
     pub(crate) fn going(&self) -> Pfn {
-        Pfn(self.mapping.load(Ordering::Relaxed) as u32)
-    }
-
-    /// Takes a reference unless there is none left (`folio_try_get`). The caller then checks that the page still leads here.
-    pub fn try_get(&self) -> bool {
-        let mut count = self.refcount.load(Ordering::Relaxed);
-        loop {
-            if count == 0 {
-                return false;
-            }
-            match self.refcount.compare_exchange_weak(
-                count,
-                count + 1,
-                Ordering::Acquire,
-                Ordering::Relaxed,
-            ) {
-                Ok(_) => return true,
-                Err(now) => count = now,
-            }
+        match self.place() {
+            Place::Head(pfn) => pfn,
+            place => unreachable!("the last owner left {place:?}"),
         }
     }
 
-    /// Drops a reference; says whether it was the last one, and the folio is the caller's to free.
-    #[must_use]
-    pub fn put(&self) -> bool {
-        self.refcount.fetch_sub(1, Ordering::AcqRel) == 1
+    /// References, mappings and pins, read at once.
+    pub fn held(&self) -> Held {
+        self.counts.held()
     }
 
-    /// References held.
+    /// References of all kinds (`folio_ref_count`).
     pub fn refcount(&self) -> u32 {
-        self.refcount.load(Ordering::Relaxed)
+        self.held().total()
     }
 
-    /// Page table entries that map it.
-    pub fn mapcount(&self) -> &AtomicCount {
-        &self.mapcount
+    /// Page table entries that map it, or pages of it (`folio_mapcount`).
+    pub fn mapcount(&self) -> u32 {
+        self.held().maps
     }
 
-    /// The address space it belongs to, opaque here; 0 for none.
+    /// Is it pinned for a device (`folio_maybe_dma_pinned`, but exact)?
+    pub fn is_pinned(&self) -> bool {
+        self.held().pins != 0
+    }
+
+    pub(crate) fn place(&self) -> Place {
+        Place::unpack(self.place.load(Ordering::Acquire))
+    }
+
+    pub(crate) fn set_place(&self, place: Place) {
+        let set = |old: u64| Some(old & OWNER_MASK | place.pack());
+        let _ = self
+            .place
+            .fetch_update(Ordering::Release, Ordering::Relaxed, set);
+    }
+
+    /// The mapping it belongs to, opaque here; 0 for none, or if a filesystem's private data stands before it
+    /// ([`Mm::folio_mapping`](crate::Mm::folio_mapping) looks behind).
     pub fn mapping(&self) -> u64 {
-        self.mapping.load(Ordering::Acquire)
+        match self.place() {
+            Place::Mapping(handle) => handle,
+            Place::Head(_) | Place::Private(_) => 0,
+        }
     }
 
-    /// Enters the folio into an address space, at this page index (below 2^52).
+    /// Enters the folio into a mapping, a number of the owner's choice below 2^40 (an address of an object of this memory manager,
+    /// shifted), at this page index (below 2^52). Of a folio that the caller alone has, or has locked.
     pub fn set_mapping(&self, mapping: u64, index: u64) {
+        debug_assert!(mapping >> PLACE_SHIFT == 0);
+        self.set_index(index);
+        self.set_place(Place::Mapping(mapping));
+    }
+
+    pub(crate) fn set_index(&self, index: u64) {
         debug_assert!(index >> 52 == 0);
         let set = |old: u64| Some(index << 12 | (old & FolioFlags::MASK));
         let _ = self
             .offset_flags
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, set);
-        self.mapping.store(mapping, Ordering::Release);
     }
 
     /// The page index in the mapping.
     pub fn index(&self) -> u64 {
         self.offset_flags.load(Ordering::Relaxed) >> 12
+    }
+
+    /// Whom it is charged to (`folio_memcg`): a number of the kernel's choice, 0 for nobody.
+    pub fn owner(&self) -> u16 {
+        (self.place.load(Ordering::Relaxed) >> OWNER_SHIFT) as u16
+    }
+
+    /// Says whom it is charged to.
+    pub fn set_owner(&self, owner: u16) {
+        let set = |old: u64| Some(old & !OWNER_MASK | u64::from(owner) << OWNER_SHIFT);
+        let _ = self
+            .place
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, set);
     }
 
     /// Sets a flag; says whether it was set before.
@@ -144,57 +256,31 @@ impl Folio {
         self.offset_flags.fetch_and(!flag.0, Ordering::AcqRel) & flag.0 != 0
     }
 
-    /// Is the flag set?
+    /// Clears two flags in one step; says whether the second was set.
+    pub(crate) fn clear_flags(&self, one: FolioFlags, other: FolioFlags) -> bool {
+        let both = one.with(other);
+        self.offset_flags.fetch_and(!both.0, Ordering::AcqRel) & other.0 != 0
+    }
+
+    /// Is the flag set (of several: is one of them)?
     pub fn has_flag(&self, flag: FolioFlags) -> bool {
         self.offset_flags.load(Ordering::Acquire) & flag.0 != 0
-    }
-
-    /// The generation it was last used in, 0 to 7, wrapping (`folio_lru_gen`).
-    pub fn generation(&self) -> u8 {
-        let bits = self.offset_flags.load(Ordering::Relaxed) & FolioFlags::GENERATION_MASK;
-        (bits >> FolioFlags::GENERATION_SHIFT) as u8
-    }
-
-    /// Says in which generation it was used; only the low three bits count.
-    pub fn set_generation(&self, generation: u8) {
-        let bits =
-            u64::from(generation) << FolioFlags::GENERATION_SHIFT & FolioFlags::GENERATION_MASK;
-        let set = |old: u64| Some(old & !FolioFlags::GENERATION_MASK | bits);
-        let _ = self
-            .offset_flags
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, set);
     }
 }
 
 impl fmt::Debug for Folio {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Folio")
-            .field("refcount", &self.refcount())
-            .field("mapping", &self.mapping())
+            .field("held", &self.held())
+            .field("place", &self.place())
+            .field("owner", &self.owner())
             .field("index", &self.index())
-            .finish_non_exhaustive()
-    }
-}
-
-/// A count that many change at once.
-#[derive(Debug)]
-#[repr(transparent)]
-pub struct AtomicCount(AtomicU32);
-
-impl AtomicCount {
-    /// One more; says what it was.
-    pub fn inc(&self) -> u32 {
-        self.0.fetch_add(1, Ordering::AcqRel)
-    }
-
-    /// One less; says what it was.
-    pub fn dec(&self) -> u32 {
-        self.0.fetch_sub(1, Ordering::AcqRel)
-    }
-
-    /// What it is.
-    pub fn get(&self) -> u32 {
-        self.0.load(Ordering::Relaxed)
+            .field(
+                "flags",
+                &(self.offset_flags.load(Ordering::Relaxed) & FolioFlags::MASK),
+            )
+            .field("links", &self.links)
+            .finish()
     }
 }
 
@@ -204,38 +290,50 @@ mod tests {
 
     fn folio() -> Folio {
         Folio {
-            refcount: AtomicU32::new(0),
-            mapcount: AtomicCount(AtomicU32::new(3)),
-            mapping: AtomicU64::new(4),
+            links: [AtomicU32::new(1), AtomicU32::new(2)],
+            counts: Counts::zero(),
+            place: AtomicU64::new(4),
             offset_flags: AtomicU64::new(5),
         }
     }
 
     #[test]
-    fn a_free_folio_cannot_be_got() {
+    fn flags_and_index_share_a_word() {
         let f = folio();
-        assert!(!f.try_get());
-        f.init();
-        assert!(f.try_get() && f.refcount() == 2);
-        assert!(!f.put() && f.put());
-        assert!(!f.try_get());
+        f.init(Pfn(7));
+        assert_eq!(f.place(), Place::Head(Pfn(7)));
+        assert!(!f.set_flag(FolioFlags::DIRTY) && f.set_flag(FolioFlags::DIRTY));
+        f.set_mapping((1 << 40) - 1, (1 << 52) - 1);
+        assert_eq!((f.index(), f.mapping()), ((1 << 52) - 1, (1 << 40) - 1));
+        assert!(f.has_flag(FolioFlags::DIRTY) && !f.has_flag(FolioFlags::LOCKED));
+        assert!(f.clear_flag(FolioFlags::DIRTY) && !f.has_flag(FolioFlags::DIRTY));
     }
 
     #[test]
-    fn flags_and_index_share_a_word() {
+    fn owner_and_mapping_share_a_word() {
         let f = folio();
-        f.init();
-        assert!(!f.set_flag(FolioFlags::DIRTY) && f.set_flag(FolioFlags::DIRTY));
-        f.set_mapping(0xffff_8880_0000_1000, (1 << 52) - 1);
-        assert_eq!(
-            (f.index(), f.mapping()),
-            ((1 << 52) - 1, 0xffff_8880_0000_1000)
-        );
-        assert!(f.has_flag(FolioFlags::DIRTY) && !f.has_flag(FolioFlags::LOCKED));
-        f.set_generation(5);
-        assert!(f.generation() == 5 && f.has_flag(FolioFlags::DIRTY) && f.index() == (1 << 52) - 1);
-        assert!(f.clear_flag(FolioFlags::DIRTY) && !f.has_flag(FolioFlags::DIRTY));
-        f.mapcount().inc();
-        assert_eq!((f.mapcount().get(), f.mapcount().dec()), (1, 1));
+        f.init(Pfn(7));
+        f.set_owner(u16::MAX);
+        f.set_mapping(3, 4);
+        assert_eq!((f.owner(), f.mapping(), f.index()), (u16::MAX, 3, 4));
+        f.set_owner(1);
+        f.set_place(Place::Private(PhysAddr((1 << 44) - 16)));
+        assert_eq!(f.place(), Place::Private(PhysAddr((1 << 44) - 16)));
+        assert_eq!((f.owner(), f.mapping()), (1, 0));
+        let part = folio();
+        part.init_part(&f, 3, Pfn(10));
+        assert_eq!((part.owner(), part.index()), (1, 7));
+    }
+
+    #[test]
+    fn the_last_owner_leaves_the_number() {
+        let f = folio();
+        f.init(Pfn(7));
+        f.set_mapping(3, 4);
+        f.set_owner(9);
+        assert!(f.counts().guess());
+        assert_eq!(f.put_counts(Held::REF, Pfn(7)), Put::Alive);
+        assert_eq!(f.counts().retract(), Put::Last);
+        assert_eq!((f.going(), f.owner()), (Pfn(7), 9));
     }
 }

@@ -5,12 +5,16 @@
 //! a new owner, so a stale reader that looks at a [`Folio`]'s count finds zero there, not somebody's list link.
 
 mod buddy;
+pub(crate) mod counts;
 mod folio;
 mod ptdesc;
 mod slab;
 
 pub(crate) use buddy::{Buddy, DescList};
-pub use folio::{AtomicCount, Folio, FolioFlags};
+pub use counts::Held;
+pub(crate) use counts::{Confirmed, Put};
+pub use folio::{Folio, FolioFlags};
+pub(crate) use folio::{FolioPrivate, Place};
 pub use ptdesc::PtDesc;
 pub use slab::Slab;
 pub(crate) use slab::{BITMAP_INLINE, SlabList};

@@ -24,7 +24,7 @@ pub(crate) fn climb(pfn: Pfn, word: impl Fn(Pfn) -> Word) -> Option<Found> {
             continue;
         }
         let found = word(head);
-        if !found.is_zero() {
+        if !found.is_tail() {
             let head = head.align_down(found.order());
             let reaches = pfn.0 - head.0 < 1 << found.order();
             return reaches.then_some(Found { head, word: found });

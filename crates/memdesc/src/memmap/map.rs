@@ -250,7 +250,7 @@ impl MemMap {
     pub(crate) fn lookup(&self, pfn: Pfn) -> Option<Found> {
         let region = self.region(pfn)?;
         let word = region.word(pfn).load();
-        if !word.is_zero() {
+        if !word.is_tail() {
             return Some(Found {
                 head: pfn.align_down(word.order()),
                 word,

@@ -23,6 +23,9 @@
 //! the reader to the possible heads, nearest first: clear the lowest set bit of the page number, look again.
 //! Splitting order 10 for a single page therefore writes 11 words, not 1024; merging them back, 11.
 //!
+//! In a folio the words of all tails are *tail counts*, of no type: how often each page is mapped by itself ([`TailCount`]). A reader passes
+//! over them as over zero, and zero is what they are when nobody maps the folio, so when it is free.
+//!
 //! A word of zero that no head covers was never handed out: an untouched map of zero bytes is valid.
 
 use core::fmt;
@@ -216,10 +219,10 @@ impl Word {
         self.0
     }
 
-    /// Is there nothing?
+    /// Does it say nothing of its own, so that one has to look further left? A tail's may still count how often the page is mapped.
     #[inline]
-    pub const fn is_zero(self) -> bool {
-        self.0 == 0
+    pub const fn is_tail(self) -> bool {
+        self.0 & TYPE_MASK == 0
     }
 
     /// The type.
@@ -315,6 +318,27 @@ impl Word {
     }
 }
 
+/// A count in the word of a large folio's tail. The first tail's word has three.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u32)]
+pub(crate) enum TailCount {
+    /// How often this page is mapped by itself.
+    Page = 4,
+    /// In the first tail's word: how often the head's page is.
+    Head = 24,
+    /// In the first tail's word: how often the folio is mapped as a whole.
+    Entire = 44,
+}
+
+/// 20 bits each.
+const TAIL_COUNT_MASK: u64 = (1 << 20) - 1;
+
+impl TailCount {
+    pub(crate) const fn of(self, word: Word) -> u32 {
+        (word.0 >> self as u32 & TAIL_COUNT_MASK) as u32
+    }
+}
+
 impl fmt::Debug for Word {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kind = self.kind();
@@ -366,6 +390,23 @@ impl AtomicWord {
     #[inline]
     pub(crate) fn load_owned(&self) -> Word {
         Word(self.0.load(Ordering::Relaxed))
+    }
+
+    /// One more in a tail's count. The folio's own count of mappings has room for it, so has this.
+    #[inline]
+    pub(crate) fn inc_tail(&self, count: TailCount) {
+        self.0.fetch_add(1 << count as u32, Ordering::Relaxed);
+    }
+
+    /// One less; says what is left.
+    #[inline]
+    pub(crate) fn dec_tail(&self, count: TailCount) -> u32 {
+        let old = Word(self.0.fetch_sub(1 << count as u32, Ordering::Relaxed));
+        debug_assert!(
+            old.is_tail() && count.of(old) > 0,
+            "unmapped once too often: {old:?}"
+        );
+        count.of(old) - 1
     }
 
     /// Writes the word: what it leads to is ready. Pairs with [`load`](Self::load).

@@ -71,7 +71,7 @@ impl<P: Platform> PageAllocator<P> {
                     }
                 };
                 let own = load(pfn);
-                let found = if own.is_zero() {
+                let found = if own.is_tail() {
                     climb(pfn, load)
                 } else {
                     None

@@ -192,7 +192,7 @@ impl LockedZone<'_> {
                 self.unlink(Pfn(at), word);
                 self.link(Pfn(at), order, mt, word, false);
             }
-            at += if word.is_zero() {
+            at += if word.is_tail() {
                 1
             } else {
                 (1 << order) - (at & ((1 << order) - 1))
@@ -213,7 +213,7 @@ impl LockedZone<'_> {
         let mut at = start;
         while at < end {
             let mut word = region.word(Pfn(at)).load_owned();
-            if word.is_zero() && at == start {
+            if word.is_tail() && at == start {
                 // The pageblock may be the second half of a larger block.
                 let load = |p| {
                     if region.contains(p) {
@@ -227,13 +227,13 @@ impl LockedZone<'_> {
                 }
             }
             // A zero word here is untouched memory, and so is all after it.
-            let pages = if word.is_zero() {
+            let pages = if word.is_tail() {
                 end - at
             } else {
                 let size = 1u32 << word.order();
                 (size - (at & (size - 1))).min(end - at)
             };
-            let kind = if word.is_zero() {
+            let kind = if word.is_tail() {
                 PageType::Free
             } else {
                 word.kind()

@@ -89,7 +89,7 @@ impl LockedZone<'_> {
                 freed.push(map, word.desc());
             }
             // Blocks only change their extent under this lock, so the next one starts where this one ends.
-            at = Pfn(if word.is_zero() {
+            at = Pfn(if word.is_tail() {
                 at.0 + 1
             } else {
                 (at.0 | ((1 << order) - 1)) + 1

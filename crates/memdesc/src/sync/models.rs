@@ -291,7 +291,7 @@ fn publish_and_read(publish: fn(&AtomicWord, Word)) {
         // SAFETY: the word leads here, so it is set up; loom checks that the write above happened before.
         assert_eq!(unsafe { *desc.0.get_mut_ptr() }, 7);
     } else {
-        assert!(seen.is_zero());
+        assert!(seen.is_tail());
     }
     handle.join().unwrap();
 }
@@ -326,7 +326,7 @@ fn an_owner_finds_its_head_while_neighbours_split_and_merge() {
         });
         for page in [1, 3] {
             let own = words[page].load();
-            assert!(own.is_zero());
+            assert!(own.is_tail());
             let found = climb(Pfn(page as u32), |p| words[p.0 as usize].load());
             assert_eq!(found.map(|f| f.head), Some(Pfn(0)));
         }

@@ -48,6 +48,12 @@ impl<T> SpinLock<T> {
         }
     }
 
+    /// Makes a free lock of what was one, or never was: in memory that came back from another owner.
+    #[cfg(not(loom))]
+    pub(crate) fn reset(&self) {
+        self.state.store(FREE, Ordering::Relaxed);
+    }
+
     /// Waits for the lock.
     #[inline]
     pub(crate) fn lock<W: Waiter>(&self, waiter: W) -> SpinGuard<'_, T, W> {

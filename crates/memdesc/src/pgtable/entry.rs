@@ -1,0 +1,211 @@
+//! A page table entry, in the format of x86-64.
+//!
+//! Where the bits are is the machine's; what the software bits and the entries that are not present mean is ours:
+//!
+//! | P | what | bits |
+//! |---|---|---|
+//! | 1 | a table, a page of 4 KiB, or with PS one of 2 MiB | the machine's |
+//! | 0 | nothing | 0 |
+//! | 0 | *migration*: the page is being moved; whoever needs it waits for the folio's lock | bit 9, W as it was, the page frame number |
+
+use crate::address::{Pfn, PhysAddr};
+use crate::sync::atomic::{AtomicU64, Ordering};
+
+/// What an entry allows, and what the machine noted in it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(transparent)]
+pub struct Prot(u64);
+
+impl Prot {
+    /// Nothing but reading, by the kernel.
+    pub const READ: Prot = Prot(0);
+    /// May be written.
+    pub const WRITE: Prot = Prot(1 << 1);
+    /// Users may.
+    pub const USER: Prot = Prot(1 << 2);
+    /// Was used. Set by the machine.
+    pub const ACCESSED: Prot = Prot(1 << 5);
+    /// Was written. Set by the machine.
+    pub const DIRTY: Prot = Prot(1 << 6);
+    /// The same in all address spaces.
+    pub const GLOBAL: Prot = Prot(1 << 8);
+    /// May not be executed.
+    pub const NO_EXECUTE: Prot = Prot(1 << 63);
+
+    const MASK: u64 = Prot::WRITE.0
+        | Prot::USER.0
+        | Prot::ACCESSED.0
+        | Prot::DIRTY.0
+        | Prot::GLOBAL.0
+        | Prot::NO_EXECUTE.0;
+
+    /// All of both.
+    #[must_use]
+    pub const fn with(self, other: Prot) -> Prot {
+        Prot(self.0 | other.0)
+    }
+
+    /// Without these.
+    #[must_use]
+    pub const fn without(self, other: Prot) -> Prot {
+        Prot(self.0 & !other.0)
+    }
+
+    /// Are all of these in it?
+    pub const fn contains(self, other: Prot) -> bool {
+        self.0 & other.0 == other.0
+    }
+
+    /// As bits of an x86-64 entry.
+    pub const fn bits(self) -> u64 {
+        self.0
+    }
+
+    /// From bits of an x86-64 entry; others are dropped.
+    pub const fn from_bits(bits: u64) -> Prot {
+        Prot(bits & Prot::MASK)
+    }
+}
+
+const PRESENT: u64 = 1 << 0;
+const HUGE: u64 = 1 << 7;
+const MIGRATION: u64 = 1 << 9;
+const FRAME: u64 = 0x000f_ffff_ffff_f000;
+
+/// An entry, as a value.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+#[repr(transparent)]
+pub struct Entry(pub(super) u64);
+
+impl Entry {
+    /// Nothing is there.
+    pub const NONE: Entry = Entry(0);
+
+    /// Leads to a page; `huge` on the second level: one of 2 MiB.
+    pub const fn leaf(pfn: Pfn, huge: bool, prot: Prot) -> Entry {
+        Entry(pfn.phys().0 | PRESENT | if huge { HUGE } else { 0 } | prot.0)
+    }
+
+    /// Leads to a table. What may be done is said by the leaves.
+    pub const fn table(pfn: Pfn) -> Entry {
+        Entry(pfn.phys().0 | PRESENT | Prot::WRITE.0 | Prot::USER.0)
+    }
+
+    /// The page is being moved; it may be written afterwards if it might before.
+    pub const fn migration(pfn: Pfn, writable: bool) -> Entry {
+        Entry(pfn.phys().0 | MIGRATION | if writable { Prot::WRITE.0 } else { 0 })
+    }
+
+    /// Is nothing there?
+    pub const fn is_none(self) -> bool {
+        self.0 == 0
+    }
+
+    /// Does it lead somewhere?
+    pub const fn is_present(self) -> bool {
+        self.0 & PRESENT != 0
+    }
+
+    /// Does it lead to a page of 2 MiB?
+    pub const fn is_huge(self) -> bool {
+        self.0 & (PRESENT | HUGE) == PRESENT | HUGE
+    }
+
+    /// Is the page being moved?
+    pub const fn is_migration(self) -> bool {
+        self.0 & (PRESENT | MIGRATION) == MIGRATION
+    }
+
+    /// The page or table, present or on the move.
+    pub const fn pfn(self) -> Pfn {
+        Pfn::containing(PhysAddr(self.0 & FRAME))
+    }
+
+    /// What is allowed.
+    pub const fn prot(self) -> Prot {
+        Prot::from_bits(self.0)
+    }
+
+    /// The bits.
+    pub const fn bits(self) -> u64 {
+        self.0
+    }
+}
+
+impl core::fmt::Debug for Entry {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        if self.is_none() {
+            return f.write_str("none");
+        }
+        let what = match (self.is_migration(), self.is_huge()) {
+            (true, _) => "migration",
+            (_, true) => "huge",
+            _ => "present",
+        };
+        write!(f, "{what} {:?} {:#x}", self.pfn(), self.prot().0)
+    }
+}
+
+/// An entry in its table. The machine sets ACCESSED and DIRTY at any time, so all who change one do so by atomic instructions, under the
+/// table's lock.
+#[derive(Debug)]
+#[repr(transparent)]
+pub(crate) struct AtomicEntry(AtomicU64);
+
+impl AtomicEntry {
+    /// Reads it. Acquire pairs with the Release of who stored it: what it leads to is ready.
+    #[inline]
+    pub(crate) fn load(&self) -> Entry {
+        Entry(self.0.load(Ordering::Acquire))
+    }
+
+    #[inline]
+    pub(crate) fn store(&self, entry: Entry) {
+        self.0.store(entry.0, Ordering::Release);
+    }
+
+    /// Puts another in its place; what the machine noted up to then comes with the old one (`ptep_get_and_clear`).
+    #[inline]
+    pub(crate) fn replace(&self, entry: Entry) -> Entry {
+        Entry(self.0.swap(entry.0, Ordering::AcqRel))
+    }
+
+    /// Takes rights or notes away; says what it was.
+    #[inline]
+    pub(crate) fn clear(&self, prot: Prot) -> Entry {
+        Entry(self.0.fetch_and(!prot.0, Ordering::AcqRel))
+    }
+
+    /// Puts another in its place, if it still is what the caller saw.
+    #[inline]
+    pub(crate) fn swap_if(&self, seen: Entry, new: Entry) -> bool {
+        self.0
+            .compare_exchange(seen.0, new.0, Ordering::AcqRel, Ordering::Relaxed)
+            .is_ok()
+    }
+
+    /// Adds rights or notes, if it still is what the caller saw.
+    #[inline]
+    pub(crate) fn add_if(&self, seen: Entry, prot: Prot) -> bool {
+        self.swap_if(seen, Entry(seen.0 | prot.0))
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kinds_tell_apart() {
+        let rw = Prot::WRITE.with(Prot::USER);
+        let page = Entry::leaf(Pfn(5), false, rw);
+        assert!(page.is_present() && !page.is_huge() && !page.is_migration());
+        assert_eq!((page.pfn(), page.prot()), (Pfn(5), rw));
+        let huge = Entry::leaf(Pfn(512), true, rw);
+        assert!(huge.is_huge() && huge.pfn() == Pfn(512));
+        let moving = Entry::migration(Pfn(u32::MAX), true);
+        assert!(moving.is_migration() && !moving.is_present() && !moving.is_huge());
+        assert!(moving.pfn() == Pfn(u32::MAX) && moving.prot().contains(Prot::WRITE));
+        assert!(Entry::NONE.is_none() && !Entry::NONE.is_migration());
+    }
+}
