@@ -33,6 +33,7 @@ use crate::slab::{CacheCore, CacheFlags};
 use crate::stats::CpuStats;
 use crate::sync::SpinLock;
 use crate::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use crate::xarray::Node;
 
 /// Where boot memory went, in bytes.
 #[derive(Clone, Copy, Debug, Default)]
@@ -561,6 +562,16 @@ fn built_in(index: usize, config: &Config, name: &mut Name) -> Spec {
         i if i == BuiltIn::Private as usize => (
             "folio_private",
             plain(size_of::<FolioPrivate>(), 16, Role::Descriptors),
+        ),
+        i if i == BuiltIn::XaNode as usize => (
+            "radix_tree_node",
+            Spec {
+                size: size_of::<Node>(),
+                align: align_of::<Node>(),
+                flags: CacheFlags::RCU_PREPAID | config.slab_debug,
+                gfp: Flags::EMPTY,
+                role: Role::Objects,
+            },
         ),
         _ => (
             "kmem_cache",

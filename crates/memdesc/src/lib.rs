@@ -38,9 +38,19 @@ mod memmap {
     pub(crate) mod word;
 }
 #[cfg(not(loom))]
+mod compaction;
+#[cfg(not(loom))]
+pub mod filemap;
+#[cfg(not(loom))]
 mod folio;
 #[cfg(not(loom))]
+mod memory_hotplug;
+#[cfg(not(loom))]
+mod migrate;
+#[cfg(not(loom))]
 mod mm;
+#[cfg(not(loom))]
+pub mod mmap;
 #[cfg(not(loom))]
 mod owner;
 #[cfg(not(loom))]
@@ -64,11 +74,15 @@ pub mod slab;
 #[cfg(not(loom))]
 mod stats;
 mod sync;
+#[cfg(not(loom))]
+mod vmscan;
+pub mod xarray;
 
 #[cfg(not(loom))]
 pub use {
     address::{MAX_ORDER, PAGE_SHIFT, PAGE_SIZE, PAGEBLOCK_ORDER, Pfn, PhysAddr},
     boot::Reserved,
+    compaction::Obstacle,
     config::{Config, MemRange},
     desc::{Folio, FolioFlags, Held, PtDesc, Slab},
     error::{AllocError, InitError},

@@ -78,6 +78,14 @@ pub mod classes {
         HARVEST = "harvest", Config;
         /// Slabs that wait for a grace period.
         DISCARDS = "discards", Config;
+        /// The areas of an address space.
+        MMAP = "mmap_lock", Sleep;
+        /// Who maps a file.
+        I_MMAP = "i_mmap", Sleep;
+        /// The address spaces that may map an anonymous page.
+        ANON_VMA = "anon_vma", Sleep;
+        /// The index of a mapping.
+        I_PAGES = "i_pages", Config;
         /// The list of caches.
         SLAB_MUTEX = "slab_mutex", Sleep;
     }

@@ -33,7 +33,8 @@ pub(crate) enum BuiltIn {
     PtDesc = 4,
     Private = 5,
     Cache = 6,
-    Kmalloc = 7,
+    XaNode = 7,
+    Kmalloc = 8,
 }
 
 impl BuiltIn {

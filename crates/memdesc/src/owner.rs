@@ -107,6 +107,27 @@ pub enum Memory {
     Yours(PageType, DescPtr<u8>),
 }
 
+impl Memory {
+    /// The type's name.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Memory::Hole => "no memory",
+            Memory::Untouched => "untouched",
+            Memory::Free { .. } => "free",
+            Memory::Bare => "bare",
+            Memory::Slab(_) => "slab",
+            Memory::LargeKmalloc => "large_kmalloc",
+            Memory::PageTable(_) => "page_table",
+            Memory::File(_) => "file",
+            Memory::Anon(_) => "anon",
+            Memory::Reserved(_) => "reserved",
+            Memory::Offline => "offline",
+            Memory::Poisoned => "poisoned",
+            Memory::Yours(kind, _) => kind.name(),
+        }
+    }
+}
+
 impl<P: Platform> Mm<P> {
     /// Bare pages (`alloc_pages`): 2^order of them, aligned to their size. They keep their `struct buddy`, 8 bytes.
     ///

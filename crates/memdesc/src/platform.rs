@@ -8,7 +8,7 @@ use crate::gfp::Flags;
 use crate::lockdep::{self, Acquire, LockClass, Lockdep, Task};
 use crate::rcu::Rcu;
 use crate::report::Report;
-use crate::sync::Waiter;
+use crate::sync::{RwWaiter, Waiter};
 use core::sync::atomic::{AtomicU32, Ordering};
 
 /// A place at which fault injection may make an allocation fail.
@@ -118,6 +118,11 @@ pub unsafe trait Platform: Sync {
     fn unpark_all(&self, word: &AtomicU32) {
         self.unpark(word);
     }
+
+    /// Translations of an address space, which the number that it was made with names, that a CPU may remember from here to there are no
+    /// longer true (`flush_tlb_range`): when this returns no CPU uses them. Called after the entries have changed and before the
+    /// pages go to anybody else. In any context but an interrupt.
+    fn flush_tlb(&self, _asid: u64, _start: u64, _end: u64) {}
 
     /// The NUMA node of a CPU.
     fn cpu_to_node(&self, _cpu: usize) -> usize {
@@ -394,6 +399,12 @@ impl<P: Platform> Waiter for Holder<'_, P> {
     }
     fn unpark(&self, word: &AtomicU32) {
         self.platform.unpark(word);
+    }
+}
+
+impl<P: Platform> RwWaiter for Holder<'_, P> {
+    fn unpark_all(&self, word: &AtomicU32) {
+        self.platform.unpark_all(word);
     }
 }
 

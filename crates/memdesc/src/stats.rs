@@ -114,6 +114,14 @@ events! {
     KvfreeThrottled = "kvfree_throttled",
     /// Objects of prepaid caches freed after a grace period.
     PrepaidFreed = "prepaid_freed",
+    /// Folios that reclaim looked at.
+    PgScan = "pgscan",
+    /// Pages that reclaim freed.
+    PgSteal = "pgsteal",
+    /// Pages that were moved.
+    PgMigrateSuccess = "pgmigrate_success",
+    /// Blocks that compaction made.
+    CompactSuccess = "compact_success",
     /// Objects freed by `kfree_nolock` into the sheaf.
     NolockKfree = "nolock_kfree",
     /// Objects freed by `kfree_nolock` that the next normal free takes further.

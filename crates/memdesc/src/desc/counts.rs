@@ -126,6 +126,19 @@ impl Counts {
         Held::unpack(self.0.load(Ordering::Acquire))
     }
 
+    /// Is exactly this held, and does nobody guess? What else the caller keeps others from changing stays so.
+    #[inline]
+    pub(crate) fn is_exactly(&self, held: Held) -> bool {
+        self.0.load(Ordering::SeqCst) == held.pack()
+    }
+
+    /// Does somebody guess, or has it pinned? SeqCst pairs with `guess`: who write-protects an entry and then asks here either hears
+    /// of who is about to pin through that entry, or is seen by him.
+    #[inline]
+    pub(crate) fn may_be_pinned(&self) -> bool {
+        self.0.load(Ordering::SeqCst) >> PINS != 0
+    }
+
     /// One more of `what`, unless nobody has the folio or the field is full.
     #[inline]
     pub(crate) fn try_get(&self, what: Held) -> bool {
@@ -164,11 +177,11 @@ impl Counts {
             if old & ALIVE == 0 || old >> GUESSES == GUESSES_MAX {
                 return false;
             }
-            // Acquire pairs with the Release in `init`: the fields are those of who has it.
+            // Acquire pairs with the Release in `init`: the fields are those of who has it. SeqCst: see `may_be_pinned`.
             match self.0.compare_exchange_weak(
                 old,
                 old + GUESS,
-                Ordering::Acquire,
+                Ordering::SeqCst,
                 Ordering::Relaxed,
             ) {
                 Ok(_) => return true,

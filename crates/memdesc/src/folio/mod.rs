@@ -13,6 +13,6 @@ mod split;
 pub use get::FolioRef;
 pub use lock::FolioLock;
 pub(crate) use lock::WaitTable;
-pub(crate) use lru::{Isolated, Lruvec};
+pub(crate) use lru::Lruvec;
 pub use lru::{LruList, LruView};
 pub(crate) use mapcount::Mapped;

@@ -126,6 +126,11 @@ impl Entry {
         Prot::from_bits(self.0)
     }
 
+    /// Without what the machine notes at any time: for telling whether it still is what it was.
+    pub(crate) const fn without_notes(self) -> u64 {
+        self.0 & !(Prot::ACCESSED.0 | Prot::DIRTY.0)
+    }
+
     /// The bits.
     pub const fn bits(self) -> u64 {
         self.0
@@ -159,6 +164,12 @@ impl AtomicEntry {
         Entry(self.0.load(Ordering::Acquire))
     }
 
+    /// Reads it again, after a guess: SeqCst pairs with [`clear`](Self::clear), see `Counts::may_be_pinned`.
+    #[inline]
+    pub(crate) fn load_again(&self) -> Entry {
+        Entry(self.0.load(Ordering::SeqCst))
+    }
+
     #[inline]
     pub(crate) fn store(&self, entry: Entry) {
         self.0.store(entry.0, Ordering::Release);
@@ -167,13 +178,13 @@ impl AtomicEntry {
     /// Puts another in its place; what the machine noted up to then comes with the old one (`ptep_get_and_clear`).
     #[inline]
     pub(crate) fn replace(&self, entry: Entry) -> Entry {
-        Entry(self.0.swap(entry.0, Ordering::AcqRel))
+        Entry(self.0.swap(entry.0, Ordering::SeqCst))
     }
 
     /// Takes rights or notes away; says what it was.
     #[inline]
     pub(crate) fn clear(&self, prot: Prot) -> Entry {
-        Entry(self.0.fetch_and(!prot.0, Ordering::AcqRel))
+        Entry(self.0.fetch_and(!prot.0, Ordering::SeqCst))
     }
 
     /// Puts another in its place, if it still is what the caller saw.

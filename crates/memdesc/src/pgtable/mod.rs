@@ -18,6 +18,6 @@ pub(crate) use deferred::RcuPages;
 pub(crate) use entry::AtomicEntry;
 pub use entry::{Entry, Prot};
 pub use tables::{PageTables, Translation};
-pub(crate) use tables::{Ptl, Slot, WalkError, index_of, span};
+pub(crate) use tables::{Slot, WalkError, index_of, span};
 #[cfg(feature = "x86_64")]
 pub use x86::Frames;

@@ -589,7 +589,13 @@ impl<P: Platform> Descriptors for Mm<P> {
     }
 
     fn reclaim(&self, request: &ReclaimRequest) -> usize {
-        self.free_all_deferred() + self.shrink_slab(request)
+        let mut freed =
+            self.free_all_deferred() + self.shrink_slab(request) + self.shrink_lru(request);
+        // There may be enough, but in pieces.
+        if request.order > 0 && (freed == 0 || request.attempt > 0) {
+            freed += self.compact(request.order) << request.order;
+        }
+        freed
     }
 
     fn put(&self, list: DescList) {

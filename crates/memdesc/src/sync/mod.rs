@@ -5,10 +5,12 @@
 //! other is carried in a list on the stack.
 
 mod local;
+mod rw;
 mod spin;
 mod stack;
 
 pub(crate) use local::{Barriers, LocalLock};
+pub(crate) use rw::{RwGuard, RwLock, RwWaiter};
 pub(crate) use spin::{SpinGuard, SpinLock, Waiter};
 #[cfg(not(loom))]
 pub(crate) use stack::PfnStack;
