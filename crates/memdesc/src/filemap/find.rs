@@ -146,8 +146,8 @@ impl<P: Platform> Mm<P> {
                 continue;
             };
             if folio.has_flag(FolioFlags::READAHEAD) && folio.clear_flag(FolioFlags::READAHEAD) {
-                // The reader got as far as he was read ahead: more, if there is memory.
-                let _ = self.readahead(mapping, folio.index() + (1 << folio.order()));
+                // The reader is in the middle of what was read ahead: the next window, if there is memory.
+                let _ = self.readahead(mapping, mapping.ra_next.load(Ordering::Relaxed));
             }
             if !folio.has_flag(FolioFlags::UPTODATE) {
                 // Somebody reads it in, or failed to.

@@ -29,5 +29,5 @@ pub use fault::{Access, FaultError};
 pub use gup::UserPages;
 pub(crate) use rmap::Unmap;
 pub use space::{MmStruct, Rss};
-pub use vma::{Map, VmFlags, VmaView};
 pub(crate) use vma::VmaList;
+pub use vma::{Map, VmFlags, VmaView};
