@@ -1,4 +1,7 @@
-//! Physical memory: address space from mmap, not a byte of it touched. Under Miri, which knows no mmap, the heap.
+//! Physical memory: a memfd, all of it a hole until it is written, and a mapping of the whole as the direct map. Being a file, its pages can
+//! be mapped at other addresses too (see [`Window`](crate::Window)). Under Miri, which knows no mmap, the heap.
+
+use std::sync::Arc;
 
 use memdesc::MemRange;
 
@@ -20,11 +23,22 @@ pub enum HostError {
     NoMemory,
 }
 
+/// The file that is physical memory: the byte at a physical address is the byte at that offset. Closed when the arena and all windows
+/// on it are gone.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    #[cfg(not(miri))]
+    pub(crate) fd: std::os::fd::OwnedFd,
+    #[cfg_attr(miri, allow(dead_code))]
+    pub(crate) bytes: usize,
+}
+
 /// The arena.
 #[derive(Debug)]
 pub(crate) struct Arena {
     base: *mut u8,
     bytes: usize,
+    memory: Arc<Memory>,
 }
 
 // SAFETY: the arena is plain memory; who may touch which byte of it is the allocator's business.
@@ -44,10 +58,18 @@ impl Arena {
         if bytes == 0 {
             return Err(HostError::NoMemory);
         }
+        let reserve = |source| HostError::Reserve { bytes, source };
+        let memory = sys::memory(bytes).map_err(reserve)?;
         Ok(Arena {
-            base: sys::reserve(bytes)?,
+            base: sys::map(&memory).map_err(reserve)?,
             bytes,
+            memory: Arc::new(memory),
         })
+    }
+
+    /// What it maps.
+    pub(crate) fn memory(&self) -> &Arc<Memory> {
+        &self.memory
     }
 
     /// Does it reach this far?
@@ -75,7 +97,7 @@ impl Arena {
     }
 
     pub(crate) fn resident_bytes(&self) -> u64 {
-        sys::resident(self.base, self.bytes)
+        sys::resident(&self.memory)
     }
 }
 
@@ -87,31 +109,48 @@ impl Drop for Arena {
 
 #[cfg(not(miri))]
 mod sys {
-    use super::HostError;
+    use std::io;
+    use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-    pub(super) fn reserve(bytes: usize) -> Result<*mut u8, HostError> {
-        // SAFETY: a fresh private mapping at an address of the kernel's choice touches nothing that exists.
+    use super::Memory;
+
+    /// A file of that size, without a page of it yet.
+    pub(super) fn memory(bytes: usize) -> io::Result<Memory> {
+        // SAFETY: memfd_create(2) reads the name, which ends in a zero.
+        let fd = unsafe { libc::memfd_create(c"memdesc".as_ptr(), libc::MFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: a descriptor just made, which nobody else knows of.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        let length = libc::off_t::try_from(bytes).map_err(io::Error::other)?;
+        // SAFETY: ftruncate(2) takes no pointers.
+        if unsafe { libc::ftruncate(fd.as_raw_fd(), length) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Memory { fd, bytes })
+    }
+
+    pub(super) fn map(memory: &Memory) -> io::Result<*mut u8> {
+        // SAFETY: a fresh mapping at an address of the kernel's choice touches nothing that exists.
         let base = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
-                bytes,
+                memory.bytes,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
+                libc::MAP_SHARED | libc::MAP_NORESERVE,
+                memory.fd.as_raw_fd(),
                 0,
             )
         };
         if base == libc::MAP_FAILED {
-            return Err(HostError::Reserve {
-                bytes,
-                source: std::io::Error::last_os_error(),
-            });
+            return Err(io::Error::last_os_error());
         }
         Ok(base.cast())
     }
 
     pub(super) fn release(base: *mut u8, bytes: usize) {
-        // SAFETY: exactly the mapping made by `reserve`; the arena is being dropped, nobody uses it any more.
+        // SAFETY: exactly the mapping made by `map`; the arena is being dropped, nobody uses it any more.
         unsafe { libc::munmap(base.cast(), bytes) };
     }
 
@@ -131,51 +170,46 @@ mod sys {
         );
     }
 
-    pub(super) fn resident(base: *mut u8, bytes: usize) -> u64 {
-        const CHUNK: usize = 1 << 20;
-        let pages = bytes / 4096;
-        let mut seen = vec![0u8; CHUNK.min(pages)];
-        let mut resident = 0u64;
-        for first in (0..pages).step_by(CHUNK) {
-            let n = CHUNK.min(pages - first);
-            // SAFETY: `seen` has a byte for each of the `n` pages; the range lies in the arena.
-            let result = unsafe {
-                libc::mincore(
-                    base.wrapping_add(first * 4096).cast(),
-                    n * 4096,
-                    seen.as_mut_ptr(),
-                )
-            };
-            if result == 0 {
-                resident += seen[..n].iter().filter(|&&b| b & 1 != 0).count() as u64 * 4096;
-            }
+    /// What the file has been given: mincore(2) over a mapping would look each of its holes up by itself.
+    pub(super) fn resident(memory: &Memory) -> u64 {
+        // SAFETY: plain numbers, for which zeros are valid.
+        let mut stat: libc::stat = unsafe { std::mem::zeroed() };
+        // SAFETY: fstat(2) writes to what is ours.
+        if unsafe { libc::fstat(memory.fd.as_raw_fd(), &mut stat) } != 0 {
+            return 0;
         }
-        resident
+        stat.st_blocks as u64 * 512
     }
 }
 
 #[cfg(miri)]
 mod sys {
-    use super::HostError;
     use std::alloc::Layout;
+    use std::io;
+
+    use super::Memory;
 
     fn layout(bytes: usize) -> Layout {
         Layout::from_size_align(bytes, 1 << 22).unwrap()
     }
 
-    pub(super) fn reserve(bytes: usize) -> Result<*mut u8, HostError> {
-        // SAFETY: `bytes` is not zero.
-        Ok(unsafe { std::alloc::alloc_zeroed(layout(bytes)) })
+    pub(super) fn memory(bytes: usize) -> io::Result<Memory> {
+        Ok(Memory { bytes })
+    }
+
+    pub(super) fn map(memory: &Memory) -> io::Result<*mut u8> {
+        // SAFETY: the size is not zero.
+        Ok(unsafe { std::alloc::alloc_zeroed(layout(memory.bytes)) })
     }
 
     pub(super) fn release(base: *mut u8, bytes: usize) {
-        // SAFETY: made by `reserve` with the same layout.
+        // SAFETY: made by `map` with the same layout.
         unsafe { std::alloc::dealloc(base, layout(bytes)) };
     }
 
     pub(super) fn protect(_at: *mut u8, _len: usize, _open: bool) {}
 
-    pub(super) fn resident(_base: *mut u8, _bytes: usize) -> u64 {
+    pub(super) fn resident(_memory: &Memory) -> u64 {
         0
     }
 }

@@ -1,4 +1,4 @@
-//! memdesc hosted in a process: an mmap'd arena is the physical memory, threads are the CPUs.
+//! memdesc hosted in a process: an arena, a file in memory, is the physical memory, threads are the CPUs.
 //!
 //! [`Host`] reserves address space for the whole of physical memory and touches none of it, so a 24 GiB machine fits
 //! on a small one as long as nobody writes to its pages. A thread becomes a CPU by [`Host::claim`], for the length of a
@@ -9,6 +9,7 @@ mod cpu;
 mod faults;
 pub mod interrupt;
 pub mod rcu;
+mod window;
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, compiler_fence, fence};
 use std::time::Instant;
@@ -24,6 +25,7 @@ pub use cpu::CpuGuard;
 use cpu::Cpus;
 pub use faults::Faults;
 pub use rcu::HostRcu;
+pub use window::Window;
 
 /// A function that is asked to make memory free, and says how many pages it freed.
 pub type ReclaimFn = dyn Fn(ReclaimRequest) -> usize + Send + Sync;
