@@ -11,12 +11,14 @@ pub mod interrupt;
 pub mod rcu;
 mod window;
 
+use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, compiler_fence, fence};
 use std::time::Instant;
 
 use memdesc::lockdep::{Lockdep, Task};
 use memdesc::{
-    Context, FaultPoint, MemRange, PAGE_SHIFT, PAGE_SIZE, Pfn, Platform, ReclaimRequest, Report,
+    AllocError, Context, FaultPoint, MemRange, PAGE_SHIFT, PAGE_SIZE, Pfn, Platform,
+    ReclaimRequest, Report,
 };
 
 use arena::Arena;
@@ -37,6 +39,8 @@ pub type CorruptionFn = dyn Fn(&Report<'_>) + Send + Sync;
 /// The hosted platform.
 pub struct Host {
     arena: Arena,
+    /// For vmalloc; none under Miri.
+    vmalloc: Option<Window>,
     cpus: Cpus,
     /// membarrier(2) works, so the owner's side of a local lock needs only a compiler fence.
     asymmetric: bool,
@@ -66,7 +70,13 @@ pub struct HostBuilder {
     corruption: Option<Box<CorruptionFn>>,
     stall: Option<(u64, Box<rcu::StallFn>)>,
     lockdep: Option<Box<LockdepFn>>,
+    vmalloc: Option<usize>,
 }
+
+/// Addresses that a host has for vmalloc if nothing else is said.
+const VMALLOC_BYTES: usize = 1 << 30;
+/// What the range for vmalloc is aligned to: a large page.
+const VMALLOC_ALIGN: usize = 2 << 20;
 
 impl HostBuilder {
     /// This physical memory: the same ranges as go to [`memdesc::Mm::new`].
@@ -143,6 +153,13 @@ impl HostBuilder {
         self
     }
 
+    /// So many bytes of addresses for vmalloc (1 GiB by default; 0 for none). Under Miri there are none in any case.
+    #[must_use]
+    pub fn vmalloc(mut self, bytes: usize) -> Self {
+        self.vmalloc = Some(bytes);
+        self
+    }
+
     /// Reserves the address space.
     ///
     /// # Errors
@@ -154,8 +171,17 @@ impl HostBuilder {
             Some((ns, f)) => (ns, Some(f)),
             None => (memdesc::rcu::engine::Engine::STALL_NS, None),
         };
+        let arena = Arena::new(&self.ranges)?;
+        let vmalloc = match self.vmalloc.unwrap_or(VMALLOC_BYTES) {
+            bytes if bytes > 0 && !cfg!(miri) => {
+                let window = Window::on(arena.memory().clone(), bytes, VMALLOC_ALIGN);
+                Some(window.map_err(|source| HostError::Reserve { bytes, source })?)
+            }
+            _ => None,
+        };
         Ok(Host {
-            arena: Arena::new(&self.ranges)?,
+            arena,
+            vmalloc,
             cpus: Cpus::new(cpus, self.floating),
             asymmetric: register_membarrier(),
             guard_free: AtomicBool::new(self.guard_free),
@@ -243,6 +269,7 @@ pub fn ram(start: u32, pages: u32) -> MemRange {
 //    handler runs on its thread's CPU, and finishes first.
 // 3. membarrier(MEMBARRIER_CMD_PRIVATE_EXPEDITED) runs a full barrier on every thread of the process; without it both sides
 //    are full fences.
+// 4. The window is the host's alone, and maps the file that the arena maps.
 unsafe impl Platform for Host {
     #[inline]
     fn direct_map(&self) -> *mut u8 {
@@ -355,6 +382,28 @@ unsafe impl Platform for Host {
     #[inline]
     fn should_fail(&self, point: FaultPoint) -> bool {
         self.faults.should_fail(point)
+    }
+
+    fn vmalloc_range(&self) -> Option<NonNull<[u8]>> {
+        let window = self.vmalloc.as_ref()?;
+        let base = NonNull::new(window.base())?;
+        Some(NonNull::slice_from_raw_parts(base, window.len()))
+    }
+
+    fn vmap(&self, addr: usize, pfn: Pfn, pages: usize) -> Result<(), AllocError> {
+        let window = self.vmalloc.as_ref().ok_or(AllocError::NoAddressSpace)?;
+        window
+            .map(addr.wrapping_sub(window.base().addr()), pfn, pages, true)
+            .map_err(|_| AllocError::NoPageTable)
+    }
+
+    // The system flushes as it unmaps, so there is nothing left for `flush_tlb_kernel_range`.
+    fn vunmap(&self, start: usize, end: usize) {
+        if let Some(window) = &self.vmalloc {
+            let offset = start.wrapping_sub(window.base().addr());
+            let unmapped = window.unmap(offset, end - start);
+            assert!(unmapped.is_ok(), "{unmapped:?} (vm.max_map_count?)");
+        }
     }
 
     fn now(&self) -> u64 {

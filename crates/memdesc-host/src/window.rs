@@ -53,11 +53,14 @@ impl Window {
     /// window.unmap(4096, 2 * 4096).unwrap();
     /// ```
     pub fn new(host: &Host, bytes: usize, align: usize) -> io::Result<Window> {
+        Window::on(host.arena.memory().clone(), bytes, align)
+    }
+
+    pub(crate) fn on(memory: Arc<Memory>, bytes: usize, align: usize) -> io::Result<Window> {
         let len = bytes
             .checked_next_multiple_of(PAGE_SIZE)
             .filter(|&len| len > 0 && align.is_power_of_two())
             .ok_or(io::ErrorKind::InvalidInput)?;
-        let memory = host.arena.memory().clone();
         let base = sys::reserve(len, align.max(PAGE_SIZE))?;
         Ok(Window { base, len, memory })
     }

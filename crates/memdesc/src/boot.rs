@@ -8,7 +8,7 @@ use core::ptr::NonNull;
 
 use crate::address::{MAX_PFN, PAGE_SHIFT, PAGE_SIZE, Pfn, PhysAddr};
 use crate::config::{Config, MAX_CPUS, MAX_NODES, MAX_SHRINKERS, MemRange};
-use crate::desc::{Folio, FolioPrivate, PtDesc, Slab};
+use crate::desc::{Folio, FolioPrivate, PtDesc, Slab, VmArea};
 use crate::error::InitError;
 use crate::folio::{Lruvec, WaitTable};
 use crate::gfp::{self, Flags};
@@ -33,6 +33,7 @@ use crate::slab::{CacheCore, CacheFlags};
 use crate::stats::CpuStats;
 use crate::sync::SpinLock;
 use crate::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use crate::vmalloc::{StackCache, Vmalloc};
 use crate::xarray::Node;
 
 /// Where boot memory went, in bytes.
@@ -166,6 +167,7 @@ impl<P: Platform> Mm<P> {
             Reserved::MemMap as u64,
         );
 
+        let vmalloc = Vmalloc::new(&platform, parts.stacks);
         let zonelists = core::array::from_fn(|node| {
             core::array::from_fn(|kind| ZoneList::new(&parts.zones, node, ZoneType::ALL[kind]))
         });
@@ -193,6 +195,7 @@ impl<P: Platform> Mm<P> {
             folio_waits: WaitTable::new(),
             rcu_pages: RcuPages::new(),
             discards: Discards::new(),
+            vmalloc,
             boot: parts.layout,
             bootstrap_depth: AtomicU64::new(0),
             bootstrap_pages: AtomicU64::new(0),
@@ -323,6 +326,7 @@ struct Parts {
     krcs: BootSlice<Krc>,
     prepaid: BootSlice<Prepaid>,
     lruvecs: BootSlice<Lruvec>,
+    stacks: BootSlice<StackCache>,
     caches: BootSlice<CacheCore>,
     layout: BootLayout,
 }
@@ -433,6 +437,7 @@ fn lay_out<P: Platform>(
     let prepaid = bump.fill(nr_cpus, |_| Prepaid::new());
     let nodes = present.iter().rposition(|node| node.contains(&true));
     let lruvecs = bump.fill(nodes.map_or(0, |last| last + 1), |_| Lruvec::new());
+    let stacks = bump.fill(nr_cpus, |_| StackCache::new());
 
     // Sheaves first, then the caches that point at them.
     let id = platform.direct_map().addr();
@@ -492,6 +497,7 @@ fn lay_out<P: Platform>(
         krcs,
         prepaid,
         lruvecs,
+        stacks,
         caches,
         layout,
     }
@@ -572,6 +578,10 @@ fn built_in(index: usize, config: &Config, name: &mut Name) -> Spec {
                 gfp: Flags::EMPTY,
                 role: Role::Objects,
             },
+        ),
+        i if i == BuiltIn::VmArea as usize => (
+            "vmap_area",
+            plain(size_of::<VmArea>(), 8, Role::Descriptors),
         ),
         _ => (
             "kmem_cache",

@@ -30,6 +30,10 @@ pub enum AllocError {
     /// A request that only tries may not be made here, or not for this: the context has no CPU, or the order is not kept in
     /// per-CPU lists.
     Forbidden,
+    /// The range for vmalloc has no hole of this size, or the platform has no such range.
+    NoAddressSpace,
+    /// The platform could not make translations: no memory for page tables.
+    NoPageTable,
     /// Fault injection said so.
     Injected,
 }
@@ -47,6 +51,8 @@ impl fmt::Display for AllocError {
             AllocError::Empty => "nothing there to be had without a lock",
             AllocError::Contended => "somebody is inside, and this request does not wait",
             AllocError::Forbidden => "not to be tried here",
+            AllocError::NoAddressSpace => "no room in the address range for vmalloc",
+            AllocError::NoPageTable => "the addresses could not be mapped",
             AllocError::Injected => "fault injected",
         })
     }

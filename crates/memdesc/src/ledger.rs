@@ -10,6 +10,7 @@ use crate::mm::Mm;
 use crate::page_alloc::{MigrateType, PcpView, ZoneType};
 use crate::platform::Platform;
 use crate::stats::Event;
+use crate::sync::atomic::Ordering;
 
 /// The ledger, in pages and bytes, of one quiet moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -167,6 +168,17 @@ impl<P: Platform> Mm<P> {
         ledger.metadata += pointers;
         ledger.by_type[PageType::Bare as usize] =
             ledger.by_type[PageType::Bare as usize].wrapping_sub(pointers);
+        // Lists of the blocks of vmalloc areas: in slabs, or in pages that users do not have.
+        let lists = |i: usize| self.vmalloc.lists[i].load(Ordering::Relaxed);
+        ledger.other_metadata_bytes += lists(0);
+        for (kind, pages) in [
+            (PageType::LargeKmalloc, lists(1)),
+            (PageType::Vmalloc, lists(2)),
+        ] {
+            ledger.other_metadata_bytes += pages * PAGE_SIZE as u64;
+            ledger.metadata += pages;
+            ledger.by_type[kind as usize] = ledger.by_type[kind as usize].wrapping_sub(pages);
+        }
         let boot = self.boot.pages + self.boot.kept;
         ledger.by_type[PageType::Reserved as usize] -= boot;
         ledger.metadata += boot;

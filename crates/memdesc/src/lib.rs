@@ -75,6 +75,8 @@ pub mod slab;
 mod stats;
 mod sync;
 #[cfg(not(loom))]
+mod vmalloc;
+#[cfg(not(loom))]
 mod vmscan;
 pub mod xarray;
 
@@ -84,7 +86,7 @@ pub use {
     boot::Reserved,
     compaction::Obstacle,
     config::{Config, MemRange},
-    desc::{Folio, FolioFlags, Held, PtDesc, Slab},
+    desc::{Folio, FolioFlags, Held, PtDesc, Slab, VmArea, VmAreaKind},
     error::{AllocError, InitError},
     folio::{FolioLock, FolioRef, LruList, LruView},
     gfp::Flags,
@@ -98,4 +100,5 @@ pub use {
     shrinker::Shrinker,
     slab::{Cache, CacheFlags, CacheView, DestroyError, KmemCache, SlabBox},
     stats::Event,
+    vmalloc::{AddressInfo, KernelStack, VmAreaView, VmallocInfo},
 };

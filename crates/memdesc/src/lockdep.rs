@@ -86,6 +86,10 @@ pub mod classes {
         ANON_VMA = "anon_vma", Sleep;
         /// The index of a mapping.
         I_PAGES = "i_pages", Config;
+        /// The tree of vmalloc areas.
+        VMAP = "vmap_area", Config;
+        /// A purge of freed vmalloc areas.
+        VMAP_PURGE = "vmap_purge", Sleep;
         /// The list of caches.
         SLAB_MUTEX = "slab_mutex", Sleep;
     }

@@ -21,6 +21,7 @@ use crate::slab::kmalloc::{CLASSES, Kind};
 use crate::stats::Event;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{SpinGuard, SpinLock};
+use crate::vmalloc::Vmalloc;
 
 /// The caches that are there from the start, by place in the table.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -34,7 +35,8 @@ pub(crate) enum BuiltIn {
     Private = 5,
     Cache = 6,
     XaNode = 7,
-    Kmalloc = 8,
+    VmArea = 8,
+    Kmalloc = 9,
 }
 
 impl BuiltIn {
@@ -72,6 +74,7 @@ pub struct Mm<P: Platform> {
     pub(crate) rcu_pages: RcuPages,
     /// Slabs that wait for a grace period.
     pub(crate) discards: Discards,
+    pub(crate) vmalloc: Vmalloc,
     pub(crate) boot: BootLayout,
     /// The deepest bootstrap chain so far, and the most pages one took.
     pub(crate) bootstrap_depth: AtomicU64,
@@ -192,6 +195,7 @@ impl<P: Platform> Mm<P> {
             self.kvfree_rcu_barrier();
         }
         self.rcu_pages_all();
+        self.vmalloc_shrink(self.may_wait());
         // Ordinary caches first: their slabs' descriptors come free with them. Descriptors of folios and page tables next,
         // those of slabs and free blocks last, since all the others give those back.
         let mut pages = 0;
@@ -207,6 +211,7 @@ impl<P: Platform> Mm<P> {
             BuiltIn::Anon,
             BuiltIn::PtDesc,
             BuiltIn::Private,
+            BuiltIn::VmArea,
             BuiltIn::Buddy,
             BuiltIn::Slab,
         ] {
@@ -230,10 +235,11 @@ impl<P: Platform> Mm<P> {
     ///
     /// Any that may pin a CPU.
     ///
-    /// Deferred frees that lie for long are pushed on, and those that are due are freed, of all CPUs.
+    /// Deferred frees that lie for long are pushed on, and those that are due are freed, of all CPUs. Addresses of freed vmalloc areas come back.
     pub fn tick(&self) {
         self.free_deferred();
         self.rcu_work();
+        self.vmalloc_work(true);
         self.pages.decay(self);
         self.pages.settle(self);
     }
@@ -249,6 +255,7 @@ impl<P: Platform> Mm<P> {
         let freed = self.kvfree_tick(false) + self.prepaid_tick();
         self.discard_due();
         self.rcu_pages_due();
+        self.vmalloc_work(false);
         freed + rcu.run_callbacks()
     }
 

@@ -10,7 +10,7 @@ use core::ptr::NonNull;
 
 use crate::address::{PAGE_SIZE, Pfn, PhysAddr};
 use crate::boot::Reserved;
-use crate::desc::{Folio, FolioFlags, Held, PtDesc, Put, Slab};
+use crate::desc::{Folio, FolioFlags, Held, PtDesc, Put, Slab, VmArea};
 use crate::error::AllocError;
 use crate::gfp::{self, Flags};
 use crate::memmap::{DescClass, Found, PageType, Word};
@@ -50,6 +50,10 @@ impl<T> Clone for DescPtr<T> {
 impl<T> Copy for DescPtr<T> {}
 
 impl<T> DescPtr<T> {
+    pub(crate) fn new(ptr: *mut T) -> Option<DescPtr<T>> {
+        NonNull::new(ptr).map(DescPtr)
+    }
+
     /// The address.
     pub fn as_ptr(self) -> *mut T {
         self.0.as_ptr()
@@ -97,6 +101,8 @@ pub enum Memory {
     File(DescPtr<Folio>),
     /// Anonymous memory.
     Anon(DescPtr<Folio>),
+    /// Part of a vmalloc area.
+    Vmalloc(DescPtr<VmArea>),
     /// Reserved.
     Reserved(Reserved),
     /// Given away or offline.
@@ -117,6 +123,7 @@ impl Memory {
             Memory::Bare => "bare",
             Memory::Slab(_) => "slab",
             Memory::LargeKmalloc => "large_kmalloc",
+            Memory::Vmalloc(_) => "vmalloc",
             Memory::PageTable(_) => "page_table",
             Memory::File(_) => "file",
             Memory::Anon(_) => "anon",
@@ -186,8 +193,8 @@ impl<P: Platform> Mm<P> {
         kind: PageType,
         desc: NonNull<u8>,
     ) -> Result<Pfn, AllocError> {
-        use PageType::{Bare, Free, LargeKmalloc, Slab};
-        if !kind.has_descriptor() || matches!(kind, Free | Bare | Slab | LargeKmalloc) {
+        use PageType::{Bare, Free, LargeKmalloc, Slab, Vmalloc};
+        if !kind.has_descriptor() || matches!(kind, Free | Bare | Slab | LargeKmalloc | Vmalloc) {
             return Err(AllocError::BadSize);
         }
         let block = self.pages.alloc_block(kind, gfp, order, None, self)?;
@@ -442,6 +449,10 @@ impl<P: Platform> Mm<P> {
             PageType::PageTable => Memory::PageTable(self.desc_ptr(word)),
             PageType::File => Memory::File(self.desc_ptr(word)),
             PageType::Anon => Memory::Anon(self.desc_ptr(word)),
+            PageType::Vmalloc => match self.vm_area_of(word) {
+                Some(area) => Memory::Vmalloc(area),
+                None => Memory::Free { in_pcp: false },
+            },
             PageType::Reserved if word.facts() == Reserved::MemMap as u64 => {
                 Memory::Reserved(Reserved::MemMap)
             }

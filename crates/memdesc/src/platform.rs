@@ -4,11 +4,13 @@
 
 use crate::address::{Pfn, PhysAddr};
 use crate::config::MemRange;
+use crate::error::AllocError;
 use crate::gfp::Flags;
 use crate::lockdep::{self, Acquire, LockClass, Lockdep, Task};
 use crate::rcu::Rcu;
 use crate::report::Report;
 use crate::sync::{RwWaiter, Waiter};
+use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU32, Ordering};
 
 /// A place at which fault injection may make an allocation fail.
@@ -27,6 +29,10 @@ pub enum FaultPoint {
     CacheAlloc,
     /// A cache is being created.
     CacheCreate,
+    /// A vmalloc area wants addresses.
+    VmapArea,
+    /// The platform is to map a run of an area's pages.
+    Vmap,
 }
 
 /// In what code runs.
@@ -70,6 +76,9 @@ pub struct ReclaimRequest {
 /// 3. If [`heavy_barrier`](Self::heavy_barrier) is overridden, then after it returns every store that any CPU made before its
 ///    latest [`light_barrier`](Self::light_barrier) is visible to the caller, and every load after such a light barrier
 ///    sees what the caller stored before (`membarrier(2)`, an IPI to all).
+/// 4. [`vmalloc_range`](Self::vmalloc_range) is the same for the life of the platform, and nobody else uses these addresses. What
+///    [`vmap`](Self::vmap) mapped may be read and written through the range's pointer, and is the same memory as in the direct map, until
+///    [`vunmap`](Self::vunmap); after [`flush_tlb_kernel_range`](Self::flush_tlb_kernel_range) no CPU reaches it that way any more.
 pub unsafe trait Platform: Sync {
     /// Where physical address 0 is mapped: the base of the direct map.
     fn direct_map(&self) -> *mut u8;
@@ -196,6 +205,29 @@ pub unsafe trait Platform: Sync {
     fn should_fail(&self, _point: FaultPoint) -> bool {
         false
     }
+
+    /// The addresses that vmalloc may use, in whole pages, outside the direct map; `None`, the default, if it shall not work at all. Best aligned to 2 MiB.
+    fn vmalloc_range(&self) -> Option<NonNull<[u8]>> {
+        None
+    }
+
+    /// Maps `pages` pages from `pfn` on at this address of the [`vmalloc_range`](Self::vmalloc_range), to be read and written by the kernel. Nothing is mapped
+    /// there. May sleep, and may allocate page tables from this memory manager (`vmap_range_noflush`).
+    ///
+    /// # Errors
+    ///
+    /// [`AllocError::NoPageTable`], or why there was no memory for one; some of the pages may be mapped then.
+    fn vmap(&self, _addr: usize, _pfn: Pfn, _pages: usize) -> Result<(), AllocError> {
+        Err(AllocError::NoPageTable)
+    }
+
+    /// Removes all translations from `start` to `end`, of which there may be none (`vunmap_range_noflush`). CPUs may remember them until
+    /// [`flush_tlb_kernel_range`](Self::flush_tlb_kernel_range). Frees no page tables, cannot fail, allocates nothing. Called from threads
+    /// that may sleep, and from [`Mm::tick`](crate::Mm::tick) and [`Mm::rcu_work`](crate::Mm::rcu_work).
+    fn vunmap(&self, _start: usize, _end: usize) {}
+
+    /// Has all CPUs forget what they remember of translations from `start` to `end`. Called where [`vunmap`](Self::vunmap) is; allocates nothing.
+    fn flush_tlb_kernel_range(&self, _start: usize, _end: usize) {}
 
     /// Monotonic time in nanoseconds: for "allocated 3 s ago" in debug reports, and for how long a deferred free may lie. From any
     /// context.

@@ -68,7 +68,8 @@ impl<P: Platform> Mm<P> {
                 freed += shrinker.scan_objects(share, request);
             }
         }
-        freed += self.kvfree_shrink() + self.prepaid_tick() + self.rcu_pages_due();
+        freed += self.kvfree_shrink() + self.prepaid_tick();
+        freed += self.rcu_pages_due() + self.vmalloc_shrink(false);
         // Objects that went left slabs empty, perhaps; those are pages.
         if request.attempt > 0 || freed > 0 {
             self.for_each_cache(|core| freed += self.cache_shrink(core));

@@ -45,6 +45,21 @@ impl Buddy {
     pub(crate) fn set_prev(&self, pfn: Pfn) {
         self.prev.store(pfn.0, Ordering::Relaxed);
     }
+
+    /// The address that the 8 bytes hold while they are not links.
+    #[inline]
+    pub(crate) fn address(&self) -> PhysAddr {
+        let low = u64::from(self.next.load(Ordering::Relaxed));
+        let high = u64::from(self.prev.load(Ordering::Relaxed));
+        PhysAddr((high << 32 | low) << 3)
+    }
+
+    /// Has them hold an address, of something 8-byte aligned.
+    #[inline]
+    pub(crate) fn set_address(&self, at: PhysAddr) {
+        self.next.store((at.0 >> 3) as u32, Ordering::Relaxed);
+        self.prev.store((at.0 >> 35) as u32, Ordering::Relaxed);
+    }
 }
 
 impl MemMap {
@@ -96,11 +111,7 @@ impl DescList {
     /// Adds a descriptor that nothing leads to any more.
     #[inline]
     pub(crate) fn push(&mut self, map: &MemMap, desc: PhysAddr) {
-        let link = map.buddy_at(desc);
-        link.next
-            .store((self.head.0 >> 3) as u32, Ordering::Relaxed);
-        link.prev
-            .store((self.head.0 >> 35) as u32, Ordering::Relaxed);
+        map.buddy_at(desc).set_address(self.head);
         self.head = desc;
         self.len += 1;
     }
@@ -112,10 +123,7 @@ impl DescList {
             return None;
         }
         let desc = self.head;
-        let link = map.buddy_at(desc);
-        let low = u64::from(link.next.load(Ordering::Relaxed));
-        let high = u64::from(link.prev.load(Ordering::Relaxed));
-        self.head = PhysAddr((high << 32 | low) << 3);
+        self.head = map.buddy_at(desc).address();
         self.len -= 1;
         Some(desc)
     }

@@ -9,6 +9,7 @@ pub(crate) mod counts;
 mod folio;
 mod ptdesc;
 mod slab;
+mod vmarea;
 
 pub(crate) use buddy::{Buddy, DescList};
 pub use counts::Held;
@@ -18,3 +19,5 @@ pub(crate) use folio::{FolioPrivate, Place};
 pub use ptdesc::PtDesc;
 pub use slab::Slab;
 pub(crate) use slab::{BITMAP_INLINE, SlabList};
+pub(crate) use vmarea::{INLINE as VMAREA_INLINE, State as VmAreaState};
+pub use vmarea::{VmArea, VmAreaKind};

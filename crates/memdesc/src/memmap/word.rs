@@ -77,7 +77,7 @@ pub enum PageType {
     File = 6,
     /// Anonymous memory; a `folio`.
     Anon = 7,
-    /// Part of a vmalloc area.
+    /// Part of a vmalloc area; the `buddy` is kept, and holds the address of the `vmap_area`.
     Vmalloc = 8,
     /// Network pool.
     NetPool = 9,
@@ -130,8 +130,8 @@ impl PageType {
     /// Is it a type whose owner gives its pages back by `free_pages`?
     #[inline]
     pub const fn is_owned_block(self) -> bool {
-        use PageType::{Device, Free, Slab};
-        self.has_descriptor() && !matches!(self, Free | Slab | Device)
+        use PageType::{Device, Free, Slab, Vmalloc};
+        self.has_descriptor() && !matches!(self, Free | Slab | Vmalloc | Device)
     }
 
     /// Can the owner move or reclaim such pages? Decides whether a pageblock is worth stealing.

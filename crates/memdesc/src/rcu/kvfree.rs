@@ -60,11 +60,14 @@ impl<P: Platform> Mm<P> {
         if !ptr.addr().get().is_multiple_of(PAGE_SIZE) {
             return 0;
         }
+        if self.is_vmalloc_addr(ptr.as_ptr()) {
+            return 1;
+        }
         let kind = self.pages.map.lookup(self.virt_to_pfn(ptr.as_ptr()));
         usize::from(kind.is_none_or(|found| found.word.kind() != PageType::Slab))
     }
 
-    /// Frees an object after a grace period (`kvfree_rcu`, two arguments): what `kmalloc` or a cache gave, or large memory.
+    /// Frees an object after a grace period (`kvfree_rcu`, two arguments): what `kmalloc`, a cache or `vmalloc` gave.
     ///
     /// # Safety
     ///
@@ -171,7 +174,7 @@ impl<P: Platform> Mm<P> {
                             drop(pin);
                             self.pages.platform.rcu().synchronize();
                             // SAFETY: the caller's promise, and the grace period is over.
-                            unsafe { self.kfree(object) };
+                            unsafe { self.kvfree(object) };
                             return;
                         }
                     }
@@ -517,6 +520,11 @@ impl<P: Platform> Mm<P> {
                 }
                 Ok(Where::Pages(found)) => {
                     self.take_back(self.pages.free_path(), found.head, found.word);
+                    rest = &rest[1..];
+                }
+                Err(_) if self.is_vmalloc_addr(first.as_ptr()) => {
+                    // SAFETY: who queued it promised that it is his, and nobody uses it any more.
+                    unsafe { self.vfree(first) };
                     rest = &rest[1..];
                 }
                 Err(what) => {

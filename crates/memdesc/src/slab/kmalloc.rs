@@ -89,7 +89,7 @@ pub(crate) const fn class_of(size: usize) -> Option<usize> {
 }
 
 /// The order of pages for a size that no class serves.
-pub(super) fn large_order(size: usize) -> Result<usize, AllocError> {
+pub(crate) fn large_order(size: usize) -> Result<usize, AllocError> {
     if size == 0 || size > PAGE_SIZE << MAX_ORDER {
         return Err(AllocError::BadSize);
     }
