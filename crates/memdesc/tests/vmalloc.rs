@@ -1,0 +1,963 @@
+//! vmalloc: memory that is read and written through its addresses, guards that kill, addresses that come back lazily.
+//!
+//! Nothing here can run under Miri, which has no page tables to change.
+#![cfg(not(miri))]
+
+mod common;
+
+use std::collections::{BTreeMap, HashSet};
+use std::ptr::NonNull;
+
+use common::*;
+use memdesc::gfp::{self, GFP_ATOMIC, GFP_KERNEL, GFP_NOWAIT};
+use memdesc::rcu::RcuHead;
+use memdesc::*;
+use memdesc_host::{Host, interrupt};
+use proptest::prelude::*;
+
+fn vfree(mm: &Mm<Host>, ptr: NonNull<u8>) {
+    // SAFETY: tests call this for memory that they have and do not use any more, or to see a wrong free reported.
+    unsafe { mm.vfree(ptr) };
+}
+
+fn kvfree(mm: &Mm<Host>, ptr: NonNull<u8>) {
+    // SAFETY: as in `vfree`.
+    unsafe { mm.kvfree(ptr) };
+}
+
+fn free_stack(mm: &Mm<Host>, stack: KernelStack) {
+    // SAFETY: nobody runs on the stacks of these tests.
+    unsafe { mm.free_kernel_stack(stack) };
+}
+
+fn offset(ptr: *mut u8, by: isize) -> *mut u8 {
+    ptr.wrapping_offset(by)
+}
+
+/// What a child process of ours dies of when it touches this address; 0 if it lives.
+fn touch(at: *mut u8, write: bool) -> i32 {
+    // SAFETY: the child does nothing but touch memory and end, and so needs no lock that another thread had.
+    unsafe {
+        let child = libc::fork();
+        assert!(child >= 0);
+        if child == 0 {
+            libc::prctl(libc::PR_SET_DUMPABLE, 0);
+            libc::signal(libc::SIGSEGV, libc::SIG_DFL);
+            libc::signal(libc::SIGBUS, libc::SIG_DFL);
+            if write {
+                at.write_volatile(at.read_volatile());
+            } else {
+                at.read_volatile();
+            }
+            libc::_exit(0);
+        }
+        let mut status = 0;
+        assert_eq!(libc::waitpid(child, &mut status, 0), child);
+        if libc::WIFSIGNALED(status) {
+            libc::WTERMSIG(status)
+        } else {
+            0
+        }
+    }
+}
+
+/// Each page leads to the area, and to the same memory as the address.
+#[track_caller]
+fn check_area(mm: &Mm<Host>, ptr: NonNull<u8>, size: usize) {
+    let view = mm.find_vm_area(ptr.as_ptr()).unwrap();
+    assert_eq!(view.start, ptr.as_ptr());
+    assert!(view.size >= size && view.size == view.pages * PAGE_SIZE && !view.freed);
+    assert_eq!(view.caller.file(), file!());
+    for page in 0..view.pages {
+        let at = offset(ptr.as_ptr(), (page * PAGE_SIZE) as isize);
+        let pfn = mm.vmalloc_to_pfn(at).unwrap();
+        let (_, order, Memory::Vmalloc(area)) = mm.lookup(pfn) else {
+            panic!("page {page} is {:?}", mm.lookup(pfn))
+        };
+        assert_eq!(order, view.order);
+        // SAFETY: the area is ours, and so are its pages.
+        let found = mm.vm_area_view(unsafe { area.as_ref() });
+        assert_eq!((found.start, found.pages), (view.start, view.pages));
+        if page % 7 == 0 {
+            let direct = mm.page_address(pfn);
+            // SAFETY: ours, by either address.
+            unsafe {
+                at.write_volatile(page as u8 ^ 0x5a);
+                assert_eq!(direct.read_volatile(), page as u8 ^ 0x5a);
+            }
+        }
+    }
+}
+
+/// All is freed: nothing is left, neither memory nor addresses.
+#[track_caller]
+fn end(machine: &Machine, mm: &Mm<Host>) {
+    assert!(mm.check_vm_areas().is_ok());
+    teardown(machine, mm);
+    let info = mm.vmalloc_info();
+    assert_eq!((info.areas, info.lazy, info.used), (0, 0, 0));
+    assert_eq!(info.largest_hole, info.total);
+}
+
+#[test]
+fn memory_is_there() {
+    let machine = Machine::flat(8192);
+    let mm = machine.boot();
+    let mut live = Vec::new();
+    let sizes = [1, 4096, 4097, 16384, 16385, 100_000, 3 << 20, 9 << 20];
+    for (i, &size) in sizes.iter().enumerate() {
+        let ptr = if i % 2 == 0 {
+            mm.vmalloc(size, GFP_KERNEL)
+        } else {
+            mm.vzalloc(size, GFP_KERNEL)
+        };
+        let ptr = ptr.unwrap();
+        assert!(ptr.addr().get().is_multiple_of(PAGE_SIZE) && mm.is_vmalloc_addr(ptr.as_ptr()));
+        if i % 2 == 1 {
+            assert!(
+                bytes(ptr, size.next_multiple_of(PAGE_SIZE))
+                    .iter()
+                    .all(|&b| b == 0)
+            );
+        }
+        fill(ptr, size, i as u8 + 1);
+        live.push((ptr, size, i as u8 + 1));
+    }
+    for &(ptr, size, byte) in &live {
+        assert!(bytes(ptr, size).iter().all(|&b| b == byte));
+        check_area(&mm, ptr, size);
+    }
+    assert_eq!(mm.check_vm_areas(), Ok(live.len()));
+    let pages: usize = sizes.iter().map(|s| s.div_ceil(PAGE_SIZE)).sum();
+    let ledger = ledger(&mm);
+    assert_eq!(ledger.by_type[PageType::Vmalloc as usize], pages as u64);
+    // Descriptors and lists of areas are metadata.
+    assert_eq!(slabinfo(&mm, "vmap_area").0, live.len() as u64);
+    let mut rows = Vec::new();
+    mm.for_each_vm_area(|area| rows.push((area.start, area.pages)));
+    assert!(rows.is_sorted() && rows.len() == live.len());
+    live.into_iter().for_each(|(ptr, ..)| vfree(&mm, ptr));
+    end(&machine, &mm);
+}
+
+#[test]
+fn errors() {
+    let machine = Machine::flat(1024);
+    let mm = machine.boot_on(machine.host().vmalloc(2 << 20).build().unwrap());
+    assert_eq!(mm.vmalloc(0, GFP_KERNEL), Err(AllocError::BadSize));
+    assert_eq!(mm.vmalloc(5 << 20, GFP_KERNEL), Err(AllocError::BadSize));
+    assert_eq!(mm.vmalloc(usize::MAX, GFP_KERNEL), Err(AllocError::BadSize));
+    assert_eq!(
+        mm.vmalloc(2 << 20, GFP_KERNEL),
+        Err(AllocError::NoAddressSpace)
+    );
+    assert_eq!(mm.vmalloc(4096, GFP_ATOMIC), Err(AllocError::Forbidden));
+    assert_eq!(mm.vmalloc(4096, GFP_NOWAIT), Err(AllocError::Forbidden));
+    // SAFETY: refused.
+    unsafe {
+        assert_eq!(mm.vmap(&[]), Err(AllocError::BadSize));
+        assert_eq!(mm.vmap(&[Pfn(5000)]), Err(AllocError::BadSize));
+    }
+    assert!(mm.alloc_kernel_stack(0, 1).is_err());
+    // More than memory has.
+    let most: Vec<_> = std::iter::from_fn(|| mm.vmalloc(100 << 10, GFP_KERNEL).ok()).collect();
+    assert!(most.len() > 10);
+    most.into_iter().for_each(|ptr| vfree(&mm, ptr));
+    end(&machine, &mm);
+
+    let none = machine.boot_on(machine.host().vmalloc(0).build().unwrap());
+    assert_eq!(
+        none.vmalloc(4096, GFP_KERNEL),
+        Err(AllocError::NoAddressSpace)
+    );
+    assert_eq!(
+        none.vmalloc_info(),
+        VmallocInfo {
+            lazy_max: 32 << 20,
+            ..Default::default()
+        }
+    );
+    // Without such a range it is kmalloc in earnest.
+    let ptr = none.kvmalloc(1 << 20, GFP_KERNEL).unwrap();
+    kvfree(&none, ptr);
+    end(&machine, &none);
+}
+
+#[test]
+fn guards_kill() {
+    let machine = Machine::flat(1024);
+    let mm = machine.boot();
+    let a = mm.vmalloc(3 * PAGE_SIZE, GFP_KERNEL).unwrap();
+    let b = mm.vmalloc(PAGE_SIZE, GFP_KERNEL).unwrap();
+    let last = offset(a.as_ptr(), 3 * PAGE_SIZE as isize - 1);
+    assert_eq!((touch(a.as_ptr(), true), touch(last, true)), (0, 0));
+    assert_eq!(touch(offset(last, 1), false), libc::SIGSEGV);
+    assert_eq!(touch(offset(last, PAGE_SIZE as isize), true), libc::SIGSEGV);
+    // The next area comes right behind the guard.
+    assert_eq!(b.as_ptr(), offset(last, PAGE_SIZE as isize + 1));
+    assert_eq!(touch(b.as_ptr(), true), 0);
+    let AddressInfo::GuardAfter(area) = mm.explain_address(offset(last, 100)) else {
+        panic!("{:?}", mm.explain_address(offset(last, 100)))
+    };
+    assert_eq!((area.start, area.pages), (a.as_ptr(), 3));
+    // A use after free dies as well, though the address is still kept.
+    vfree(&mm, a);
+    assert_eq!(touch(a.as_ptr(), false), libc::SIGSEGV);
+    let said = mm.explain_address(a.as_ptr());
+    assert!(
+        matches!(said, AddressInfo::Stale(area) if area.freed),
+        "{said}"
+    );
+    assert!(mm.find_vm_area(a.as_ptr()).is_none() && mm.vmalloc_to_pfn(a.as_ptr()).is_none());
+    mm.tick();
+    assert!(matches!(mm.explain_address(a.as_ptr()), AddressInfo::Hole));
+    assert!(matches!(
+        mm.explain_address(mm.page_address(Pfn(9))),
+        AddressInfo::NotVmalloc
+    ));
+    vfree(&mm, b);
+    end(&machine, &mm);
+}
+
+#[test]
+fn pages_of_ones_own() {
+    let machine = Machine::flat(1024);
+    let mm = machine.boot();
+    let mut pages: Vec<_> = (0..40)
+        .map(|_| mm.alloc_pages(GFP_KERNEL, 0).unwrap())
+        .collect();
+    pages.reverse();
+    pages.swap(3, 17);
+    // SAFETY: the pages are ours, and unmapped before they are freed.
+    let ptr = unsafe { mm.vmap(&pages) }.unwrap();
+    for (i, &pfn) in pages.iter().enumerate() {
+        let at = offset(ptr.as_ptr(), (i * PAGE_SIZE) as isize);
+        // SAFETY: ours, mapped.
+        unsafe { at.write_volatile(i as u8) };
+        // SAFETY: ours.
+        assert_eq!(unsafe { mm.page_address(pfn).read_volatile() }, i as u8);
+        assert_eq!(mm.vmalloc_to_pfn(at), Some(pfn));
+        assert!(matches!(mm.lookup(pfn).2, Memory::Bare));
+    }
+    assert_eq!(
+        mm.find_vm_area(ptr.as_ptr()).unwrap().kind,
+        VmAreaKind::Vmap
+    );
+    assert_eq!(
+        touch(offset(ptr.as_ptr(), 40 * PAGE_SIZE as isize), false),
+        libc::SIGSEGV
+    );
+    // SAFETY: not used any more.
+    unsafe { mm.vunmap(ptr) };
+    assert_eq!(touch(ptr.as_ptr(), false), libc::SIGSEGV);
+    pages.iter().for_each(|&pfn| free(&mm, pfn));
+    end(&machine, &mm);
+}
+
+#[test]
+fn kernel_stacks() {
+    let machine = Machine::flat(2048).cpus(2);
+    let mm = machine.boot();
+    let cpu = mm.platform().claim(0).unwrap();
+    let stack = mm.alloc_kernel_stack(4, 77).unwrap();
+    assert_eq!(stack.size(), 4 * PAGE_SIZE);
+    assert!(bytes(stack.bottom(), stack.size()).iter().all(|&b| b == 0));
+    let (bottom, top) = (stack.bottom().as_ptr(), stack.top());
+    assert_eq!((touch(bottom, true), touch(offset(top, -1), true)), (0, 0));
+    assert_eq!(touch(offset(bottom, -1), true), libc::SIGSEGV);
+    assert_eq!(
+        touch(offset(bottom, -(PAGE_SIZE as isize)), true),
+        libc::SIGSEGV
+    );
+    assert_eq!(touch(top, true), libc::SIGSEGV);
+    let below = mm.explain_address(offset(bottom, -8));
+    let AddressInfo::GuardBefore(area) = below else {
+        panic!("{below}")
+    };
+    assert_eq!(
+        (area.owner, area.kind, area.start),
+        (Some(77), VmAreaKind::Stack, bottom)
+    );
+    assert!(!area.kind.may_be_mapped() && VmAreaKind::Vmalloc.may_be_mapped());
+    assert!(
+        below.to_string().contains("guard page before")
+            && below.to_string().contains("kernel stack of 77")
+    );
+    // From a handler, too: an overflow is found out in one.
+    {
+        let _nmi = interrupt::nmi();
+        assert!(
+            matches!(mm.explain_address(top), AddressInfo::GuardAfter(area) if area.owner == Some(77))
+        );
+    }
+    let (_, _, memory) = mm.lookup(mm.vmalloc_to_pfn(bottom).unwrap());
+    assert!(matches!(memory, Memory::Vmalloc(_)), "{memory:?}");
+
+    // Two are kept for the next threads of this CPU, clean, and of the right size.
+    fill(stack.bottom(), stack.size(), 0xcc);
+    let more: Vec<_> = (0..3)
+        .map(|i| mm.alloc_kernel_stack(4, i).unwrap())
+        .collect();
+    free_stack(&mm, stack);
+    more.into_iter().for_each(|stack| free_stack(&mm, stack));
+    assert_eq!(ledger(&mm).by_type[PageType::Vmalloc as usize], 8);
+    assert_eq!(mm.find_vm_area(bottom).unwrap().owner, None);
+    cpu.switch();
+    let other_size = mm.alloc_kernel_stack(2, 5).unwrap();
+    assert_ne!(other_size.bottom().as_ptr(), bottom);
+    let again = mm.alloc_kernel_stack(4, 6).unwrap();
+    assert_eq!(again.bottom().as_ptr(), bottom);
+    assert!(bytes(again.bottom(), again.size()).iter().all(|&b| b == 0));
+    assert_eq!(mm.find_vm_area(bottom).unwrap().owner, Some(6));
+    // Another CPU has others.
+    {
+        let other = mm.platform().claim(1).unwrap();
+        let stack = mm.alloc_kernel_stack(4, 8).unwrap();
+        assert_ne!(stack.bottom().as_ptr(), bottom);
+        free_stack(&mm, stack);
+        drop(other);
+    }
+    // From an interrupt what is not kept waits.
+    let third: Vec<_> = (0..3)
+        .map(|i| mm.alloc_kernel_stack(4, i).unwrap())
+        .collect();
+    {
+        let _irq = interrupt::hardirq();
+        free_stack(&mm, again);
+        free_stack(&mm, other_size);
+        third.into_iter().for_each(|stack| free_stack(&mm, stack));
+    }
+    assert!(mm.pages_of(PageType::Vmalloc) > 12);
+    mm.tick();
+    // Two of this CPU, one of the other; what is kept first is kept.
+    assert_eq!(mm.pages_of(PageType::Vmalloc), 4 + 2 + 4);
+    drop(cpu);
+    end(&machine, &mm);
+}
+
+#[test]
+fn addresses_come_back_lazily() {
+    let machine = Machine::flat(4096);
+    let mm = machine.boot();
+    let first: Vec<_> = (0..50)
+        .map(|_| mm.vmalloc(2 * PAGE_SIZE, GFP_KERNEL).unwrap())
+        .collect();
+    let addresses: HashSet<_> = first.iter().map(|p| p.addr()).collect();
+    assert_eq!(addresses.len(), 50);
+    first.into_iter().for_each(|ptr| vfree(&mm, ptr));
+    // The pages are back at once; the addresses are not.
+    assert_eq!(ledger(&mm).by_type[PageType::Vmalloc as usize], 0);
+    let info = mm.vmalloc_info();
+    assert_eq!(
+        (info.areas, info.lazy, info.purges),
+        (50, 50 * 3 * PAGE_SIZE as u64, 0)
+    );
+    let second: Vec<_> = (0..50)
+        .map(|_| mm.vmalloc(2 * PAGE_SIZE, GFP_KERNEL).unwrap())
+        .collect();
+    assert!(second.iter().all(|p| !addresses.contains(&p.addr())));
+    // One purge, one flush for all of them.
+    mm.tick();
+    let info = mm.vmalloc_info();
+    assert_eq!((info.areas, info.lazy, info.purges), (50, 0, 1));
+    let third: Vec<_> = (0..50)
+        .map(|_| mm.vmalloc(2 * PAGE_SIZE, GFP_KERNEL).unwrap())
+        .collect();
+    assert!(third.iter().all(|p| addresses.contains(&p.addr())));
+    second
+        .into_iter()
+        .chain(third)
+        .for_each(|ptr| vfree(&mm, ptr));
+    end(&machine, &mm);
+}
+
+#[test]
+fn purges_at_need() {
+    let machine = Machine::flat(4096);
+    // Room for 16 areas of a page, with their guards.
+    let mm = machine.boot_on(machine.host().vmalloc(32 * PAGE_SIZE).build().unwrap());
+    for round in 0..100 {
+        let all: Vec<_> = (0..16)
+            .map(|_| mm.vmalloc(1, GFP_KERNEL).unwrap())
+            .collect();
+        assert_eq!(
+            mm.vmalloc(1, GFP_KERNEL),
+            Err(AllocError::NoAddressSpace),
+            "{round}"
+        );
+        all.into_iter().for_each(|ptr| vfree(&mm, ptr));
+    }
+    // Stacks that are kept are in nobody's way, nor is what waits since an interrupt.
+    for i in 0..2 {
+        let stack = mm.alloc_kernel_stack(13, i).unwrap();
+        free_stack(&mm, stack);
+    }
+    let last = mm.vmalloc(PAGE_SIZE, GFP_KERNEL).unwrap();
+    {
+        let _irq = interrupt::hardirq();
+        vfree(&mm, last);
+    }
+    let all = mm.vmalloc(31 * PAGE_SIZE, GFP_KERNEL).unwrap();
+    vfree(&mm, all);
+    // Enough piles up.
+    let mm = machine.boot();
+    let max = mm.vmalloc_info().lazy_max;
+    for _ in 0..max / (4 << 20) + 1 {
+        let ptr = mm.vmalloc(4 << 20, GFP_KERNEL).unwrap();
+        vfree(&mm, ptr);
+        assert!(mm.vmalloc_info().lazy <= max);
+    }
+    assert_eq!(mm.vmalloc_info().purges, 1);
+    end(&machine, &mm);
+}
+
+#[test]
+fn freed_from_anywhere() {
+    let machine = Machine::flat(4096);
+    let mm = machine.boot();
+    let mut all: Vec<_> = (0..6)
+        .map(|i| mm.vmalloc(i * 5000 + 1, GFP_KERNEL).unwrap())
+        .collect();
+    let keep = all.pop().unwrap();
+    let pages = mm.pages_of(PageType::Vmalloc);
+    for (i, ptr) in all.into_iter().enumerate() {
+        let guards = (i % 3 == 0).then(interrupt::atomic);
+        let irq = (i % 3 == 1).then(interrupt::hardirq);
+        let nmi = (i % 3 == 2).then(interrupt::nmi);
+        vfree(&mm, ptr);
+        // Nothing happens there and then; not even in a tick there.
+        if nmi.is_some() {
+            mm.vmalloc_to_pfn(std::ptr::null());
+        }
+        drop((guards, irq, nmi));
+        assert_eq!(mm.pages_of(PageType::Vmalloc), pages);
+    }
+    // The next free in a thread takes them along.
+    vfree(&mm, keep);
+    assert_eq!(mm.pages_of(PageType::Vmalloc), 0);
+    let ptr = mm.vmalloc(1, GFP_KERNEL).unwrap();
+    {
+        let _atomic = interrupt::atomic();
+        vfree(&mm, ptr);
+    }
+    assert_eq!(mm.pages_of(PageType::Vmalloc), 1);
+    mm.tick();
+    assert_eq!(
+        (mm.pages_of(PageType::Vmalloc), mm.vmalloc_info().areas),
+        (0, 0)
+    );
+    end(&machine, &mm);
+}
+
+#[test]
+fn wrong_frees_are_reported() {
+    let machine = Machine::flat(2048);
+    let reports = Reports::default();
+    let mm = machine.boot_on(reports.on(machine.host()).build().unwrap());
+    let ptr = mm.vmalloc(3 * PAGE_SIZE, GFP_KERNEL).unwrap();
+    let pfn = mm.vmalloc_to_pfn(ptr.as_ptr()).unwrap();
+    free(&mm, pfn);
+    let seen = reports.one();
+    assert_eq!(
+        (seen.what, seen.kind, seen.pfn),
+        (Corruption::WrongType, PageType::Vmalloc, pfn)
+    );
+    vfree(
+        &mm,
+        NonNull::new(offset(ptr.as_ptr(), PAGE_SIZE as isize)).unwrap(),
+    );
+    assert_eq!(reports.one().what, Corruption::NotAHead);
+    kfree(&mm, ptr);
+    assert_eq!(reports.one().what, Corruption::NotRam);
+    // SAFETY: refused, and reported.
+    unsafe { mm.vunmap(ptr) };
+    assert_eq!(reports.one().what, Corruption::WrongType);
+    let small = mm.kmalloc(64, GFP_KERNEL).unwrap();
+    vfree(&mm, small);
+    assert_eq!(reports.one().what, Corruption::NotRam);
+    {
+        let _irq = interrupt::hardirq();
+        vfree(&mm, small);
+    }
+    assert_eq!(reports.one().what, Corruption::NotRam);
+    kfree(&mm, small);
+    let stack = mm.alloc_kernel_stack(1, 1).unwrap();
+    vfree(&mm, stack.bottom());
+    assert_eq!(reports.one().what, Corruption::WrongType);
+    free_stack(&mm, stack);
+    let desc = mm.kmalloc(64, GFP_KERNEL).unwrap();
+    // SAFETY: refused.
+    let refused = unsafe { mm.alloc_pages_desc(GFP_KERNEL, 0, PageType::Vmalloc, desc) };
+    assert_eq!(refused, Err(AllocError::BadSize));
+    kfree(&mm, desc);
+    check_area(&mm, ptr, 3 * PAGE_SIZE);
+    vfree(&mm, ptr);
+    vfree(&mm, ptr);
+    let seen = reports.one();
+    assert_eq!(
+        (seen.what, seen.address),
+        (Corruption::DoubleFree, ptr.addr().get())
+    );
+    mm.tick();
+    vfree(&mm, ptr);
+    assert_eq!(reports.one().what, Corruption::NotRam);
+    end(&machine, &mm);
+}
+
+#[test]
+fn kvmalloc_of_all_sizes() {
+    let machine = Machine::flat(16384);
+    let mm = machine.boot();
+    let mut live = Vec::new();
+    let sizes = (0..).map(|i| 1usize << i).take_while(|&s| s <= 8 << 20);
+    for size in sizes.flat_map(|s| [s - s / 3, s, s + 1]) {
+        let ptr = mm.kvmalloc(size, GFP_KERNEL | gfp::__GFP_ZERO).unwrap();
+        assert!(bytes(ptr, size).iter().all(|&b| b == 0));
+        assert!(
+            size <= 4 << 20 || mm.is_vmalloc_addr(ptr.as_ptr()),
+            "{size}"
+        );
+        assert!(size > 4096 || !mm.is_vmalloc_addr(ptr.as_ptr()), "{size}");
+        fill(ptr, size, size as u8);
+        live.push((ptr, size));
+        if live.len() > 4 {
+            let (ptr, size) = live.remove(1);
+            assert!(bytes(ptr, size).iter().all(|&b| b == size as u8));
+            kvfree(&mm, ptr);
+        }
+        ledger(&mm);
+    }
+    assert_eq!(mm.kvmalloc(0, GFP_KERNEL), Err(AllocError::BadSize));
+    for (ptr, size) in live {
+        assert!(bytes(ptr, size).iter().all(|&b| b == size as u8));
+        kvfree(&mm, ptr);
+    }
+    end(&machine, &mm);
+}
+
+/// Memory without two free pages in a row: kmalloc fails where it may not, vmalloc does not.
+#[test]
+fn kvmalloc_where_nothing_is_contiguous() {
+    let machine = Machine::flat(2048);
+    let mm = machine.boot();
+    let reserve = GFP_NOWAIT | gfp::__GFP_MEMALLOC;
+    let all: Vec<_> = std::iter::from_fn(|| mm.alloc_pages(reserve, 0).ok()).collect();
+    let (kept, freed): (Vec<Pfn>, Vec<Pfn>) = all.into_iter().partition(|pfn| pfn.0 % 2 == 0);
+    freed.into_iter().for_each(|pfn| free(&mm, pfn));
+    assert!(mm.kmalloc(40_000, GFP_KERNEL).is_err());
+    assert!(mm.kvmalloc(40_000, GFP_NOWAIT).is_err());
+    let ptr = mm.kvmalloc(400_000, GFP_KERNEL).unwrap();
+    assert!(mm.is_vmalloc_addr(ptr.as_ptr()));
+    check_area(&mm, ptr, 400_000);
+    // No block of 2 MiB either: single pages do.
+    let huge = mm.vmalloc_huge(2 << 20, GFP_KERNEL).unwrap();
+    check_area(&mm, huge, 2 << 20);
+    assert_eq!(mm.find_vm_area(huge.as_ptr()).unwrap().order, 0);
+    kvfree(&mm, ptr);
+    vfree(&mm, huge);
+    kept.into_iter().for_each(|pfn| free(&mm, pfn));
+    end(&machine, &mm);
+}
+
+#[test]
+fn large_blocks() {
+    let machine = Machine::flat(8192);
+    let mm = machine.boot();
+    let pad = mm.vmalloc(1, GFP_KERNEL).unwrap();
+    let ptr = mm
+        .vmalloc_huge((5 << 20) + 1, GFP_KERNEL | gfp::__GFP_ZERO)
+        .unwrap();
+    let view = mm.find_vm_area(ptr.as_ptr()).unwrap();
+    assert_eq!((view.size, view.order), (6 << 20, PAGEBLOCK_ORDER));
+    assert!(ptr.addr().get().is_multiple_of(2 << 20));
+    assert!(bytes(ptr, 6 << 20).iter().all(|&b| b == 0));
+    check_area(&mm, ptr, 6 << 20);
+    assert_eq!(touch(offset(ptr.as_ptr(), 6 << 20), false), libc::SIGSEGV);
+    vfree(&mm, ptr);
+    vfree(&mm, pad);
+    end(&machine, &mm);
+}
+
+#[test]
+fn kvrealloc() {
+    let machine = Machine::flat(16384);
+    let mm = machine.boot();
+    let mut ptr = mm.kvmalloc(10, GFP_KERNEL).unwrap();
+    let mut len = 10;
+    fill(ptr, len, 9);
+    for size in [100, 5000, 6 << 20, 9 << 20, 8 << 20, 3 << 20, 70_000, 200] {
+        // SAFETY: live memory from kvmalloc, used no more if it moves.
+        ptr = unsafe { mm.kvrealloc(ptr, size, GFP_KERNEL) }.unwrap();
+        assert!(bytes(ptr, len.min(size)).iter().all(|&b| b == 9), "{size}");
+        fill(ptr, size, 9);
+        len = size;
+    }
+    assert!(!mm.is_vmalloc_addr(ptr.as_ptr()));
+    kvfree(&mm, ptr);
+    end(&machine, &mm);
+}
+
+/// Deferred frees take memory of either kind.
+#[test]
+fn kvfree_rcu() {
+    let machine = Machine::flat(8192).cpus(2);
+    let mm = machine.boot();
+    let _cpu = mm.platform().claim(0).unwrap();
+    for round in 0..40 {
+        let ptr = mm.vmalloc(20_000, GFP_KERNEL).unwrap();
+        let head = ptr.cast::<RcuHead>();
+        // SAFETY: the memory is ours and large enough for the head.
+        unsafe { head.write(RcuHead::new()) };
+        let at = offset(ptr.as_ptr(), 9000);
+        // SAFETY: ours.
+        unsafe { at.write(round) };
+        let reader = mm.rcu_read_lock();
+        // SAFETY: ours to give up; only the reader above goes on using it.
+        unsafe {
+            if round % 2 == 0 {
+                mm.kvfree_rcu(ptr, head);
+            } else {
+                let _irq = interrupt::hardirq();
+                mm.kvfree_rcu(ptr, head);
+            }
+        }
+        mm.rcu_work();
+        // SAFETY: the read section is open, so the memory is still there.
+        assert_eq!(unsafe { at.read() }, round);
+        drop(reader);
+        let other = mm.vmalloc(5000, GFP_KERNEL).unwrap();
+        // SAFETY: ours to give up.
+        unsafe { mm.kvfree_rcu_mightsleep(other) };
+    }
+    mm.kvfree_rcu_barrier();
+    assert_eq!(mm.pages_of(PageType::Vmalloc), 0);
+    drop(_cpu);
+    end(&machine, &mm);
+}
+
+/// What must not change when an allocation fails.
+#[derive(Debug, PartialEq)]
+struct Snapshot {
+    by_type: Vec<u64>,
+    rest: u64,
+    areas: usize,
+    objects: Vec<(String, u64)>,
+}
+
+fn snapshot(mm: &Mm<Host>) -> Snapshot {
+    let ledger = ledger(mm);
+    let mut objects = Vec::new();
+    mm.slabinfo(|c| {
+        if !c.metadata {
+            objects.push((c.name.to_owned(), c.active_objs));
+        }
+    });
+    objects.sort();
+    Snapshot {
+        by_type: ledger.by_type.to_vec(),
+        rest: ledger.free + ledger.untouched + ledger.pcp + ledger.metadata,
+        areas: mm.vmalloc_info().areas,
+        objects,
+    }
+}
+
+/// Runs `op` with a fault at each point that it passes, until it passes none any more. It undoes what it did if it succeeds.
+fn every_point(name: &str, op: impl Fn(&Mm<Host>) -> Result<(), AllocError>) {
+    let (mut failed, mut survived) = (0, 0);
+    for n in 0.. {
+        assert!(n < 5000, "{name}: no end");
+        let machine = Machine::flat(8192);
+        let mm = machine.boot();
+        // In use: caches are there, lists are not empty.
+        let other = mm.vmalloc(50_000, GFP_KERNEL).unwrap();
+        let gone = mm.vmalloc(60_000, GFP_KERNEL).unwrap();
+        vfree(&mm, gone);
+        mm.shrink();
+        let before = snapshot(&mm);
+        mm.platform().faults().fail_nth(n);
+        let result = op(&mm);
+        let (_, fired) = mm.platform().faults().off();
+        assert!(mm.check_vm_areas().is_ok());
+        if result.is_err() {
+            assert!(fired > 0, "{name} failed without a fault: {result:?}");
+            let now = snapshot(&mm);
+            assert_eq!(now.areas, before.areas, "{name}, fault {n}: areas are left");
+            assert_eq!(now.objects, before.objects, "{name}, fault {n}");
+            failed += 1;
+        } else {
+            survived += fired;
+        }
+        mm.shrink();
+        assert_eq!(snapshot(&mm), before, "{name}, fault {n}");
+        check_area(&mm, other, 50_000);
+        vfree(&mm, other);
+        end(&machine, &mm);
+        if fired == 0 {
+            assert!(result.is_ok(), "{name}: {result:?}");
+            break;
+        }
+    }
+    println!("{name}: failed at {failed} points, got round {survived}");
+    let has_another_way = name == "vmalloc_huge";
+    assert!(
+        failed > 0 || has_another_way && survived > 0,
+        "{name}: no fault made it fail"
+    );
+}
+
+#[test]
+fn faults() {
+    for size in [1, 16_384, 16_385, 1 << 20] {
+        every_point(&format!("vmalloc {size}"), |mm| {
+            mm.vmalloc(size, GFP_KERNEL).map(|ptr| vfree(mm, ptr))
+        });
+    }
+    every_point("vmalloc_huge", |mm| {
+        mm.vmalloc_huge(4 << 20, GFP_KERNEL)
+            .map(|ptr| vfree(mm, ptr))
+    });
+    every_point("kernel stack", |mm| {
+        mm.alloc_kernel_stack(4, 9)
+            .map(|stack| free_stack(mm, stack))
+    });
+    every_point("vmap", |mm| {
+        let pages = [mm.alloc_pages(GFP_KERNEL, 0)?; 1];
+        let many = [pages[0]; 9];
+        // SAFETY: ours, and unmapped before they are freed.
+        let result = unsafe { mm.vmap(&many).map(|ptr| mm.vunmap(ptr)) };
+        free(mm, pages[0]);
+        result
+    });
+    every_point("kvmalloc", |mm| {
+        mm.kvmalloc(5 << 20, GFP_KERNEL).map(|ptr| kvfree(mm, ptr))
+    });
+}
+
+/// The list of an area's blocks is too long for kmalloc in one go, or cannot be had so: then it is an area itself.
+#[test]
+fn lists_that_are_areas() {
+    let machine = Machine::flat(16384);
+    let mm = machine.boot();
+    let mut seen = 0;
+    for n in 0..400 {
+        mm.platform().faults().fail_nth(n);
+        let result = mm.vmalloc(12 << 20, GFP_KERNEL);
+        mm.platform().faults().off();
+        let areas = mm.vmalloc_info().areas;
+        if let Ok(ptr) = result {
+            let users = ledger(&mm).by_type[PageType::Vmalloc as usize];
+            assert_eq!(users, (12 << 20) / PAGE_SIZE as u64, "a list is no user's");
+            seen += usize::from(areas == 2);
+            vfree(&mm, ptr);
+        }
+        mm.shrink();
+        assert_eq!(mm.vmalloc_info().areas, 0);
+    }
+    assert!(seen > 0);
+    end(&machine, &mm);
+}
+
+#[test]
+fn two_threads() {
+    let machine = Machine::flat(16384).cpus(2);
+    // Little room, so that purges come at need, from both.
+    let mm = machine.boot_on(machine.host().vmalloc(600 * PAGE_SIZE).build().unwrap());
+    std::thread::scope(|scope| {
+        for thread in 0..2u64 {
+            let mm = &mm;
+            scope.spawn(move || {
+                let _cpu = mm.platform().claim(thread as usize).unwrap();
+                let mut rng = Rng(thread);
+                let mut live: Vec<(NonNull<u8>, usize, u8)> = Vec::new();
+                let mut stacks = Vec::new();
+                for round in 0..4000 {
+                    match rng.below(8) {
+                        0..4 => {
+                            let size = 1 + rng.below(12 * PAGE_SIZE);
+                            if live.len() < 30
+                                && let Ok(ptr) = mm.vmalloc(size, GFP_KERNEL)
+                            {
+                                fill(ptr, size, round as u8);
+                                live.push((ptr, size, round as u8));
+                            }
+                        }
+                        4 if stacks.len() < 4 => {
+                            if let Ok(stack) = mm.alloc_kernel_stack(1 + rng.below(3), round) {
+                                fill(stack.bottom(), stack.size(), 1);
+                                stacks.push(stack);
+                            }
+                        }
+                        5 if !stacks.is_empty() => {
+                            let index = rng.below(stacks.len());
+                            free_stack(mm, stacks.swap_remove(index));
+                        }
+                        6 if rng.one_in(20) => mm.tick(),
+                        _ if !live.is_empty() => {
+                            let index = rng.below(live.len());
+                            let (ptr, size, byte) = live.swap_remove(index);
+                            assert!(bytes(ptr, size).iter().all(|&b| b == byte));
+                            let _irq = rng.one_in(5).then(interrupt::hardirq);
+                            vfree(mm, ptr);
+                        }
+                        _ => {}
+                    }
+                    if rng.one_in(100) {
+                        mm.check_vm_areas().unwrap();
+                        mm.for_each_vm_area(|area| assert!(area.pages > 0));
+                    }
+                }
+                for (ptr, size, byte) in live {
+                    assert!(bytes(ptr, size).iter().all(|&b| b == byte));
+                    vfree(mm, ptr);
+                }
+                stacks.into_iter().for_each(|stack| free_stack(mm, stack));
+            });
+        }
+    });
+    end(&machine, &mm);
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Alloc(usize),
+    Huge,
+    Stack(usize),
+    Map(usize),
+    Free(usize),
+    FreeLater(usize),
+    Tick,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        5 => (1usize..20).prop_map(Op::Alloc),
+        1 => Just(Op::Huge),
+        2 => (1usize..5).prop_map(Op::Stack),
+        1 => (1usize..9).prop_map(Op::Map),
+        5 => any::<usize>().prop_map(Op::Free),
+        1 => any::<usize>().prop_map(Op::FreeLater),
+        1 => Just(Op::Tick),
+    ]
+}
+
+enum Live {
+    Memory(NonNull<u8>),
+    Stack(KernelStack),
+    Mapped(NonNull<u8>),
+}
+
+/// The plain model: which addresses are taken, guards included, and by what.
+#[derive(Default)]
+struct Model {
+    /// Start → end, of live areas.
+    taken: BTreeMap<usize, usize>,
+    /// Of freed ones, until a purge.
+    lazy: BTreeMap<usize, usize>,
+    purges: u64,
+}
+
+impl Model {
+    fn look(&mut self, mm: &Mm<Host>) {
+        let now = mm.vmalloc_info().purges;
+        if now != self.purges {
+            self.purges = now;
+            self.lazy.clear();
+        }
+    }
+
+    #[track_caller]
+    fn take(&mut self, mm: &Mm<Host>, start: usize, end: usize, total: (usize, usize)) {
+        self.look(mm);
+        assert!(start >= total.0 && end <= total.1, "outside");
+        for (s, e) in self.taken.iter().chain(&self.lazy) {
+            assert!(
+                end <= *s || start >= *e,
+                "{start:#x}-{end:#x} overlaps {s:#x}-{e:#x}"
+            );
+        }
+        self.taken.insert(start, end);
+    }
+
+    fn give(&mut self, mm: &Mm<Host>, start: usize) {
+        let end = self.taken.remove(&start).unwrap();
+        self.lazy.insert(start, end);
+        self.look(mm);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 40, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn against_a_model_of_ranges(ops in prop::collection::vec(op(), 1..120)) {
+        let machine = Machine::flat(8192);
+        let bytes = 2000 * PAGE_SIZE;
+        let mm = machine.boot_on(machine.host().vmalloc(bytes).build().unwrap());
+        let base = mm.platform().vmalloc_range().unwrap().addr().get();
+        let total = (base, base + bytes);
+        let page = mm.alloc_pages(GFP_KERNEL, 0).unwrap();
+        let mut model = Model::default();
+        let mut live = Vec::new();
+        let end = |live: Live| match live {
+            Live::Memory(ptr) => vfree(&mm, ptr),
+            Live::Stack(stack) => {
+                free_stack(&mm, stack);
+                // What a CPU keeps is not free; this makes it so.
+                mm.shrink();
+            }
+            // SAFETY: not used any more.
+            Live::Mapped(ptr) => unsafe { mm.vunmap(ptr) },
+        };
+        for op in ops {
+            let got = match op {
+                Op::Alloc(pages) => mm.vmalloc(pages * PAGE_SIZE, GFP_KERNEL).ok().map(Live::Memory),
+                Op::Huge => mm.vmalloc_huge(2 << 20, GFP_KERNEL).ok().map(Live::Memory),
+                Op::Stack(pages) => mm.alloc_kernel_stack(pages, 1).ok().map(Live::Stack),
+                // SAFETY: the page is ours as long as it is mapped.
+                Op::Map(pages) => unsafe { mm.vmap(&vec![page; pages]) }.ok().map(Live::Mapped),
+                Op::Free(index) | Op::FreeLater(index) => {
+                    if !live.is_empty() {
+                        let (start, area) = live.swap_remove(index % live.len());
+                        if matches!(op, Op::FreeLater(_)) && matches!(area, Live::Memory(_)) {
+                            let irq = interrupt::hardirq();
+                            end(area);
+                            drop(irq);
+                        } else {
+                            end(area);
+                        }
+                        model.give(&mm, start);
+                    }
+                    None
+                }
+                Op::Tick => {
+                    mm.tick();
+                    model.look(&mm);
+                    None
+                }
+            };
+            if let Some(area) = got {
+                let (ptr, lead) = match &area {
+                    Live::Memory(ptr) | Live::Mapped(ptr) => (ptr.as_ptr(), 0),
+                    Live::Stack(stack) => (stack.bottom().as_ptr(), PAGE_SIZE),
+                };
+                let view = mm.find_vm_area(ptr).unwrap();
+                prop_assert!(ptr.addr().is_multiple_of(PAGE_SIZE << view.order));
+                let start = ptr.addr() - lead;
+                model.take(&mm, start, ptr.addr() + view.size + PAGE_SIZE, total);
+                // SAFETY: ours, all of it.
+                unsafe { ptr.write_bytes(1, view.size) };
+                let guard = mm.explain_address(offset(ptr, view.size as isize));
+                prop_assert!(matches!(guard, AddressInfo::GuardAfter(area) if area.start == ptr));
+                live.push((start, area));
+            }
+            mm.check_vm_areas().unwrap();
+        }
+        let mut rows = Vec::new();
+        mm.for_each_vm_area(|area| if !area.freed { rows.push(area.start.addr()) });
+        // What was freed in an interrupt may still be there.
+        prop_assert!(live.iter().all(|(start, _)| rows.iter().any(|row| row.checked_sub(*start).is_some_and(|by| by <= PAGE_SIZE))));
+        live.into_iter().for_each(|(_, area)| end(area));
+        free(&mm, page);
+        self::end(&machine, &mm);
+    }
+}
