@@ -8,6 +8,7 @@ mod arena;
 mod cpu;
 mod faults;
 pub mod interrupt;
+mod mmu;
 pub mod rcu;
 mod window;
 
@@ -26,6 +27,7 @@ pub use arena::HostError;
 pub use cpu::CpuGuard;
 use cpu::Cpus;
 pub use faults::Faults;
+pub use mmu::{MAX_ASID, MmuStats, UserView};
 pub use rcu::HostRcu;
 pub use window::Window;
 
@@ -38,6 +40,7 @@ pub type CorruptionFn = dyn Fn(&Report<'_>) + Send + Sync;
 
 /// The hosted platform.
 pub struct Host {
+    mmu: mmu::Mmu,
     arena: Arena,
     /// For vmalloc; none under Miri.
     vmalloc: Option<Window>,
@@ -180,6 +183,7 @@ impl HostBuilder {
             _ => None,
         };
         Ok(Host {
+            mmu: mmu::Mmu::new(),
             arena,
             vmalloc,
             cpus: Cpus::new(cpus, self.floating),
@@ -230,6 +234,11 @@ impl Host {
     /// Fault injection.
     pub fn faults(&self) -> &Faults {
         &self.faults
+    }
+
+    /// What the machine did for users.
+    pub fn mmu_stats(&self) -> MmuStats {
+        self.mmu.stats()
     }
 
     /// The arena's resident bytes, as the kernel counts them.
@@ -309,6 +318,10 @@ unsafe impl Platform for Host {
 
     fn unpark_all(&self, word: &AtomicU32) {
         sys::futex_wake(word, i32::MAX);
+    }
+
+    fn flush_tlb(&self, asid: u64, start: u64, end: u64) {
+        self.mmu.flush(asid, start, end);
     }
 
     fn cpu_to_node(&self, cpu: usize) -> usize {

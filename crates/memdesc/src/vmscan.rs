@@ -33,7 +33,7 @@ enum Verdict {
 }
 
 impl<P: Platform> Mm<P> {
-    /// Makes file memory free, of all nodes (`try_to_free_pages`); says how many pages. Each attempt looks at more.
+    /// Makes file memory free, of all nodes (`shrink_zones`); says how many pages. Each attempt looks at more.
     pub(crate) fn shrink_lru(&self, request: &ReclaimRequest) -> usize {
         if !request.gfp.contains(gfp::__GFP_IO) {
             return 0;
@@ -48,6 +48,17 @@ impl<P: Platform> Mm<P> {
             }
         }
         freed
+    }
+
+    /// Makes memory free as a request that found none would (`try_to_free_pages`): asks the shrinkers, evicts what is cached of files,
+    /// compacts. Says about how many pages.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    pub fn try_to_free_pages(&self, request: &ReclaimRequest) -> usize {
+        use crate::page_alloc::alloc::Descriptors;
+        self.reclaim(request)
     }
 
     /// Reclaims in the background until every zone is above its high watermark, or nothing more can be had (`kswapd`): for the platform, when

@@ -51,7 +51,8 @@ impl MappingOps for Disk {
 
 fn check(mm: &Mm<Host>, spaces: &[Space<'_>]) -> MapReport {
     let mut seen = vec![0; mm.ledger().given as usize + 1];
-    MmStruct::check_all(spaces, &mut seen).unwrap()
+    let spaces: Vec<_> = spaces.iter().collect();
+    MmStruct::check_all(&spaces, &mut seen).unwrap()
 }
 
 fn byte(space: &Space<'_>, at: u64) -> u8 {

@@ -67,7 +67,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
     /// # Errors
     ///
     /// The first thing that does not agree.
-    pub fn check_all(spaces: &[MmStruct<'m, P>], seen: &mut [u32]) -> Result<MapReport, MapError> {
+    pub fn check_all(spaces: &[&MmStruct<'m, P>], seen: &mut [u32]) -> Result<MapReport, MapError> {
         let mut report = MapReport::default();
         let Some(mm) = spaces.first().map(|space| space.mm) else {
             return Ok(report);
