@@ -370,6 +370,26 @@ fn what_is_pinned_stays_and_is_the_parents() {
 }
 
 #[test]
+fn what_a_child_had_read_does_not_change_under_it() {
+    let mm = Machine::flat(mib(64)).boot();
+    {
+        let parent = MmStruct::new(&mm, 1).unwrap();
+        let at = parent.mmap(None, 1 << 16, RW, Map::Anon).unwrap();
+        parent.write(at, &[1]).unwrap();
+        let child = parent.fork(2).unwrap();
+        let page = child.get_user_page(at, Access::Read).unwrap();
+        child.munmap(at, 1 << 16).unwrap();
+        // The parent alone maps the page, but somebody else has it still.
+        parent.write(at, &[2]).unwrap();
+        // SAFETY: referenced.
+        assert_eq!(unsafe { mm.page_address(page.pfn()).read() }, 1);
+        assert_eq!(byte(&parent, at), 2);
+        check(&mm, &[parent, child]);
+    }
+    ends_balanced(&mm);
+}
+
+#[test]
 fn only_folios_can_be_mapped() {
     let mm = Machine::flat(mib(64)).boot();
     {

@@ -90,7 +90,7 @@ enum Op {
 fn op() -> impl Strategy<Value = Op> {
     let space = 0..4usize;
     // Near each other, so that things meet.
-    let page = prop_oneof![0..48u64, 500..560u64, 1000..1060u64, 0..PAGES];
+    let page = prop_oneof![6 => 0..8u64, 2 => 508..516u64, 2 => 1022..1028u64, 1 => 0..PAGES];
     let len = prop_oneof![1..20u64, 1..700u64];
     prop_oneof![
         4 => (space.clone(), page.clone(), len.clone(), 0..6u8)
@@ -484,9 +484,9 @@ fn run(ops: &[Op]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 96, failure_persistence: None, max_shrink_iters: 4000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 128, failure_persistence: None, max_shrink_iters: 4000, ..ProptestConfig::default() })]
     #[test]
-    fn every_byte_is_where_the_model_says(ops in prop::collection::vec(op(), 1..400)) {
+    fn every_byte_is_where_the_model_says(ops in prop::collection::vec(op(), 1..800)) {
         run(&ops);
     }
 }
