@@ -141,6 +141,7 @@ impl<P: Platform> Mm<P> {
             State::Live if !is_right(area.kind()) => Err(Corruption::WrongType),
             State::Live => {
                 area.set_state(State::Freed);
+                crate::inject::point("vmalloc: claimed");
                 Ok(NonNull::from(area))
             }
         }
@@ -178,6 +179,7 @@ impl<P: Platform> Mm<P> {
         };
         let Some(purging) = purging else { return 0 };
         let all = vmalloc.lazy.take();
+        crate::inject::point("vmalloc: about to be purged");
         if all.is_null() {
             return 0;
         }

@@ -1,6 +1,6 @@
 //! vmalloc: memory that is contiguous by address and not by page, from a range of addresses that the platform can map as it likes.
 //!
-//! Each allocation is an *area* ([`VmArea`](crate::VmArea)): a place in the range, its pages, and a page after them (of a kernel stack, before them too) that
+//! Each allocation is an *area* ([`VmArea`]): a place in the range, its pages, and a page after them (of a kernel stack, before them too) that
 //! is never mapped. Its blocks keep their `struct buddy`, whose 8 bytes hold the address of the area: so from any page it is word, buddy, area,
 //! and freeing needs no descriptor.
 //!
@@ -337,6 +337,7 @@ impl<P: Platform> Mm<P> {
         // Again and again: what is freed may have a list that is itself an area, and is put there then.
         while !self.vmalloc.deferred.is_empty() {
             let mut at = self.vmalloc.deferred.take();
+            crate::inject::point("vfree: taken");
             while let Some(ptr) = NonNull::new(at) {
                 // SAFETY: what is in the stack holds its link, written by who pushed it.
                 at = unsafe { ptr.cast::<*mut u8>().read() };

@@ -144,6 +144,7 @@ impl<P: Platform> Mm<P> {
             if platform.should_fail(FaultPoint::Vmap) {
                 return Err(AllocError::Injected);
             }
+            crate::inject::point("vmalloc: about to be mapped");
             platform.vmap(start + (done << PAGE_SHIFT), pfn, run)?;
             done += run;
         }
@@ -159,6 +160,7 @@ impl<P: Platform> Mm<P> {
         if pages > 0 {
             let start = start.addr();
             self.pages.platform.vunmap(start, start + bytes);
+            crate::inject::point("vmalloc: unmapped");
         }
         if desc.kind() != VmAreaKind::Vmap {
             let mut index = 0;
@@ -169,6 +171,7 @@ impl<P: Platform> Mm<P> {
                 index += block;
             }
         }
+        crate::inject::point("vmalloc: empty");
         self.free_list(desc);
     }
 

@@ -43,6 +43,7 @@ impl StackCache {
             else {
                 continue;
             };
+            crate::inject::point("stack cache: taken");
             // SAFETY: a live area in a slot is its, and now ours.
             if is_right(unsafe { area.as_ref() }) {
                 return Some(area);
