@@ -3,36 +3,19 @@
 //! Nothing here can run under Miri, which has no page tables to change.
 #![cfg(not(miri))]
 
+#[path = "common/areas.rs"]
+mod areas;
 mod common;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 use std::ptr::NonNull;
 
+use areas::*;
 use common::*;
 use memdesc::gfp::{self, GFP_ATOMIC, GFP_KERNEL, GFP_NOWAIT};
 use memdesc::rcu::RcuHead;
 use memdesc::*;
-use memdesc_host::{Host, interrupt};
-use proptest::prelude::*;
-
-fn vfree(mm: &Mm<Host>, ptr: NonNull<u8>) {
-    // SAFETY: tests call this for memory that they have and do not use any more, or to see a wrong free reported.
-    unsafe { mm.vfree(ptr) };
-}
-
-fn kvfree(mm: &Mm<Host>, ptr: NonNull<u8>) {
-    // SAFETY: as in `vfree`.
-    unsafe { mm.kvfree(ptr) };
-}
-
-fn free_stack(mm: &Mm<Host>, stack: KernelStack) {
-    // SAFETY: nobody runs on the stacks of these tests.
-    unsafe { mm.free_kernel_stack(stack) };
-}
-
-fn offset(ptr: *mut u8, by: isize) -> *mut u8 {
-    ptr.wrapping_offset(by)
-}
+use memdesc_host::interrupt;
 
 /// What a child process of ours dies of when it touches this address; 0 if it lives.
 fn touch(at: *mut u8, write: bool) -> i32 {
@@ -59,44 +42,6 @@ fn touch(at: *mut u8, write: bool) -> i32 {
             0
         }
     }
-}
-
-/// Each page leads to the area, and to the same memory as the address.
-#[track_caller]
-fn check_area(mm: &Mm<Host>, ptr: NonNull<u8>, size: usize) {
-    let view = mm.find_vm_area(ptr.as_ptr()).unwrap();
-    assert_eq!(view.start, ptr.as_ptr());
-    assert!(view.size >= size && view.size == view.pages * PAGE_SIZE && !view.freed);
-    assert_eq!(view.caller.file(), file!());
-    for page in 0..view.pages {
-        let at = offset(ptr.as_ptr(), (page * PAGE_SIZE) as isize);
-        let pfn = mm.vmalloc_to_pfn(at).unwrap();
-        let (_, order, Memory::Vmalloc(area)) = mm.lookup(pfn) else {
-            panic!("page {page} is {:?}", mm.lookup(pfn))
-        };
-        assert_eq!(order, view.order);
-        // SAFETY: the area is ours, and so are its pages.
-        let found = mm.vm_area_view(unsafe { area.as_ref() });
-        assert_eq!((found.start, found.pages), (view.start, view.pages));
-        if page % 7 == 0 {
-            let direct = mm.page_address(pfn);
-            // SAFETY: ours, by either address.
-            unsafe {
-                at.write_volatile(page as u8 ^ 0x5a);
-                assert_eq!(direct.read_volatile(), page as u8 ^ 0x5a);
-            }
-        }
-    }
-}
-
-/// All is freed: nothing is left, neither memory nor addresses.
-#[track_caller]
-fn end(machine: &Machine, mm: &Mm<Host>) {
-    assert!(mm.check_vm_areas().is_ok());
-    teardown(machine, mm);
-    let info = mm.vmalloc_info();
-    assert_eq!((info.areas, info.lazy, info.used), (0, 0, 0));
-    assert_eq!(info.largest_hole, info.total);
 }
 
 #[test]
@@ -196,23 +141,26 @@ fn guards_kill() {
     // The next area comes right behind the guard.
     assert_eq!(b.as_ptr(), offset(last, PAGE_SIZE as isize + 1));
     assert_eq!(touch(b.as_ptr(), true), 0);
-    let AddressInfo::GuardAfter(area) = mm.explain_address(offset(last, 100)) else {
-        panic!("{:?}", mm.explain_address(offset(last, 100)))
+    let AddressInfo::GuardAfter(area) = mm.explain_address(offset(last, 100).addr()) else {
+        panic!("{:?}", mm.explain_address(offset(last, 100).addr()))
     };
-    assert_eq!((area.start, area.pages), (a.as_ptr(), 3));
+    assert_eq!((area.start, area.pages), (a.addr().get(), 3));
     // A use after free dies as well, though the address is still kept.
     vfree(&mm, a);
     assert_eq!(touch(a.as_ptr(), false), libc::SIGSEGV);
-    let said = mm.explain_address(a.as_ptr());
+    let said = mm.explain_address(a.addr().get());
     assert!(
         matches!(said, AddressInfo::Stale(area) if area.freed),
         "{said}"
     );
-    assert!(mm.find_vm_area(a.as_ptr()).is_none() && mm.vmalloc_to_pfn(a.as_ptr()).is_none());
+    assert!(mm.find_vm_area(a.addr().get()).is_none() && mm.vmalloc_to_pfn(a.as_ptr()).is_none());
     mm.tick();
-    assert!(matches!(mm.explain_address(a.as_ptr()), AddressInfo::Hole));
     assert!(matches!(
-        mm.explain_address(mm.page_address(Pfn(9))),
+        mm.explain_address(a.addr().get()),
+        AddressInfo::Hole
+    ));
+    assert!(matches!(
+        mm.explain_address(mm.page_address(Pfn(9)).addr()),
         AddressInfo::NotVmalloc
     ));
     vfree(&mm, b);
@@ -240,7 +188,7 @@ fn pages_of_ones_own() {
         assert!(matches!(mm.lookup(pfn).2, Memory::Bare));
     }
     assert_eq!(
-        mm.find_vm_area(ptr.as_ptr()).unwrap().kind,
+        mm.find_vm_area(ptr.addr().get()).unwrap().kind,
         VmAreaKind::Vmap
     );
     assert_eq!(
@@ -270,13 +218,13 @@ fn kernel_stacks() {
         libc::SIGSEGV
     );
     assert_eq!(touch(top, true), libc::SIGSEGV);
-    let below = mm.explain_address(offset(bottom, -8));
+    let below = mm.explain_address(offset(bottom, -8).addr());
     let AddressInfo::GuardBefore(area) = below else {
         panic!("{below}")
     };
     assert_eq!(
         (area.owner, area.kind, area.start),
-        (Some(77), VmAreaKind::Stack, bottom)
+        (Some(77), VmAreaKind::Stack, bottom.addr())
     );
     assert!(!area.kind.may_be_mapped() && VmAreaKind::Vmalloc.may_be_mapped());
     assert!(
@@ -287,7 +235,7 @@ fn kernel_stacks() {
     {
         let _nmi = interrupt::nmi();
         assert!(
-            matches!(mm.explain_address(top), AddressInfo::GuardAfter(area) if area.owner == Some(77))
+            matches!(mm.explain_address(top.addr()), AddressInfo::GuardAfter(area) if area.owner == Some(77))
         );
     }
     let (_, _, memory) = mm.lookup(mm.vmalloc_to_pfn(bottom).unwrap());
@@ -301,14 +249,14 @@ fn kernel_stacks() {
     free_stack(&mm, stack);
     more.into_iter().for_each(|stack| free_stack(&mm, stack));
     assert_eq!(ledger(&mm).by_type[PageType::Vmalloc as usize], 8);
-    assert_eq!(mm.find_vm_area(bottom).unwrap().owner, None);
+    assert_eq!(mm.find_vm_area(bottom.addr()).unwrap().owner, None);
     cpu.switch();
     let other_size = mm.alloc_kernel_stack(2, 5).unwrap();
     assert_ne!(other_size.bottom().as_ptr(), bottom);
     let again = mm.alloc_kernel_stack(4, 6).unwrap();
     assert_eq!(again.bottom().as_ptr(), bottom);
     assert!(bytes(again.bottom(), again.size()).iter().all(|&b| b == 0));
-    assert_eq!(mm.find_vm_area(bottom).unwrap().owner, Some(6));
+    assert_eq!(mm.find_vm_area(bottom.addr()).unwrap().owner, Some(6));
     // Another CPU has others.
     {
         let other = mm.platform().claim(1).unwrap();
@@ -552,7 +500,7 @@ fn kvmalloc_where_nothing_is_contiguous() {
     // No block of 2 MiB either: single pages do.
     let huge = mm.vmalloc_huge(2 << 20, GFP_KERNEL).unwrap();
     check_area(&mm, huge, 2 << 20);
-    assert_eq!(mm.find_vm_area(huge.as_ptr()).unwrap().order, 0);
+    assert_eq!(mm.find_vm_area(huge.addr().get()).unwrap().order, 0);
     kvfree(&mm, ptr);
     vfree(&mm, huge);
     kept.into_iter().for_each(|pfn| free(&mm, pfn));
@@ -567,7 +515,7 @@ fn large_blocks() {
     let ptr = mm
         .vmalloc_huge((5 << 20) + 1, GFP_KERNEL | gfp::__GFP_ZERO)
         .unwrap();
-    let view = mm.find_vm_area(ptr.as_ptr()).unwrap();
+    let view = mm.find_vm_area(ptr.addr().get()).unwrap();
     assert_eq!((view.size, view.order), (6 << 20, PAGEBLOCK_ORDER));
     assert!(ptr.addr().get().is_multiple_of(2 << 20));
     assert!(bytes(ptr, 6 << 20).iter().all(|&b| b == 0));
@@ -635,128 +583,6 @@ fn kvfree_rcu() {
     end(&machine, &mm);
 }
 
-/// What must not change when an allocation fails.
-#[derive(Debug, PartialEq)]
-struct Snapshot {
-    by_type: Vec<u64>,
-    rest: u64,
-    areas: usize,
-    objects: Vec<(String, u64)>,
-}
-
-fn snapshot(mm: &Mm<Host>) -> Snapshot {
-    let ledger = ledger(mm);
-    let mut objects = Vec::new();
-    mm.slabinfo(|c| {
-        if !c.metadata {
-            objects.push((c.name.to_owned(), c.active_objs));
-        }
-    });
-    objects.sort();
-    Snapshot {
-        by_type: ledger.by_type.to_vec(),
-        rest: ledger.free + ledger.untouched + ledger.pcp + ledger.metadata,
-        areas: mm.vmalloc_info().areas,
-        objects,
-    }
-}
-
-/// Runs `op` with a fault at each point that it passes, until it passes none any more. It undoes what it did if it succeeds.
-fn every_point(name: &str, op: impl Fn(&Mm<Host>) -> Result<(), AllocError>) {
-    let (mut failed, mut survived) = (0, 0);
-    for n in 0.. {
-        assert!(n < 5000, "{name}: no end");
-        let machine = Machine::flat(8192);
-        let mm = machine.boot();
-        // In use: caches are there, lists are not empty.
-        let other = mm.vmalloc(50_000, GFP_KERNEL).unwrap();
-        let gone = mm.vmalloc(60_000, GFP_KERNEL).unwrap();
-        vfree(&mm, gone);
-        mm.shrink();
-        let before = snapshot(&mm);
-        mm.platform().faults().fail_nth(n);
-        let result = op(&mm);
-        let (_, fired) = mm.platform().faults().off();
-        assert!(mm.check_vm_areas().is_ok());
-        if result.is_err() {
-            assert!(fired > 0, "{name} failed without a fault: {result:?}");
-            let now = snapshot(&mm);
-            assert_eq!(now.areas, before.areas, "{name}, fault {n}: areas are left");
-            assert_eq!(now.objects, before.objects, "{name}, fault {n}");
-            failed += 1;
-        } else {
-            survived += fired;
-        }
-        mm.shrink();
-        assert_eq!(snapshot(&mm), before, "{name}, fault {n}");
-        check_area(&mm, other, 50_000);
-        vfree(&mm, other);
-        end(&machine, &mm);
-        if fired == 0 {
-            assert!(result.is_ok(), "{name}: {result:?}");
-            break;
-        }
-    }
-    println!("{name}: failed at {failed} points, got round {survived}");
-    let has_another_way = name == "vmalloc_huge";
-    assert!(
-        failed > 0 || has_another_way && survived > 0,
-        "{name}: no fault made it fail"
-    );
-}
-
-#[test]
-fn faults() {
-    for size in [1, 16_384, 16_385, 1 << 20] {
-        every_point(&format!("vmalloc {size}"), |mm| {
-            mm.vmalloc(size, GFP_KERNEL).map(|ptr| vfree(mm, ptr))
-        });
-    }
-    every_point("vmalloc_huge", |mm| {
-        mm.vmalloc_huge(4 << 20, GFP_KERNEL)
-            .map(|ptr| vfree(mm, ptr))
-    });
-    every_point("kernel stack", |mm| {
-        mm.alloc_kernel_stack(4, 9)
-            .map(|stack| free_stack(mm, stack))
-    });
-    every_point("vmap", |mm| {
-        let pages = [mm.alloc_pages(GFP_KERNEL, 0)?; 1];
-        let many = [pages[0]; 9];
-        // SAFETY: ours, and unmapped before they are freed.
-        let result = unsafe { mm.vmap(&many).map(|ptr| mm.vunmap(ptr)) };
-        free(mm, pages[0]);
-        result
-    });
-    every_point("kvmalloc", |mm| {
-        mm.kvmalloc(5 << 20, GFP_KERNEL).map(|ptr| kvfree(mm, ptr))
-    });
-}
-
-/// The list of an area's blocks is too long for kmalloc in one go, or cannot be had so: then it is an area itself.
-#[test]
-fn lists_that_are_areas() {
-    let machine = Machine::flat(16384);
-    let mm = machine.boot();
-    let mut seen = 0;
-    for n in 0..400 {
-        mm.platform().faults().fail_nth(n);
-        let result = mm.vmalloc(12 << 20, GFP_KERNEL);
-        mm.platform().faults().off();
-        let areas = mm.vmalloc_info().areas;
-        if let Ok(ptr) = result {
-            let users = ledger(&mm).by_type[PageType::Vmalloc as usize];
-            assert_eq!(users, (12 << 20) / PAGE_SIZE as u64, "a list is no user's");
-            seen += usize::from(areas == 2);
-            vfree(&mm, ptr);
-        }
-        mm.shrink();
-        assert_eq!(mm.vmalloc_info().areas, 0);
-    }
-    assert!(seen > 0);
-    end(&machine, &mm);
-}
-
 #[test]
 fn two_threads() {
     let machine = Machine::flat(16384).cpus(2);
@@ -815,150 +641,4 @@ fn two_threads() {
         }
     });
     end(&machine, &mm);
-}
-
-#[derive(Clone, Debug)]
-enum Op {
-    Alloc(usize),
-    Huge,
-    Stack(usize),
-    Map(usize),
-    Free(usize),
-    FreeLater(usize),
-    Tick,
-}
-
-fn op() -> impl Strategy<Value = Op> {
-    prop_oneof![
-        5 => (1usize..20).prop_map(Op::Alloc),
-        1 => Just(Op::Huge),
-        2 => (1usize..5).prop_map(Op::Stack),
-        1 => (1usize..9).prop_map(Op::Map),
-        5 => any::<usize>().prop_map(Op::Free),
-        1 => any::<usize>().prop_map(Op::FreeLater),
-        1 => Just(Op::Tick),
-    ]
-}
-
-enum Live {
-    Memory(NonNull<u8>),
-    Stack(KernelStack),
-    Mapped(NonNull<u8>),
-}
-
-/// The plain model: which addresses are taken, guards included, and by what.
-#[derive(Default)]
-struct Model {
-    /// Start → end, of live areas.
-    taken: BTreeMap<usize, usize>,
-    /// Of freed ones, until a purge.
-    lazy: BTreeMap<usize, usize>,
-    purges: u64,
-}
-
-impl Model {
-    fn look(&mut self, mm: &Mm<Host>) {
-        let now = mm.vmalloc_info().purges;
-        if now != self.purges {
-            self.purges = now;
-            self.lazy.clear();
-        }
-    }
-
-    #[track_caller]
-    fn take(&mut self, mm: &Mm<Host>, start: usize, end: usize, total: (usize, usize)) {
-        self.look(mm);
-        assert!(start >= total.0 && end <= total.1, "outside");
-        for (s, e) in self.taken.iter().chain(&self.lazy) {
-            assert!(
-                end <= *s || start >= *e,
-                "{start:#x}-{end:#x} overlaps {s:#x}-{e:#x}"
-            );
-        }
-        self.taken.insert(start, end);
-    }
-
-    fn give(&mut self, mm: &Mm<Host>, start: usize) {
-        let end = self.taken.remove(&start).unwrap();
-        self.lazy.insert(start, end);
-        self.look(mm);
-    }
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 40, failure_persistence: None, ..ProptestConfig::default() })]
-
-    #[test]
-    fn against_a_model_of_ranges(ops in prop::collection::vec(op(), 1..120)) {
-        let machine = Machine::flat(8192);
-        let bytes = 2000 * PAGE_SIZE;
-        let mm = machine.boot_on(machine.host().vmalloc(bytes).build().unwrap());
-        let base = mm.platform().vmalloc_range().unwrap().addr().get();
-        let total = (base, base + bytes);
-        let page = mm.alloc_pages(GFP_KERNEL, 0).unwrap();
-        let mut model = Model::default();
-        let mut live = Vec::new();
-        let end = |live: Live| match live {
-            Live::Memory(ptr) => vfree(&mm, ptr),
-            Live::Stack(stack) => {
-                free_stack(&mm, stack);
-                // What a CPU keeps is not free; this makes it so.
-                mm.shrink();
-            }
-            // SAFETY: not used any more.
-            Live::Mapped(ptr) => unsafe { mm.vunmap(ptr) },
-        };
-        for op in ops {
-            let got = match op {
-                Op::Alloc(pages) => mm.vmalloc(pages * PAGE_SIZE, GFP_KERNEL).ok().map(Live::Memory),
-                Op::Huge => mm.vmalloc_huge(2 << 20, GFP_KERNEL).ok().map(Live::Memory),
-                Op::Stack(pages) => mm.alloc_kernel_stack(pages, 1).ok().map(Live::Stack),
-                // SAFETY: the page is ours as long as it is mapped.
-                Op::Map(pages) => unsafe { mm.vmap(&vec![page; pages]) }.ok().map(Live::Mapped),
-                Op::Free(index) | Op::FreeLater(index) => {
-                    if !live.is_empty() {
-                        let (start, area) = live.swap_remove(index % live.len());
-                        if matches!(op, Op::FreeLater(_)) && matches!(area, Live::Memory(_)) {
-                            let irq = interrupt::hardirq();
-                            end(area);
-                            drop(irq);
-                        } else {
-                            end(area);
-                        }
-                        model.give(&mm, start);
-                    }
-                    None
-                }
-                Op::Tick => {
-                    mm.tick();
-                    model.look(&mm);
-                    None
-                }
-            };
-            if let Some(area) = got {
-                let (ptr, lead) = match &area {
-                    Live::Memory(ptr) | Live::Mapped(ptr) => (ptr.as_ptr(), 0),
-                    Live::Stack(stack) => (stack.bottom().as_ptr(), PAGE_SIZE),
-                };
-                let view = mm.find_vm_area(ptr).unwrap();
-                prop_assert!(ptr.addr().is_multiple_of(PAGE_SIZE << view.order));
-                let start = ptr.addr() - lead;
-                model.take(&mm, start, ptr.addr() + view.size + PAGE_SIZE, total);
-                // SAFETY: ours, all of it.
-                unsafe { ptr.write_bytes(1, view.size) };
-                let guard = mm.explain_address(offset(ptr, view.size as isize));
-                prop_assert!(matches!(guard, AddressInfo::GuardAfter(area) if area.start == ptr));
-                live.push((start, area));
-            }
-            mm.check_vm_areas().unwrap();
-        }
-        let mut rows = Vec::new();
-        mm.for_each_vm_area(|area| if !area.freed { rows.push(area.start.addr()) });
-        // What was freed in an interrupt may still be there.
-        let has_row = |start: usize| rows.contains(&start) || rows.contains(&(start + PAGE_SIZE));
-        prop_assert!(live.iter().all(|(start, _)| has_row(*start)));
-        live.into_iter().for_each(|(_, area)| end(area));
-        free(&mm, page);
-        self::end(&machine, &mm);
-    }
 }

@@ -65,8 +65,8 @@ fn handler(mm: &Mm<Host>, is_nmi: bool, gifts: Gifts) {
     };
     for (i, (ptr, size, byte)) in gifts.areas.into_iter().enumerate() {
         assert!(bytes(ptr, size).iter().all(|&b| b == byte));
-        match mm.explain_address(ptr.as_ptr()) {
-            AddressInfo::Area(area) => assert_eq!(area.start, ptr.as_ptr()),
+        match mm.explain_address(ptr.addr().get()) {
+            AddressInfo::Area(area) => assert_eq!(area.start, ptr.addr().get()),
             AddressInfo::Contended => {}
             other => panic!("{other}"),
         }
@@ -82,7 +82,7 @@ fn handler(mm: &Mm<Host>, is_nmi: bool, gifts: Gifts) {
         }
     }
     for stack in gifts.stacks {
-        let guard = mm.explain_address(stack.bottom().as_ptr().wrapping_sub(1));
+        let guard = mm.explain_address(stack.bottom().as_ptr().wrapping_sub(1).addr());
         assert!(matches!(
             guard,
             AddressInfo::GuardBefore(_) | AddressInfo::Contended

@@ -112,7 +112,7 @@ impl<P: Platform> Mm<P> {
         size: usize,
         gfp: Flags,
     ) -> Result<NonNull<u8>, AllocError> {
-        let old = match self.find_vm_area(ptr.as_ptr()) {
+        let old = match self.find_vm_area(ptr.addr().get()) {
             Some(area) => area.size,
             // SAFETY: the caller's promise.
             None => unsafe { self.ksize(ptr) },

@@ -118,7 +118,7 @@ impl<P: Platform> Mm<P> {
     /// let mm = Mm::new(host, &Config::default(), &ranges).unwrap();
     /// let stack = mm.alloc_kernel_stack(4, 1234).unwrap();
     /// // What a fault handler asks when a push went too far.
-    /// let fault = stack.bottom().as_ptr().wrapping_sub(8);
+    /// let fault = stack.bottom().addr().get() - 8;
     /// let AddressInfo::GuardBefore(area) = mm.explain_address(fault) else {
     ///     panic!("not the guard page")
     /// };

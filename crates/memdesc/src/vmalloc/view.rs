@@ -13,7 +13,7 @@ use crate::sync::atomic::Ordering;
 #[derive(Clone, Copy, Debug)]
 pub struct VmAreaView {
     /// The first address that is mapped.
-    pub start: *mut u8,
+    pub start: usize,
     /// Bytes mapped, from there on; guards are not counted.
     pub size: usize,
     /// The same in pages.
@@ -32,8 +32,8 @@ pub struct VmAreaView {
 
 impl fmt::Display for VmAreaView {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let end = self.start.addr() + self.size;
-        write!(f, "{:#x}-{end:#x} {}", self.start.addr(), self.kind.name())?;
+        let end = self.start + self.size;
+        write!(f, "{:#x}-{end:#x} {}", self.start, self.kind.name())?;
         if let Some(owner) = self.owner {
             write!(f, " of {owner}")?;
         }
@@ -100,7 +100,7 @@ impl<P: Platform> Mm<P> {
     pub fn vm_area_view(&self, area: &VmArea) -> VmAreaView {
         let (start, size) = self.vmalloc.mapped(area);
         VmAreaView {
-            start,
+            start: start.addr(),
             size,
             pages: area.pages(),
             order: area.order(),
@@ -116,7 +116,7 @@ impl<P: Platform> Mm<P> {
     /// # Context
     ///
     /// As [`explain_address`](Self::explain_address).
-    pub fn find_vm_area(&self, addr: *const u8) -> Option<VmAreaView> {
+    pub fn find_vm_area(&self, addr: usize) -> Option<VmAreaView> {
         match self.explain_address(addr) {
             AddressInfo::Area(area) => Some(area),
             _ => None,
@@ -128,8 +128,8 @@ impl<P: Platform> Mm<P> {
     /// # Context
     ///
     /// Any. In a thread, sure to have an answer; elsewhere it does not wait for who changes the areas at the moment.
-    pub fn explain_address(&self, addr: *const u8) -> AddressInfo {
-        let Some(page) = self.vmalloc.page_of(addr.addr()) else {
+    pub fn explain_address(&self, addr: usize) -> AddressInfo {
+        let Some(page) = self.vmalloc.page_of(addr) else {
             return AddressInfo::NotVmalloc;
         };
         let tree = if self.pages.platform.context() == Context::Task {
