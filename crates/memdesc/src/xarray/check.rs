@@ -68,7 +68,6 @@ impl<S: NodeSource + ?Sized> Locked<'_, '_, S> {
                 Slot::Sibling(first) if first == covered.start && covered.contains(&slot) => (),
                 _ if covered.contains(&slot) => return Err("a hole in an entry"),
                 Slot::Sibling(_) => return Err("a sibling of nothing"),
-                Slot::Gone(_) => return Err("an erasure that was not ended"),
                 Slot::Value(_, sub) => {
                     covered = slot..slot + (1 << sub);
                     if slot & ((1 << sub) - 1) != 0 || covered.end > SLOTS || sub >= BITS {

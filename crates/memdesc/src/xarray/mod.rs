@@ -161,7 +161,11 @@ pub struct XArray {
     head: AtomicPtr<()>,
     /// Which marks there are anywhere, a bit a mark.
     marks: AtomicU32,
+    /// How often marks were moved from slot to slot: see [`moves`](Self::moves).
+    moves: AtomicU32,
 }
+
+const _: () = assert!(cfg!(loom) || size_of::<XArray>() == 16);
 
 impl XArray {
     /// An empty tree.
@@ -170,6 +174,7 @@ impl XArray {
         XArray {
             head: AtomicPtr::new(null_mut()),
             marks: AtomicU32::new(0),
+            moves: AtomicU32::new(0),
         }
     }
 
@@ -179,6 +184,7 @@ impl XArray {
         XArray {
             head: AtomicPtr::new(null_mut()),
             marks: AtomicU32::new(0),
+            moves: AtomicU32::new(0),
         }
     }
 
@@ -230,7 +236,9 @@ impl XArray {
     #[inline]
     fn head(&self) -> Slot {
         // Acquire pairs with the Release in `set_head`, as for any slot.
-        Slot::decode(self.head.load(Ordering::Acquire))
+        let head = Slot::decode(self.head.load(Ordering::Acquire));
+        crate::inject::point("xarray: the root was read");
+        head
     }
 
     /// For the writer.
@@ -242,6 +250,24 @@ impl XArray {
     fn set_head(&self, slot: Slot) {
         // Release pairs with the Acquire in `head`.
         self.head.store(slot.encode(), Ordering::Release);
+        crate::inject::point("xarray: the root was written");
+    }
+
+    /// A search by marks can tell while *one* store or split moves the mark of an index from slot to slot, by looking again. If that is moved once
+    /// more meanwhile, and perhaps back, it cannot; so a step that this number changed under is made again. It changes at the beginning of
+    /// such a store or split, of something that is marked, so a writer who is interrupted inside keeps nobody waiting.
+    #[inline]
+    fn moves(&self) -> u32 {
+        // Acquire pairs with the Release in `move_marks`: the moves before are seen whole. At the end of a step: all loads before acquire, so
+        // if any of them saw something of a later move, this one sees its number.
+        self.moves.load(Ordering::Acquire)
+    }
+
+    /// For the writer who is about to.
+    fn move_marks(&self) {
+        let moves = self.moves.load(Ordering::Relaxed);
+        // Release pairs with the Acquire in `moves`.
+        self.moves.store(moves.wrapping_add(1), Ordering::Release);
     }
 
     /// For the writer: the bit before.

@@ -133,7 +133,9 @@ impl Node {
         self.canary.with(|p| assert_eq!(unsafe { *p }, 0));
         // Acquire pairs with the Release in `set`: who sees a node sees what it holds, and who sees a slot sees all that the
         // writer stored before.
-        Slot::decode(self.slots[offset].load(Ordering::Acquire))
+        let slot = Slot::decode(self.slots[offset].load(Ordering::Acquire));
+        crate::inject::point("xarray: a slot was read");
+        slot
     }
 
     /// For the writer, who sees his own stores and, by the lock, those of the writers before.
@@ -147,11 +149,12 @@ impl Node {
     pub(super) fn set(&self, offset: usize, slot: Slot) {
         // Release pairs with the Acquire in `slot`.
         self.slots[offset].store(slot.encode(), Ordering::Release);
+        crate::inject::point("xarray: a slot was written");
     }
 
     /// The slot that speaks for `offset`, siblings followed (`xas_descend`).
     ///
-    /// Writers keep this: at every moment, what a sibling leads to, by one step or several, is an entry (or a `Gone`) wide enough to cover
+    /// Writers keep this: at every moment, what a sibling leads to, by one step or several, is an entry wide enough to cover
     /// the sibling, and not before a sibling has been overwritten does the slot that it leads to hold anything less. So if it is less, the
     /// sibling is old, and another look sees what stands there now. Each further round is a write by somebody else: nobody is
     /// waited for, so an interrupt may look at a tree whose writer it interrupted.
@@ -163,7 +166,7 @@ impl Node {
                 (at, slot) = (first, self.slot(first));
             }
             let covers = match slot {
-                Slot::Value(_, sub) | Slot::Gone(sub) => at + (1 << sub) > offset,
+                Slot::Value(_, sub) => at + (1 << sub) > offset,
                 _ => false,
             };
             if at == offset || covers {
@@ -193,6 +196,7 @@ impl Node {
         // Acquire: as in `marked`.
         let from = u64::MAX.checked_shl(offset as u32).unwrap_or(0);
         let bits = self.marks[mark as usize].load(Ordering::Acquire) & from;
+        crate::inject::point("xarray: marks were read");
         (bits != 0).then(|| bits.trailing_zeros() as usize)
     }
 
@@ -206,6 +210,7 @@ impl Node {
         let (bits, bit) = (word.load(Ordering::Relaxed), 1 << offset);
         // Release pairs with the Acquire in `marked`.
         word.store(if to { bits | bit } else { bits & !bit }, Ordering::Release);
+        crate::inject::point("xarray: a mark was written");
         bits & bit != 0
     }
 

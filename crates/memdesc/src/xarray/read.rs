@@ -28,6 +28,11 @@ impl<'a> Reader<'a> {
         Reader { tree }
     }
 
+    #[cfg(all(test, loom))]
+    pub(super) fn root(self) -> Slot {
+        self.tree.head()
+    }
+
     #[inline]
     fn node(self, node: NonNull<Node>) -> &'a Node {
         // SAFETY: a slot led here. Whoever makes a `Reader` promises a read section as long as `'a`, or the writer's place: the node is freed
@@ -61,10 +66,20 @@ impl<'a> Reader<'a> {
     ///
     /// Any.
     pub fn is_marked(&self, index: u64, mark: Mark) -> bool {
-        match self.walk(index) {
-            Some((found, Some(node))) => node.marked(mark, node.offset_of(found.index)),
-            Some((_, None)) => self.tree.any_marked(mark),
-            None => false,
+        loop {
+            let moves = self.tree.moves();
+            let (found, node) = match self.walk(index) {
+                Some((found, Some(node))) => (found, node),
+                Some((_, None)) => return self.tree.any_marked(mark),
+                None => return false,
+            };
+            if node.marked(mark, node.offset_of(found.index)) {
+                return true;
+            }
+            // As in a search: the mark may have gone to the parts of what was found, or from them.
+            if self.get(index) == Some(found) && self.tree.moves() == moves {
+                return false;
+            }
         }
     }
 
@@ -128,7 +143,12 @@ impl<'a> Reader<'a> {
     fn seek(&self, from: u64, to: u64, mark: Option<Mark>) -> Option<(Found, Option<&'a Node>)> {
         let mut next = from;
         while next <= to {
-            match self.step(next, mark) {
+            let moves = self.tree.moves();
+            let step = self.step(next, mark);
+            if mark.is_some() && self.tree.moves() != moves {
+                continue;
+            }
+            match step {
                 Step::Found(found, node) => {
                     return (found.index <= to).then_some((found, node));
                 }
@@ -178,7 +198,7 @@ fn scan(node: &Node, index: u64, mark: Option<Mark>) -> Scan {
         // The slot before its mark: of an entry that is split, the parts are marked before they are there.
         let (first, slot) = node.resolve(offset);
         let here = match slot {
-            Slot::Empty | Slot::Gone(_) => false,
+            Slot::Empty => false,
             _ => mark.is_none_or(|m| node.marked(m, first)),
         };
         match slot {
@@ -193,11 +213,9 @@ fn scan(node: &Node, index: u64, mark: Option<Mark>) -> Scan {
                 };
                 return Scan::Down(from, below);
             }
-            // It was not marked, or is now in parts of which one is: then the slot has changed.
-            Slot::Value(_, sub) if node.resolve(offset) == (first, slot) => {
-                offset = first + (1 << sub);
-            }
-            Slot::Value(..) => continue,
+            // Not marked; or the mark went elsewhere after the slot was read, and then the slot has changed before it.
+            Slot::Value(..) | Slot::Node(_) if node.resolve(offset) != (first, slot) => continue,
+            Slot::Value(_, sub) => offset = first + (1 << sub),
             _ => offset += 1,
         }
         if let Some(m) = mark {
@@ -254,11 +272,15 @@ impl Iterator for Range<'_> {
 
     fn next(&mut self) -> Option<Found> {
         let from = self.next?;
+        let tree = self.reader.tree;
         let beside = self.node.and_then(|(node, base)| {
+            let moves = tree.moves();
             // If it leaves after this look, it held then what it holds.
             let inside = node.index_of(from, 0) == base && !node.dead();
-            match inside.then(|| scan(node, from, self.mark))? {
-                Scan::Found(found) => Some(found),
+            let found = inside.then(|| scan(node, from, self.mark))?;
+            let steady = self.mark.is_none() || tree.moves() == moves;
+            match found {
+                Scan::Found(found) if steady => Some(found),
                 _ => None,
             }
         });

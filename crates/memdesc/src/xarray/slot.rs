@@ -4,7 +4,6 @@
 //!  63 ........................ 4 3..1 0
 //! ┌──────────────────────────────┬─────┬─┐
 //! │ entry, not zero              │ sub │1│  an entry; `sub` is its order less the node's shift: it has 2^sub slots of this node
-//! │ 0                            │ sub │1│  such an entry is being erased: nothing, and as wide
 //! ├──────────────────────────────┴───┬─┴─┤
 //! │ offset of the entry's first slot │1 0│  a sibling: see there
 //! │ address of a node                │0 0│  a node, or null: nothing
@@ -64,8 +63,6 @@ pub(super) enum Slot {
     Empty,
     /// The first of `1 << sub` slots.
     Value(Entry, u32),
-    /// Was such a value a moment ago; its siblings may still stand.
-    Gone(u32),
     /// The value is at this offset, which is smaller.
     Sibling(usize),
     Node(NonNull<Node>),
@@ -79,7 +76,7 @@ impl Slot {
             let sub = (bits >> SUB_SHIFT & SUB_MASK) as u32;
             return match NonZeroU64::new((bits >> ENTRY_SHIFT) as u64) {
                 Some(value) => Slot::Value(Entry(value), sub),
-                None => Slot::Gone(sub),
+                None => Slot::Empty,
             };
         }
         if bits & TAG == SIBLING {
@@ -99,7 +96,6 @@ impl Slot {
             Slot::Value(entry, sub) => {
                 (entry.get() as usize) << ENTRY_SHIFT | (sub as usize) << SUB_SHIFT | VALUE
             }
-            Slot::Gone(sub) => (sub as usize) << SUB_SHIFT | VALUE,
             Slot::Sibling(offset) => offset << SIBLING_SHIFT | SIBLING,
         };
         without_provenance_mut(bits)

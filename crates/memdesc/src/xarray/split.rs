@@ -63,6 +63,9 @@ impl<S: NodeSource + ?Sized> Locked<'_, '_, S> {
             marks: here.marks_in(offset, 1),
             entries,
         };
+        if parts.marks != 0 {
+            self.tree.move_marks();
+        }
         let len = 1 << (from_order - shift);
         // From the right to the left, and the whole's own slot last: until then its siblings lead to it, see `Node::resolve`.
         if to_order >= shift {
@@ -78,6 +81,8 @@ impl<S: NodeSource + ?Sized> Locked<'_, '_, S> {
                 here.set(slot, Slot::Node(below));
             }
         }
+        // An entry in the root's first slot may have kept the tree so high; the nodes that it became need not.
+        self.shrink();
         Ok(())
     }
 

@@ -61,24 +61,24 @@ impl<'a, 's, S: NodeSource + ?Sized> Locked<'a, 's, S> {
         let grown = levels.saturating_sub(high);
         let mut at = levels.max(high);
         let mut below = head;
-        // Down from the root that is or will be: `at` counts the levels below and including this one.
-        while at > level {
-            let slot = if at > high {
-                // A level that is to grow has one slot, the first; below it is the next such, or what is the root now.
-                if index > last_of(at - 1) {
-                    return Ok((grown + at - 1 - level) as usize);
-                }
-                at -= 1;
-                continue;
-            } else {
-                let Slot::Node(at_node) = below else {
-                    break;
-                };
-                // SAFETY: we are the writer, and came down to it.
-                let here = unsafe { node(at_node) };
-                let offset = here.offset_of(index);
-                let (first, slot) = here.own_resolve(offset);
-                if let Slot::Value(entry, sub) = slot {
+        // Down from the root that is or will be; `at` counts the levels from this one down. A level that is to grow has one slot, the first, and
+        // below it is the next such, or what is the root now.
+        while at > high.max(level) {
+            at -= 1;
+            if index > last_of(at) {
+                return Ok((grown + at - level) as usize);
+            }
+        }
+        while let Slot::Node(down) = below
+            && at > level
+        {
+            at -= 1;
+            // SAFETY: we are the writer, and came down to it.
+            let here = unsafe { node(down) };
+            let (first, slot) = here.own_resolve(here.offset_of(index));
+            match slot {
+                Slot::Node(_) => below = slot,
+                Slot::Value(entry, sub) => {
                     let found = Found {
                         index: here.index_of(index, first),
                         order: u32::from(here.shift) + sub,
@@ -90,11 +90,6 @@ impl<'a, 's, S: NodeSource + ?Sized> Locked<'a, 's, S> {
                         Ok(grown as usize)
                     };
                 }
-                slot
-            };
-            at -= 1;
-            match slot {
-                Slot::Node(_) => below = slot,
                 _ => return Ok((grown + at - level) as usize),
             }
         }
@@ -189,12 +184,10 @@ impl<'a, 's, S: NodeSource + ?Sized> Locked<'a, 's, S> {
         let offset = here.offset_of(found.index);
         let sub = found.order - u32::from(here.shift);
         let len = 1 << sub;
-        if sub > 0 {
-            // The siblings lead to nothing as wide as the entry was, until none of them is left: see `Node::resolve`.
-            here.set(offset, Slot::Gone(sub));
-            (offset + 1..offset + len).for_each(|k| here.set(k, Slot::Empty));
-        }
-        here.set(offset, Slot::Empty);
+        // The entry itself last: until then its siblings lead to it, see `Node::resolve`.
+        (offset..offset + len)
+            .rev()
+            .for_each(|k| here.set(k, Slot::Empty));
         here.add(-(len as i32));
         self.clear_up(here, offset, len);
         self.prune(at);
@@ -337,6 +330,9 @@ impl<'a, 's, S: NodeSource + ?Sized> Locked<'a, 's, S> {
     ) {
         let len = 1 << sub;
         let marks = here.marks_in(offset, len);
+        if marks != 0 && (len > 1 || matches!(here.own(offset), Slot::Node(_))) {
+            self.tree.move_marks();
+        }
         // Marks are there before the slot is, and go after the slots have: a search that misses the one finds the other.
         for mark in Mark::ALL.into_iter().filter(|m| marks & m.bit() != 0) {
             here.mark(mark, offset, true);
@@ -362,7 +358,7 @@ impl<'a, 's, S: NodeSource + ?Sized> Locked<'a, 's, S> {
                         entry,
                     });
                 }
-                Slot::Sibling(_) | Slot::Gone(_) => (),
+                Slot::Sibling(_) => (),
             }
         }
         if len > 1 {
@@ -426,7 +422,7 @@ impl<'a, 's, S: NodeSource + ?Sized> Locked<'a, 's, S> {
     }
 
     /// Takes the root out as long as only its first slot is used, and that can be the root itself.
-    fn shrink(&mut self) {
+    pub(super) fn shrink(&mut self) {
         while let Slot::Node(root) = self.tree.own_head() {
             {
                 // SAFETY: we are the writer, and it is the root until it is freed below.
