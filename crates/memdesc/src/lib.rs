@@ -11,6 +11,8 @@ pub mod address;
 #[cfg(not(loom))]
 mod boot;
 #[cfg(not(loom))]
+pub mod census;
+#[cfg(not(loom))]
 pub mod config;
 #[cfg(not(loom))]
 mod desc;
@@ -84,6 +86,7 @@ pub mod xarray;
 pub use {
     address::{MAX_ORDER, PAGE_SHIFT, PAGE_SIZE, PAGEBLOCK_ORDER, Pfn, PhysAddr},
     boot::Reserved,
+    census::{Census, CensusKind, CensusStep, KindCensus},
     compaction::Obstacle,
     config::{Config, MemRange},
     desc::{Folio, FolioFlags, Held, PtDesc, Slab, VmArea, VmAreaKind},

@@ -103,6 +103,11 @@ impl Slab {
         &self.links
     }
 
+    /// The address of its cache, for a look without a lock: the cache may be gone by the time it is compared.
+    pub(crate) fn cache_ptr(&self) -> *const CacheCore {
+        self.cache.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn cache(&self) -> NonNull<CacheCore> {
         match NonNull::new(self.cache.load(Ordering::Relaxed)) {
             Some(cache) => cache,
