@@ -1,5 +1,7 @@
 //! What the events of a recording prove about single pages of a snapshot before or behind it.
 
+use memdesc::gfp::Flags;
+
 use crate::event::{Event, EventKind};
 
 /// For each page: proved free, proved allocated, or never touched.
@@ -13,7 +15,7 @@ impl Evidence {
     /// About the moment before the first event: what is allocated first was free, what is freed
     /// first was allocated.
     pub fn of_start<'a>(events: impl IntoIterator<Item = &'a Event>) -> Evidence {
-        Evidence::collect(events, true)
+        Evidence::collect(events, |_, _| true, false)
     }
 
     /// About the moment behind the last event, told by the last event of each page.
@@ -26,15 +28,35 @@ impl Evidence {
         I: IntoIterator<Item = &'a Event>,
         I::IntoIter: DoubleEndedIterator,
     {
-        Evidence::collect(events.into_iter().rev(), false)
+        Evidence::collect(events.into_iter().rev(), |_, _| false, true)
     }
 
-    fn collect<'a>(events: impl IntoIterator<Item = &'a Event>, start: bool) -> Evidence {
+    /// The same about the pages without flags of a snapshot that was taken some time after the last event. `bare` says of an
+    /// allocation whether its pages bear no flags; the pages of others would bear some if they were still allocated, and so are
+    /// free.
+    pub fn of_end_without_flags<'a, I>(events: I, bare: impl Fn(Flags, u8) -> bool) -> Evidence
+    where
+        I: IntoIterator<Item = &'a Event>,
+        I::IntoIter: DoubleEndedIterator,
+    {
+        let freed_since = |gfp, order| !bare(gfp, order);
+        Evidence::collect(events.into_iter().rev(), freed_since, true)
+    }
+
+    /// Whether an allocation proves that its pages are free at the moment in question, and whether a free does. The first proof
+    /// counts.
+    fn collect<'a>(
+        events: impl IntoIterator<Item = &'a Event>,
+        by_alloc: impl Fn(Flags, u8) -> bool,
+        by_free: bool,
+    ) -> Evidence {
         let mut evidence = Evidence::default();
         for event in events {
-            let (pfn, order, allocation) = match event.kind() {
-                EventKind::PageAlloc { pfn, order, .. } => (pfn, order, true),
-                EventKind::PageFree { pfn, order } => (pfn, order, false),
+            let (pfn, order, is_free) = match event.kind() {
+                EventKind::PageAlloc {
+                    pfn, order, gfp, ..
+                } => (pfn, order, by_alloc(gfp, order)),
+                EventKind::PageFree { pfn, order } => (pfn, order, by_free),
                 _ => continue,
             };
             // A broken order must not make one event cost the memory of all.
@@ -42,7 +64,7 @@ impl Evidence {
                 .saturating_add(1 << order.min(18))
                 .min(u32::MAX.into());
             for page in u64::from(pfn)..end {
-                evidence.first(page as usize, allocation == start);
+                evidence.first(page as usize, is_free);
             }
         }
         evidence

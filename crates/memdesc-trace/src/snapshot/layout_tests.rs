@@ -169,6 +169,31 @@ fn bare_pages_lie_among_slabs_unless_proved_otherwise() {
 }
 
 #[test]
+fn allocations_that_would_bear_flags_are_gone() {
+    let alloc = |pfn, gfp| {
+        let kind = EventKind::PageAlloc {
+            pfn,
+            order: 0,
+            migratetype: 0,
+            gfp,
+        };
+        Event::new(0, 0, kind)
+    };
+    let movable = memdesc::gfp::__GFP_MOVABLE;
+    let free = Event::new(0, 0, EventKind::PageFree { pfn: 3, order: 0 });
+    let events = [
+        alloc(1, Flags::EMPTY),
+        alloc(2, movable),
+        alloc(3, Flags::EMPTY),
+        free,
+    ];
+    let bare = |gfp: Flags, _| !gfp.contains(movable);
+    let end = Evidence::of_end_without_flags(&events, bare);
+    let of = [1, 2, 3, 4].map(|pfn| end.is_free(pfn));
+    assert_eq!(of, [Some(false), Some(true), Some(true), None]);
+}
+
+#[test]
 fn nothing_else_than_flags() {
     let snapshot = Snapshot {
         kpageflags: Some(vec![KPF_BUDDY; 1500]),
