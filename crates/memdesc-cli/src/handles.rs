@@ -24,14 +24,17 @@ pub(crate) enum Purpose {
     Anon = 1,
     File = 2,
     PageTable = 3,
+    /// A slab of Linux whose objects are not replayed: bare pages stand for it, of the same order.
+    Slab = 4,
 }
 
 impl Purpose {
-    pub(crate) const ALL: [Purpose; 4] = [
+    pub(crate) const ALL: [Purpose; 5] = [
         Purpose::Bare,
         Purpose::Anon,
         Purpose::File,
         Purpose::PageTable,
+        Purpose::Slab,
     ];
 
     pub(crate) const fn name(self) -> &'static str {
@@ -40,6 +43,7 @@ impl Purpose {
             Purpose::Anon => "anon",
             Purpose::File => "file",
             Purpose::PageTable => "page_table",
+            Purpose::Slab => "slab",
         }
     }
 }
@@ -166,7 +170,7 @@ impl Machine {
     ) -> Result<OwnedBlock, AllocError> {
         let gfp = without_zero(gfp);
         let pfn = match purpose {
-            Purpose::Bare => self.mm.alloc_pages(gfp, order),
+            Purpose::Bare | Purpose::Slab => self.mm.alloc_pages(gfp, order),
             Purpose::Anon => self.mm.alloc_folio(gfp, order, FolioKind::Anon),
             Purpose::File => self.mm.alloc_folio(gfp, order, FolioKind::File),
             Purpose::PageTable => self.mm.alloc_page_table(gfp, order),
@@ -184,7 +188,7 @@ impl Machine {
         let pfn = Pfn(pfn);
         self.mm.alloc_pages_at(pfn, order)?;
         let kind = match purpose {
-            Purpose::Bare => return Ok(OwnedBlock(pfn)),
+            Purpose::Bare | Purpose::Slab => return Ok(OwnedBlock(pfn)),
             Purpose::Anon => PageType::Anon,
             Purpose::File => PageType::File,
             Purpose::PageTable => PageType::PageTable,

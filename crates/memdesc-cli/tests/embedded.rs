@@ -65,12 +65,63 @@ fn replays_with_all_that_must_be_said() {
 }
 
 #[test]
+fn census() {
+    let report = json(&[]);
+    let census = |key: &str| at(&report, &format!("census.{key}"));
+    // The machine that was taken over is the one of the snapshot, page by page, but for what stands elsewhere.
+    assert!(census("start.percent").as_f64().unwrap() >= 99.99);
+    assert!(census("end").is_null(), "the recording is a beginning");
+    // What there is at the end is what there was, and what the events made of it.
+    let count =
+        |side: &str, of: &str, what: &str| number(&report, &format!("census.{side}.{of}.{what}"));
+    for of in ["anon", "file", "page_table", "slab", "bare"] {
+        let (then, now) = (
+            count("start.linux", of, "pages"),
+            count("replay", of, "pages"),
+        );
+        assert!(then.abs_diff(now) * 2 < then, "{of}: {then}, then {now}");
+        assert!(count("replay", of, "allocations") <= now);
+    }
+    // It is the ledger's, type by type.
+    let ledger = |index: usize| number(&report, &format!("ledger.pages.by_type.{index}"));
+    let pages = |of: &str| count("replay", of, "pages");
+    assert_eq!(pages("page_table"), ledger(5));
+    assert_eq!(pages("file"), ledger(6));
+    assert_eq!(pages("anon"), ledger(7));
+    assert_eq!(pages("reserved"), ledger(12));
+    assert_eq!(
+        pages("slab") + pages("bare"),
+        ledger(2) + ledger(3) + ledger(4)
+    );
+    assert_eq!(pages("metadata"), number(&report, "ledger.pages.metadata"));
+    let all = [
+        "anon",
+        "file",
+        "page_table",
+        "slab",
+        "bare",
+        "reserved",
+        "metadata",
+        "free",
+    ];
+    assert_eq!(
+        all.into_iter().map(pages).sum::<u64>(),
+        number(&report, "ledger.pages.given")
+    );
+    let folio = census("pages_per_folio.file.replay").as_f64().unwrap();
+    assert!((1.3..1.8).contains(&folio), "{folio}");
+    assert_eq!(census("pages_per_folio.anon.replay"), 1.0);
+    assert!(census("metadata_bytes_per_page").as_f64().unwrap() < 16.0);
+}
+
+#[test]
 fn is_the_same_every_time() {
     let (a, b) = (json(&["--limit", "100000"]), json(&["--limit", "100000"]));
     for key in [
         "pages",
         "slab",
         "ledger",
+        "census",
         "fragmentation",
         "snapshot",
         "vmstat",
@@ -117,6 +168,7 @@ fn report_for_people() {
         "Ledger",
         "struct page",
         "a plain reading of the seeds",
+        "Census at the end of the recording",
         "Fragmentation",
         "Latency",
         "Speed",

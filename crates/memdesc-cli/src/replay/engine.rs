@@ -9,6 +9,7 @@ use memdesc::{AllocError, Cache, Event as Counter};
 use memdesc_host::CpuGuard;
 use memdesc_trace::{CacheTable, Event, EventKind};
 
+use super::ahead::Corrections;
 use super::classify;
 use super::counts::{PageCounts, SlabCounts, Traffic, reason};
 use super::deferred::{Backlog, Deferred};
@@ -44,6 +45,8 @@ pub(crate) struct Engine<'m> {
     pub(crate) deferred: Option<Deferred<'m>>,
     /// When the CPUs do their upkeep next, on the recording's clock.
     next_tick: u64,
+    /// What the last snapshot knows better than flags.
+    pub(crate) corrections: Corrections,
 }
 
 /// Nanoseconds between two rounds of upkeep: Linux does it every second (`vm.stat_interval`).
@@ -87,6 +90,7 @@ impl<'m> Engine<'m> {
             dead: Vec::new(),
             deferred,
             next_tick: 0,
+            corrections: Corrections::default(),
         }
     }
 
@@ -229,7 +233,10 @@ impl<'m> Engine<'m> {
             self.page_counts.slab_allocated += 1;
             return;
         }
-        let purpose = classify::purpose(gfp, order);
+        let purpose = self
+            .corrections
+            .of(index)
+            .unwrap_or_else(|| classify::purpose(gfp, order));
         let before =
             [Counter::PcpRefill, Counter::ZoneAlloc, Counter::SlowPath].map(|c| self.counter(c));
         let start = self.clock.now();
@@ -312,7 +319,7 @@ impl<'m> Engine<'m> {
                 self.page_counts.slab_freed += 1;
                 self.free_objects_of(pfn, order);
             }
-            Holder::OldSlab => self.free_objects_of(pfn, order),
+            Holder::OldSlab if self.slabs.is_some() => self.free_objects_of(pfn, order),
             _ => {}
         }
         let freed = self.pages.take(pfn, order);

@@ -11,7 +11,7 @@ const PAGEBLOCK: u32 = memdesc::address::PAGEBLOCK_PAGES;
 /// What became of the layout.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Claims {
-    /// Blocks taken, and their pages, by what they are: as [`Purpose::ALL`], then slabs of Linux, then reserved.
+    /// Blocks taken, and their pages, by what they are: as [`Purpose::ALL`], then reserved.
     pub(crate) blocks: [u64; 6],
     pub(crate) pages: [u64; 6],
     /// Blocks that could not be had at their place because our own metadata lies there; others stand for them.
@@ -60,6 +60,17 @@ fn pieces(start: u32, pages: u32) -> impl Iterator<Item = (u32, u8)> {
     })
 }
 
+/// The parts of a block that are memory here.
+pub(super) fn in_ram<'a>(
+    block: &LayoutBlock,
+    ram: &'a [(u32, u32)],
+) -> impl Iterator<Item = std::ops::Range<u32>> + use<'a> {
+    let (start, end) = (block.pfn, block.pfn + block.pages);
+    ram.iter()
+        .map(move |&(first, last)| start.max(first)..end.min(last))
+        .filter(|range| !range.is_empty())
+}
+
 /// Takes Linux's pages. `flags` are those of the snapshot, `ram` the page ranges that are memory here.
 pub(crate) fn claim(
     machine: &Machine,
@@ -70,18 +81,18 @@ pub(crate) fn claim(
 ) -> Claims {
     let mut claims = Claims::default();
     touch_all(machine, ram);
-    let is_ram = |pfn: u32| ram.iter().any(|&(start, end)| pfn >= start && pfn < end);
     for block in &layout.blocks {
         if block.pfn as usize + block.pages as usize > pages.len() {
             break;
         }
-        match block.kind {
-            LayoutKind::NoPage => {}
-            kind if kind.is_free() => {}
-            LayoutKind::Reserved => reserve(machine, pages, block, flags, &is_ram, &mut claims),
-            kind => {
-                for (pfn, order) in pieces(block.pfn, block.pages) {
-                    if is_ram(pfn) {
+        // A block may reach into what is no memory: page 0 is reserved together with the first pages that are.
+        for range in in_ram(block, ram) {
+            match block.kind {
+                LayoutKind::NoPage => {}
+                kind if kind.is_free() => {}
+                LayoutKind::Reserved => reserve(machine, pages, range, flags, &mut claims),
+                kind => {
+                    for (pfn, order) in pieces(range.start, range.len() as u32) {
                         claim_piece(machine, pages, pfn, order, kind, &mut claims);
                     }
                 }
@@ -120,13 +131,14 @@ fn claim_piece(
     kind: LayoutKind,
     claims: &mut Claims,
 ) {
-    let (purpose, holder, index) = match kind {
-        LayoutKind::Anon => (Purpose::Anon, Holder::Anon, 1),
-        LayoutKind::File => (Purpose::File, Holder::File, 2),
-        LayoutKind::PageTable => (Purpose::PageTable, Holder::PageTable, 3),
-        LayoutKind::Slab => (Purpose::Bare, Holder::OldSlab, 4),
-        _ => (Purpose::Bare, Holder::Bare, 0),
+    let purpose = match kind {
+        LayoutKind::Anon => Purpose::Anon,
+        LayoutKind::File => Purpose::File,
+        LayoutKind::PageTable => Purpose::PageTable,
+        LayoutKind::Slab => Purpose::Slab,
+        _ => Purpose::Bare,
     };
+    let index = purpose as usize;
     let block = machine.claim(pfn, order.into(), purpose).or_else(|_| {
         let gfp = match purpose {
             Purpose::Anon | Purpose::File => memdesc::gfp::GFP_HIGHUSER_MOVABLE,
@@ -137,7 +149,7 @@ fn claim_piece(
     });
     match block {
         Ok(block) => {
-            pages.put(pfn, order, holder, block);
+            pages.put(pfn, order, Holder::of(purpose), block);
             claims.blocks[index] += 1;
             claims.pages[index] += 1 << order;
         }
@@ -154,20 +166,18 @@ fn claim_piece(
 fn reserve(
     machine: &Machine,
     pages: &mut Pages,
-    block: &LayoutBlock,
+    range: std::ops::Range<u32>,
     flags: &[u64],
-    is_ram: &impl Fn(u32) -> bool,
     claims: &mut Claims,
 ) {
     let flagged = |pfn: u32| flags.get(pfn as usize).is_some_and(|&f| f != 0);
-    let end = block.pfn + block.pages;
-    let mut start = block.pfn;
+    let std::ops::Range { mut start, end } = range;
     while start < end {
         let known = flagged(start);
         let run = (start..end)
             .take_while(|&pfn| flagged(pfn) == known)
             .count() as u32;
-        for (pfn, order) in pieces(start, run).filter(|&(pfn, _)| is_ram(pfn)) {
+        for (pfn, order) in pieces(start, run) {
             if !known {
                 pages.mark(pfn, order, Holder::Unseen);
                 claims.early_boot_pages += 1 << order;

@@ -1,5 +1,7 @@
 //! Replays a recording on our allocator.
 
+mod ahead;
+pub(crate) mod census;
 mod classify;
 pub(crate) mod counts;
 pub(crate) mod deferred;
@@ -22,9 +24,11 @@ use memdesc_trace::snapshot::evidence::Evidence;
 use memdesc_trace::{Event, EventKind, Recording, Snapshot};
 
 use crate::error::Error;
-use crate::handles::Machine;
+use crate::handles::{Machine, Purpose};
 use crate::progress;
 
+use ahead::{Corrections, LastEvents};
+use census::{Beside, Census, Side};
 use counts::{PageCounts, SlabCounts, Traffic};
 use deferred::{Backlog, Deferred};
 use engine::{Engine, LoopTime};
@@ -138,6 +142,8 @@ pub(crate) struct Replay {
     pub(crate) slab: SlabCounts,
     pub(crate) ledger: Ledger,
     pub(crate) mix: Mix,
+    /// What all pages are, beside what they are in Linux's snapshots.
+    pub(crate) census: Census,
     /// Bytes of descriptors at their peak, and after how many events.
     pub(crate) peak: (u64, usize),
     pub(crate) fragmentation: Fragmentation,
@@ -275,6 +281,16 @@ pub(crate) fn run(options: &Options) -> Result<Replay, Error> {
     let objects_too = !options.pages_only && has_objects(events);
     let start = Instant::now();
     let slabs = objects_too.then(|| slabs::find(events, shape.pages, options.direct_map_base));
+    // A look ahead, if there is a snapshot to look at.
+    let after = recording.after.as_ref();
+    let after_flags = after.and_then(|snapshot| snapshot.kpageflags.as_deref());
+    let last = after_flags.map(|_| LastEvents::find(events, shape.pages));
+    let corrections = match (&last, after_flags) {
+        (Some(last), Some(flags)) => last.corrections(events, flags, |event| {
+            slabs.as_ref().is_some_and(|s| s.contains(event))
+        }),
+        _ => Corrections::default(),
+    };
     times.pair = start.elapsed();
     let slabs_told = slabs.as_ref().map(|s| s.told);
     if options.pages_only {
@@ -301,7 +317,7 @@ pub(crate) fn run(options: &Options) -> Result<Replay, Error> {
         .collect();
     guards[0].switch();
     let mut pages = Pages::new(shape.pages);
-    let mut claims = None;
+    let (mut claims, mut census_start) = (None, None);
     if let Some(snapshot) = before
         && let Some(flags) = &snapshot.kpageflags
         && let Some(layout) = snapshot.layout(Some(&Evidence::of_start(events)))
@@ -313,6 +329,10 @@ pub(crate) fn run(options: &Options) -> Result<Replay, Error> {
             flags,
             &shape.ram(),
         ));
+        census_start = Some(Beside {
+            linux: Side::of_layout(&layout, flags, &shape.ram()),
+            differences: census::compare(&pages, &layout, flags, &shape.ram(), None),
+        });
     }
     let base = match slabs_told {
         Some(Told::ByAddress(base)) => Some(base),
@@ -333,6 +353,8 @@ pub(crate) fn run(options: &Options) -> Result<Replay, Error> {
             .filter(|_| objects_too)
             .map(|(percent, grace_ms)| Deferred::new(&machine, percent, grace_ms)),
     );
+    let corrected = corrections.len() as u64;
+    engine.corrections = corrections;
     let bar = progress::events(options.quiet, events.len() as u64);
     times.replay = engine.run(events, &recording.caches, |done| {
         bar.set_position(done as u64)
@@ -344,6 +366,27 @@ pub(crate) fn run(options: &Options) -> Result<Replay, Error> {
     let ledger = machine.mm.ledger();
     let fragmentation = machine.mm.fragmentation();
     let (mix, picture) = mix::survey(&machine, &ledger);
+    let layout_after = after.and_then(|snapshot| {
+        let bare = |gfp, order| classify::purpose(gfp, order) == Purpose::Bare;
+        snapshot.layout(Some(&Evidence::of_end_without_flags(events, bare)))
+    });
+    let (census_replay, bare_slabs) = Side::of_machine(&machine, &engine.pages);
+    let census = Census {
+        replay: census_replay,
+        bare_slabs,
+        linux: after_flags.zip(layout_after).map(|(flags, layout)| Beside {
+            linux: Side::of_layout(&layout, flags, &shape.ram()),
+            differences: census::compare(
+                &engine.pages,
+                &layout,
+                flags,
+                &shape.ram(),
+                last.as_ref(),
+            ),
+        }),
+        start: census_start,
+        corrected,
+    };
     let mut page_counts = engine.page_counts.clone();
     page_counts.from_snapshot = claims.as_ref().map_or(0, |c| c.all_blocks() - c.blocks[5]);
     page_counts.live =
@@ -382,6 +425,7 @@ pub(crate) fn run(options: &Options) -> Result<Replay, Error> {
         slab: slab_counts,
         ledger,
         mix,
+        census,
         peak,
         fragmentation,
         linux_before,

@@ -12,7 +12,7 @@
 //! Linux may free a part of a block (it splits huge pages; drivers give back what they do not need of a large
 //! block). Ours is freed when the last part is: `parts` counts what is still out.
 
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::handles::{OwnedBlock, Purpose};
 
@@ -26,7 +26,7 @@ pub(crate) enum Holder {
     Anon = 2,
     File = 3,
     PageTable = 4,
-    /// Ours, bare: a slab of Linux from before the recording.
+    /// Ours, bare: a slab of Linux whose objects are not replayed, from before the recording or in one of pages only.
     OldSlab = 5,
     /// Reserved here as there, for good.
     Reserved = 6,
@@ -249,6 +249,12 @@ impl Pages {
     pub(crate) fn block_of(&self, pfn: u32) -> Option<(u32, u8)> {
         let entry = *self.entries.get(pfn as usize)?;
         (entry != Entry::NONE).then(|| (pfn - entry.offset(), entry.order()))
+    }
+
+    /// The heads of our blocks that stand for pages of this holder, in part at least.
+    pub(crate) fn heads_of(&self, holder: Holder) -> FxHashSet<u32> {
+        let of = self.entries.iter().filter(|e| e.holder() == holder);
+        of.map(|e| e.ours() - e.offset()).collect()
     }
 
     /// Takes everything that is left of ours.

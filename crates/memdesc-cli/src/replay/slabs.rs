@@ -74,7 +74,7 @@ pub(crate) fn find(events: &[Event], pages: usize, base: Option<u64>) -> SlabPag
         Some(base) => by_address(events, pages, base, |event, _| slabs.add(event)),
         None => {
             for (i, event) in events.iter().enumerate() {
-                if matches!(event.kind(), EventKind::PageAlloc { gfp, .. } if classify::looks_like_slab(gfp))
+                if matches!(event.kind(), EventKind::PageAlloc { gfp, order, .. } if classify::looks_like_slab(gfp, order))
                 {
                     slabs.add(i);
                 }

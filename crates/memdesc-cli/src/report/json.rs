@@ -24,7 +24,7 @@ fn summary(summary: Summary) -> Value {
 }
 
 /// So many digits behind the point, so that nobody takes the rest for true.
-fn round(value: f64, digits: i32) -> f64 {
+pub(super) fn round(value: f64, digits: i32) -> f64 {
     let scale = 10f64.powi(digits);
     (value * scale).round() / scale
 }
@@ -180,6 +180,7 @@ pub(crate) fn object(replay: &Replay) -> Value {
             "blocks": { "free": mix.free, "bare": mix.bare, "folios": mix.folios,
                 "page_tables": mix.page_tables, "slabs": mix.slabs, "large_kmalloc": mix.large_kmalloc },
         },
+        "census": super::census::object(replay),
         "purity": {
             "allocations_on_free": replay.alloc_on_free,
             "corruption_reports": replay.corruptions.0,

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use memdesc::{MAX_ORDER, PageType};
 
+use super::census;
 use super::format::{bytes, n, rate, right};
 use super::picture;
 use crate::handles::Purpose;
@@ -17,14 +18,14 @@ const SAMPLES: usize = 3;
 const BAR: usize = 24;
 const MAP_WIDTH: usize = 96;
 
-struct Page(String);
+pub(super) struct Page(String);
 
 impl Page {
-    fn head(&mut self, title: &str) {
+    pub(super) fn head(&mut self, title: &str) {
         let _ = writeln!(self.0, "\n{title}");
     }
 
-    fn line(&mut self, text: &str) {
+    pub(super) fn line(&mut self, text: &str) {
         let _ = writeln!(self.0, "  {}", text.trim_end());
     }
 
@@ -37,7 +38,7 @@ impl Page {
     }
 
     /// Only if there is something to count.
-    fn some(&mut self, name: &str, value: u64, note: &str) {
+    pub(super) fn some(&mut self, name: &str, value: u64, note: &str) {
         if value > 0 {
             self.note(name, &n(value), note);
         }
@@ -51,6 +52,7 @@ pub(crate) fn report(replay: &Replay) -> String {
     traffic(&mut page, replay);
     failures(&mut page, replay);
     ledger(&mut page, replay);
+    census::text(&mut page, replay);
     fragmentation(&mut page, replay);
     deferred(&mut page, replay);
     latencies(&mut page, replay);

@@ -28,7 +28,7 @@ pub(crate) fn json(args: &[&str]) -> Value {
     serde_json::from_slice(&output.stdout).expect("one JSON object")
 }
 
-/// A number by its nested keys, with dots.
+/// A number by its nested keys and indices, with dots.
 pub(crate) fn number(value: &Value, keys: &str) -> u64 {
     at(value, keys)
         .as_u64()
@@ -38,8 +38,10 @@ pub(crate) fn number(value: &Value, keys: &str) -> u64 {
 pub(crate) fn at<'a>(value: &'a Value, keys: &str) -> &'a Value {
     let mut value = value;
     for key in keys.split('.') {
+        let index = key.parse::<usize>().ok();
         value = value
             .get(key)
+            .or_else(|| value.get(index?))
             .unwrap_or_else(|| panic!("no {key} of {keys}"));
     }
     value
