@@ -16,7 +16,7 @@ use core::fmt;
 
 use crate::address::{MAX_ORDER, Pfn};
 use crate::boot::Reserved;
-use crate::desc::{Folio, PtDesc, Slab};
+use crate::desc::{Buddy, Folio, PtDesc, Slab};
 use crate::memmap::{DescClass, PageType, Region, Word};
 use crate::mm::Mm;
 use crate::platform::Platform;
@@ -145,7 +145,8 @@ pub struct KindCensus {
     pub by_order: [u64; MAX_ORDER + 1],
     /// Blocks that have a descriptor.
     pub descriptors: u64,
-    /// Bytes of descriptors, without those of the kernel's own caches, whose sizes are its own business.
+    /// Bytes of descriptors, without what hangs on them (a folio's private data), and without those of the kernel's own caches,
+    /// whose sizes are its own business.
     pub descriptor_bytes: u64,
 }
 
@@ -197,7 +198,7 @@ impl KindCensus {
 /// What a descriptor of a class takes; 0 for the kernel's own.
 const fn descriptor_bytes(class: DescClass) -> u64 {
     let bytes = match class {
-        DescClass::Buddy => 8,
+        DescClass::Buddy => size_of::<Buddy>(),
         DescClass::File | DescClass::Anon => size_of::<Folio>(),
         DescClass::Slab => size_of::<Slab>(),
         DescClass::PtDesc => size_of::<PtDesc>(),
