@@ -17,7 +17,7 @@ use core::fmt;
 use crate::address::{MAX_ORDER, Pfn};
 use crate::boot::Reserved;
 use crate::desc::{Buddy, Folio, PtDesc, Slab};
-use crate::memmap::{DescClass, PageType, Region, Word};
+use crate::memmap::{DescClass, Found, PageType, Region, Word};
 use crate::mm::Mm;
 use crate::platform::Platform;
 use crate::rcu::ReadGuard;
@@ -359,14 +359,12 @@ impl<P: Platform> Mm<P> {
             }
             return self.census_rest(pfn, left);
         }
-        let order = word.order().min(MAX_ORDER);
-        if !pfn.is_aligned(order) {
-            // The word of a tail: up to order 3 they say what their head says.
+        let Some((order, pages)) = block_at(pfn, word, left) else {
             return self.census_rest(pfn, left);
-        }
+        };
         CensusStep {
             pfn,
-            pages: left.min(1 << order),
+            pages,
             kind: self.census_kind(word, reading.as_ref()),
             order: Some(order),
             class: word.kind().has_descriptor().then(|| word.class()),
@@ -384,13 +382,11 @@ impl<P: Platform> Mm<P> {
             class: None,
         };
         let reading = self.rcu_read_lock();
-        if let Some(found) = self.pages.map.lookup(pfn) {
-            let order = found.word.order().min(MAX_ORDER);
-            let rest = (u64::from(found.head.0) + (1 << order)).saturating_sub(pfn.0.into());
-            if rest > 0 {
-                step.pages = left.min(rest as u32);
-                step.kind = self.census_kind(found.word, Some(&reading));
-            }
+        if let Some(found) = self.pages.map.lookup(pfn)
+            && let Some(pages) = rest_of(pfn, found, left)
+        {
+            step.pages = pages;
+            step.kind = self.census_kind(found.word, Some(&reading));
         }
         step
     }
@@ -413,5 +409,55 @@ impl<P: Platform> Mm<P> {
         let first = self.built_in.as_ptr();
         let bytes = cache.addr().checked_sub(first.addr())?;
         self.built_in.get(bytes / size_of::<CacheCore>())
+    }
+}
+
+/// The order of the block that this word says begins here, and how many of its pages are among the `left` that there are. `None` if
+/// it is the word of a tail: up to order 3 they may say what their head says.
+fn block_at(pfn: Pfn, word: Word, left: u32) -> Option<(usize, u32)> {
+    let order = word.order().min(MAX_ORDER);
+    pfn.is_aligned(order).then(|| (order, left.min(1 << order)))
+}
+
+/// The pages from here to the end of the block that was found, of the `left` that there are. `None` if it does not reach here.
+fn rest_of(pfn: Pfn, found: Found, left: u32) -> Option<u32> {
+    let end = u64::from(found.head.0) + (1 << found.word.order().min(MAX_ORDER));
+    let rest = end.checked_sub(pfn.0.into())?;
+    (rest > 0).then(|| left.min(rest as u32))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn word(order: usize) -> Word {
+        Word::inline(PageType::Reserved, order, 0)
+    }
+
+    #[test]
+    fn stale_heads_do_not_reach_beyond_what_is_left() {
+        assert_eq!(block_at(Pfn(1024), word(10), 5000), Some((10, 1024)));
+        assert_eq!(block_at(Pfn(1024), word(10), 700), Some((10, 700)));
+        assert_eq!(block_at(Pfn(1024), word(0), 1), Some((0, 1)));
+        // An order that there is not.
+        assert_eq!(block_at(Pfn(1 << 15), word(15), 5000), Some((10, 1024)));
+        assert_eq!(block_at(Pfn(1025), word(10), 5000), None);
+        assert_eq!(block_at(Pfn(12), word(3), 5000), None);
+    }
+
+    #[test]
+    fn the_rest_of_a_block() {
+        let found = |head, order| Found {
+            head: Pfn(head),
+            word: word(order),
+        };
+        assert_eq!(rest_of(Pfn(13), found(8, 3), 100), Some(3));
+        assert_eq!(rest_of(Pfn(13), found(8, 3), 2), Some(2));
+        assert_eq!(rest_of(Pfn(16), found(8, 3), 100), None);
+        assert_eq!(rest_of(Pfn(17), found(8, 3), 100), None);
+        assert_eq!(
+            rest_of(Pfn(u32::MAX - 1), found(u32::MAX - 1023, 10), 9),
+            Some(2)
+        );
     }
 }

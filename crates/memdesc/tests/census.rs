@@ -240,6 +240,15 @@ fn load(mm: &Mm<Host>, seed: u64, most: usize, stop: &AtomicBool, rounds: usize)
     objects.drain(..).for_each(|ptr| kfree(mm, ptr));
 }
 
+/// Stops the load, also if the walk panics.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn under_load_every_page_is_counted_once() {
     for machine in machines() {
@@ -270,6 +279,7 @@ fn under_load_every_page_is_counted_once() {
                     })
                 })
                 .collect();
+            let _stop = Stop(&stop);
             let end = Instant::now() + Duration::from_millis(400);
             let all_gone = || workers.iter().all(|w| w.is_finished());
             while !all_gone() && Instant::now() < end || walks < 3 {
@@ -285,11 +295,7 @@ fn under_load_every_page_is_counted_once() {
                 walks += 1;
                 torn += census.torn;
                 unsettled += census.of(CensusKind::Unsettled).pages;
-                if std::thread::panicking() {
-                    break;
-                }
             }
-            stop.store(true, Ordering::Relaxed);
         });
         println!(
             "{}: {walks} walks of {ram} pages, torn {torn}, unsettled {unsettled}",
