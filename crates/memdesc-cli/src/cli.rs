@@ -32,11 +32,60 @@ pub(crate) enum Command {
     /// Interrupt threads that allocate, thousands of times a second, with handlers that allocate as well, and see that nothing breaks
     #[command(after_help = EXIT_CODES)]
     Storm(StormArgs),
+    /// Run a workload on a machine of its own, and see whether all that should be served is
+    #[command(after_help = EXIT_CODES)]
+    Scenario {
+        #[command(subcommand)]
+        what: Scenario,
+    },
     /// Measure side by side with what one would use instead
     Bench {
         #[command(subcommand)]
         what: Bench,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Scenario {
+    /// Memory full of file pages, then anonymous demand: does reclaim keep up?
+    PageCache(PageCacheArgs),
+    /// Eight address spaces on two CPUs that fork, fault, unmap, move, compact and reclaim, with allocations failing at random
+    AddressSpaces(AddressSpacesArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PageCacheArgs {
+    /// So many MiB of memory
+    #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u32).range(64..=65_536))]
+    pub(crate) memory: u32,
+    /// Where the random numbers begin
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// No progress bars
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AddressSpacesArgs {
+    /// So long
+    #[arg(long, value_name = "S", default_value_t = 10)]
+    pub(crate) seconds: u64,
+    /// One allocation in so many fails on purpose; 0: none
+    #[arg(long, value_name = "N", default_value_t = 500)]
+    pub(crate) fail_one_in: u32,
+    /// Where the random numbers begin
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// No progress bar
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
 }
 
 #[derive(Debug, Subcommand)]

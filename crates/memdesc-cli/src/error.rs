@@ -44,6 +44,10 @@ pub(crate) enum Error {
     Host(HostError),
     #[error("{0}")]
     Init(InitError),
+    #[error("{0}")]
+    Alloc(memdesc::AllocError),
+    #[error("a view of an address space: {0}")]
+    View(std::io::Error),
     #[error("{0}: {1}: this system gives no such timer")]
     Timer(&'static str, std::io::Error),
     #[error("{0}")]

@@ -10,6 +10,7 @@ mod output;
 mod progress;
 mod replay;
 mod report;
+mod scenario;
 mod storm;
 
 use std::process::ExitCode;
@@ -39,6 +40,10 @@ fn main() -> ExitCode {
         }),
         Command::Ledger(args) => ledger::run(&args),
         Command::Storm(args) => storm::run(&args),
+        Command::Scenario { what } => match what {
+            cli::Scenario::PageCache(args) => scenario::page_cache::run(&args),
+            cli::Scenario::AddressSpaces(args) => scenario::address_spaces::run(&args),
+        },
         Command::Bench {
             what: cli::Bench::Rcu(args),
         } => bench::rcu(&args),

@@ -11,7 +11,7 @@
 use std::sync::Once;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 
-use memdesc::mmap::{Access, MmStruct};
+use memdesc::mmap::{Access, FaultError, MmStruct};
 
 use crate::{Host, Window};
 
@@ -151,6 +151,7 @@ impl View {
     /// Somebody touched an address: walks, and has the kernel bring what is missing. `false`: he may not.
     fn touch(&self, addr: u64, access: Access) -> bool {
         let mmu = &self.host().mmu;
+        let mut patience = 10_000;
         loop {
             let mut full = false;
             let found = self.space().walk_as_machine(addr, access, |look| {
@@ -178,8 +179,14 @@ impl View {
                 return true;
             }
             mmu.faults.fetch_add(1, Ordering::Relaxed);
-            if self.space().handle_fault(addr, access).is_err() {
-                return false;
+            match self.space().handle_fault(addr, access) {
+                Ok(()) => {}
+                // A user process waits, or is killed in the end.
+                Err(FaultError::Oom(_)) if patience > 0 => {
+                    patience -= 1;
+                    std::thread::yield_now();
+                }
+                Err(_) => return false,
             }
         }
     }

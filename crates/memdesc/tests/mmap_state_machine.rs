@@ -462,10 +462,10 @@ fn run(ops: &[Op]) {
                 }
             }
         }
-        for s in 0..spaces.len() {
+        for (s, (_, space)) in spaces.iter().enumerate() {
             for page in 0..PAGES {
                 let mut v = [0];
-                let got = spaces[s].1.read(addr(page), &mut v).ok().map(|()| v[0]);
+                let got = space.read(addr(page), &mut v).ok().map(|()| v[0]);
                 assert_eq!(got, model.read(s, page), "space {s}, page {page}");
             }
         }

@@ -358,8 +358,8 @@ impl<'m, P: Platform> MmStruct<'m, P> {
     /// Changes the extent of an area, under the locks of both lists it is in.
     fn resize(&self, vma: &Vma, change: impl FnOnce(&Vma)) {
         match vma.mapping {
-            // SAFETY: a mapping lives as long as areas map it.
             Some(mapping) => {
+                // SAFETY: a mapping lives as long as areas map it.
                 let mapping = unsafe { mapping.as_ref() };
                 let _list = self.mm.i_mmap(mapping);
                 change(vma);

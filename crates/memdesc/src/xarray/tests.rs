@@ -427,7 +427,7 @@ fn run(ops: &[Op]) {
 
 #[test]
 fn like_a_map() {
-    let (cases, len) = if cfg!(miri) { (3, 16) } else { (400, 200) };
+    let (cases, len) = if cfg!(miri) { (2, 12) } else { (400, 200) };
     let config = ProptestConfig {
         cases,
         failure_persistence: None,
