@@ -4,7 +4,9 @@
 //! stepped over. What changes under the walk is counted as what it was or as what it became. Each page of RAM is counted
 //! exactly once whatever happens, since a step is as long as what it counts, and ends at the region's end at the latest.
 //!
-//! **Exact at a quiet moment**: page by page what the [ledger](Mm::ledger) says (`tests/census.rs` asserts it). Otherwise:
+//! **Exact at a quiet moment**: page by page what the [ledger](Mm::ledger) says (`tests/census.rs` asserts it). Only what is allocated
+//! as users allocate, pages of pointers to what [`kvfree_rcu`](Mm::kvfree_rcu) frees and long lists of vmalloc areas' pages, is metadata
+//! to the ledger and to the census what its words say. Otherwise:
 //!
 //! - the sum of all pages is always the RAM given, and what nobody touches during the walk is counted exactly;
 //! - types, blocks and orders are off by no more than what changed hands meanwhile: memory that is freed behind the walk and
@@ -49,7 +51,7 @@ kinds! {
     PerCpu = "free_per_cpu",
     /// Free and never handed out: pages, but no blocks.
     Untouched = "free_untouched",
-    /// Bare pages. Pages of pointers to what [`kvfree_rcu`](Mm::kvfree_rcu) frees are among them, which the ledger calls metadata.
+    /// Bare pages.
     Bare = "bare",
     /// Slabs of users' objects.
     Slab = "slab",

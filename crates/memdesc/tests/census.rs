@@ -84,6 +84,7 @@ fn same_as_ledger(mm: &Mm<Host>) -> Census {
         (CensusKind::PageTable, PageType::PageTable),
         (CensusKind::File, PageType::File),
         (CensusKind::Anon, PageType::Anon),
+        (CensusKind::Vmalloc, PageType::Vmalloc),
         (CensusKind::Kernel, PageType::Reserved),
         (CensusKind::Yours, PageType::Yours),
     ] {
@@ -109,10 +110,17 @@ fn same_as_ledger(mm: &Mm<Host>) -> Census {
         );
         assert_eq!(of.blocks, of.by_order.iter().sum::<u64>(), "{kind:?}");
     }
-    // Every descriptor in use is some block's.
+    // Every descriptor of a block that is in use is some block's. (Those of vmalloc areas and of caches are not blocks'.)
     let mut active = 0;
     mm.slabinfo(|cache| {
-        if cache.metadata && cache.name != "kmem_cache" {
+        let of_blocks = [
+            "kmem_cache_buddy",
+            "kmem_cache_slab",
+            "folio_file",
+            "folio_anon",
+            "ptdesc",
+        ];
+        if of_blocks.contains(&cache.name) {
             active += cache.active_objs;
         }
     });
@@ -238,6 +246,19 @@ fn load(mm: &Mm<Host>, seed: u64, most: usize, stop: &AtomicBool, rounds: usize)
     }
     blocks.drain(..).for_each(|pfn| free(mm, pfn));
     objects.drain(..).for_each(|ptr| kfree(mm, ptr));
+}
+
+#[test]
+fn vmalloc_areas_are_single_pages() {
+    let machine = Machine::flat(scaled(16384, 2048) as u32);
+    let mm = machine.boot_on(machine.host().vmalloc(2 << 20).build().unwrap());
+    let ptr = mm.vmalloc(20 * PAGE_SIZE, GFP_KERNEL).unwrap();
+    let census = same_as_ledger(&mm);
+    let area = census.of(CensusKind::Vmalloc);
+    assert_eq!((area.pages, area.by_order[0]), (20, 20));
+    assert_eq!((area.descriptors, area.descriptor_bytes), (20, 160));
+    // SAFETY: allocated above, freed once.
+    unsafe { mm.vfree(ptr) };
 }
 
 /// Stops the load, also if the walk panics.
