@@ -165,8 +165,9 @@ fn demand(
         let _cpu = mm.platform().claim(0);
         for page in 0..wanted {
             let before = Instant::now();
-            // SAFETY: in the area, by this thread alone; a fault that fails is one that the process dies of, so the software path asks first.
+            // A fault that fails is one that the process dies of, so the software path asks first.
             if space.write(at + page * 4096, &page.to_le_bytes()).is_ok() {
+                // SAFETY: in the area, by this thread alone.
                 let value = unsafe { view.ptr(at + page * 4096).cast::<u64>().read_volatile() };
                 seen.wrong += u64::from(value != page);
                 seen.anon += 1;
