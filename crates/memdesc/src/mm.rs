@@ -242,6 +242,7 @@ impl<P: Platform> Mm<P> {
         self.vmalloc_work(true);
         self.pages.decay(self);
         self.pages.settle(self);
+        self.look_for_sparse();
     }
 
     /// Frees what waited for a grace period that is over, on all CPUs, and pushes grace periods on without waiting: for a worker that

@@ -22,6 +22,7 @@ use crate::platform::{FaultPoint, Platform};
 use crate::report::{Corruption, Report};
 use crate::slab::Cache;
 use crate::stats::{Event, FreePath};
+use crate::sync::atomic::Ordering;
 
 /// What kind of memory a folio is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -525,6 +526,12 @@ impl<P: Platform> Mm<P> {
     ) -> Result<Option<PhysAddr>, AllocError> {
         let tries = gfp.contains(gfp::__GFP_FAST_TRY);
         if word.class() == class {
+            if matches!(class, DescClass::File | DescClass::Anon)
+                && !tries
+                && let Some(desc) = self.evacuate(word.desc(), class)
+            {
+                return Ok(Some(desc));
+            }
             if class != DescClass::Buddy && !tries {
                 let pin = self.pages.pin();
                 self.pages.stats(&pin).add(&pin, Event::DescReused, 1);
@@ -557,6 +564,48 @@ impl<P: Platform> Mm<P> {
         let desc = self.pages.phys(desc.as_ptr());
         self.put_desc(word.desc());
         Ok(Some(desc))
+    }
+
+    /// Where much of the descriptors' slabs is free, and this one lies in an emptier half: another from the fullest slab, and this one goes
+    /// back past the sheaves. So slabs that a busy hour left behind come free as pages are used again.
+    #[inline]
+    fn evacuate(&self, desc: PhysAddr, class: DescClass) -> Option<PhysAddr> {
+        let core = self.built_in(if class == DescClass::File {
+            BuiltIn::File
+        } else {
+            BuiltIn::Anon
+        });
+        if core.sparse.load(Ordering::Relaxed) == 0 {
+            return None;
+        }
+        self.evacuate_slow(core, desc)
+    }
+
+    #[cold]
+    fn evacuate_slow(&self, core: &crate::slab::CacheCore, desc: PhysAddr) -> Option<PhysAddr> {
+        let found = self.pages.map.lookup(Pfn::containing(desc))?;
+        let slab = self.pages.map.slab_at(found.word.desc());
+        if slab.inuse() * 2 > slab.objects() {
+            return None;
+        }
+        let mut better = [core::ptr::null_mut()];
+        if self.slabs_take_partial(core, &mut better) == 0 {
+            return None;
+        }
+        let old = self.pages.map.virt(desc);
+        self.slabs_give(core, &[old], true, core::panic::Location::caller());
+        Some(self.pages.phys(better[0]))
+    }
+
+    /// Looks how full the slabs of folios are, for [`evacuate`](Self::evacuate).
+    pub(crate) fn look_for_sparse(&self) {
+        for which in [BuiltIn::File, BuiltIn::Anon] {
+            let core = self.built_in(which);
+            let lists = self.lists(core);
+            let free = lists.objects - lists.inuse;
+            let sparse = free > lists.objects / 4 && free > 4096;
+            core.sparse.store(u32::from(sparse), Ordering::Relaxed);
+        }
     }
 
     /// A handed-out block comes back: its descriptor becomes the free block's.

@@ -16,7 +16,7 @@ use crate::desc::{BITMAP_INLINE, Slab, SlabList};
 use crate::gfp::Flags;
 use crate::memmap::MemMap;
 use crate::sync::SpinLock;
-use crate::sync::atomic::AtomicPtr;
+use crate::sync::atomic::{AtomicPtr, AtomicU32};
 
 /// Empty slabs a cache keeps for the next burst (`MIN_PARTIAL`).
 pub(crate) const MIN_PARTIAL: u32 = 5;
@@ -384,6 +384,9 @@ pub(crate) struct CacheCore {
     /// Which memory manager it belongs to.
     pub(crate) owner: usize,
     pub(crate) lists: SpinLock<Lists>,
+    /// Of descriptors: not 0 if much of the slabs is free, and what lies in the emptier half of them had better move. Written by the
+    /// periodic work.
+    pub(crate) sparse: AtomicU32,
     /// The next in the list of all caches; guarded by that list's lock.
     pub(crate) next: AtomicPtr<CacheCore>,
 
@@ -432,6 +435,7 @@ impl CacheCore {
                 pages: 0,
                 bitmap_bytes: 0,
             }),
+            sparse: AtomicU32::new(0),
             next: AtomicPtr::new(core::ptr::null_mut()),
 
             name: bytes,
