@@ -65,6 +65,7 @@ fn main() -> ExitCode {
             }
             runner.docs();
             runner.storm(if quick { 2 } else { 20 });
+            runner.scenarios(if quick { 5 } else { 60 });
             runner.replay_built_in();
             if let Some(folder) = recordings {
                 runner.replay(&folder);
@@ -75,6 +76,7 @@ fn main() -> ExitCode {
         Command::Stress { seconds } => {
             runner.stress(seconds);
             runner.storm(seconds);
+            runner.scenarios(seconds);
         }
         Command::Replay { recordings } => runner.replay(&recordings),
     }

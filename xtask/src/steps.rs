@@ -154,6 +154,21 @@ impl Runner {
         self.command(&format!("storm of interrupts, 3 × {seconds} s"), command);
     }
 
+    /// Address spaces that fork, fault, move and are reclaimed; and memory full of files.
+    pub(crate) fn scenarios(&mut self, seconds: u64) {
+        let seconds = seconds.to_string();
+        let scenario = |args: &[&str]| {
+            let mut command = cargo(&["run", "--release", "--quiet", "-p", "memdesc-cli", "--"]);
+            command.arg("scenario").args(args).arg("--quiet");
+            command
+        };
+        self.command(
+            &format!("address spaces on two CPUs, {seconds} s"),
+            scenario(&["address-spaces", "--seconds", &seconds]),
+        );
+        self.command("file pages make room", scenario(&["page-cache"]));
+    }
+
     pub(crate) fn replay_built_in(&mut self) {
         self.step(
             "replay of the built-in recording",
