@@ -1,6 +1,7 @@
 //! A memory manager for kernels in which `struct page` is one 8-byte typed word.
 //!
-//! See [`Mm`]: give it a [`Platform`] and a memory map, and it hands out pages, folios, page tables and slab objects.
+//! See [`Mm`]: give it a [`Platform`] and a memory map, and it hands out pages, folios, page tables and slab objects; [`types`] shows
+//! each kind of memory with an example. Above them: address spaces ([`mmap`]), the page cache ([`filemap`]), page tables ([`pgtable`]).
 #![no_std]
 #![cfg_attr(loom, allow(dead_code, unused_imports, unreachable_pub))]
 
@@ -76,6 +77,8 @@ pub mod slab;
 #[cfg(not(loom))]
 mod stats;
 mod sync;
+#[cfg(not(loom))]
+pub mod types;
 #[cfg(not(loom))]
 mod vmalloc;
 #[cfg(not(loom))]

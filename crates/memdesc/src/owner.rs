@@ -424,7 +424,7 @@ impl<P: Platform> Mm<P> {
 
     /// Which memory a page is part of. Any page of an allocation gives the same answer.
     ///
-    /// Without a lock or a reference the answer may be stale when it comes back; see [`Folio::try_get`].
+    /// Without a lock or a reference the answer may be stale when it comes back; see [`folio_get`](Self::folio_get).
     pub fn lookup(&self, pfn: Pfn) -> (Pfn, usize, Memory) {
         let Some(region) = self.pages.map.region(pfn) else {
             return (pfn, 0, Memory::Hole);

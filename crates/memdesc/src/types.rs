@@ -1,0 +1,218 @@
+//! The types of memory, one by one: what a page of each is, what describes it, how it is had and given back. An example for each, which
+//! runs as a test.
+//!
+//! All examples have a machine of 64 MiB in this process, `mm`:
+//!
+//! ```
+//! use memdesc::{Config, Mm};
+//! use memdesc_host::Host;
+//!
+//! let (host, ram) = Host::small(16384)?;
+//! let mm = Mm::new(host, &Config::default(), &ram)?;
+//! assert_eq!(mm.ledger().given, 16384);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Free
+//!
+//! A `struct buddy` of 8 bytes for each free block; none for what was never handed out. Free memory is never touched.
+//!
+//! ```
+//! # use memdesc::{*, gfp::*};
+//! # let (host, ram) = memdesc_host::Host::small(16384)?;
+//! # let mm = Mm::new(host, &Config::default(), &ram)?;
+//! assert!(matches!(mm.lookup(Pfn(4096)).2, Memory::Untouched));
+//! let page = mm.alloc_pages(GFP_KERNEL, 0)?;
+//! // SAFETY: ours.
+//! unsafe { mm.free_pages(page) };
+//! assert!(matches!(mm.lookup(page).2, Memory::Free { in_pcp: true }));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Bare pages
+//!
+//! What drivers and the kernel itself ask for (`alloc_pages`). They keep their `struct buddy`. Users cannot map them.
+//!
+//! ```
+//! # use memdesc::{*, gfp::*};
+//! # let (host, ram) = memdesc_host::Host::small(16384)?;
+//! # let mm = Mm::new(host, &Config::default(), &ram)?;
+//! let pages = mm.alloc_pages(GFP_KERNEL | __GFP_ZERO, 3)?;
+//! // Every page leads to the same block.
+//! assert!(matches!(mm.lookup(pages.add(7)), (head, 3, Memory::Bare) if head == pages));
+//! // SAFETY: ours, 32 KiB of them, mapped at `page_address`.
+//! unsafe {
+//!     assert_eq!(mm.page_address(pages).add(7 * 4096).read(), 0);
+//!     mm.free_pages(pages);
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Slab
+//!
+//! Objects of one size, 48 bytes for each [`Slab`](crate::Slab).
+//!
+//! ```
+//! # use memdesc::{*, gfp::*};
+//! # let (host, ram) = memdesc_host::Host::small(16384)?;
+//! # let mm = Mm::new(host, &Config::default(), &ram)?;
+//! let cache = mm.kmem_cache_create("inode", 600, 8, CacheFlags::EMPTY, None)?;
+//! let object = mm.kmem_cache_alloc(&cache, GFP_KERNEL | __GFP_ZERO)?;
+//! let page = mm.virt_to_pfn(object.as_ptr());
+//! assert!(matches!(mm.lookup(page).2, Memory::Slab(_)));
+//! // SAFETY: from this cache, not used any more.
+//! unsafe { mm.kmem_cache_free(&cache, object) };
+//! mm.kmem_cache_destroy(cache).expect("all objects are back");
+//! // The same for values of a type, which drop by themselves:
+//! let cache = KmemCache::new(&mm, "point", CacheFlags::EMPTY)?;
+//! let point = cache.alloc(GFP_KERNEL, (1, 2)).map_err(|(why, _)| why)?;
+//! assert_eq!(*point, (1, 2));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # kmalloc
+//!
+//! Small ones are objects of a slab; from 8 KiB on the word says all there is to say.
+//!
+//! ```
+//! # use memdesc::{*, gfp::*};
+//! # let (host, ram) = memdesc_host::Host::small(16384)?;
+//! # let mm = Mm::new(host, &Config::default(), &ram)?;
+//! let small = mm.kmalloc(100, GFP_KERNEL)?;
+//! let large = mm.kmalloc(100_000, GFP_KERNEL)?;
+//! assert!(matches!(mm.lookup(mm.virt_to_pfn(large.as_ptr())), (_, 5, Memory::LargeKmalloc)));
+//! // SAFETY: ours. One call for both.
+//! unsafe {
+//!     mm.kfree(small);
+//!     mm.kfree(large);
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Page tables
+//!
+//! A [`PtDesc`](crate::PtDesc) of 32 bytes, with the lock of the entries. Given back after a grace period by [`pgtable::PageTables`](crate::pgtable::PageTables).
+//!
+//! ```
+//! # use memdesc::{*, gfp::*};
+//! # let (host, ram) = memdesc_host::Host::small(16384)?;
+//! # let mm = Mm::new(host, &Config::default(), &ram)?;
+//! let table = mm.alloc_page_table(GFP_KERNEL | __GFP_ZERO, 0)?;
+//! let (_, _, Memory::PageTable(desc)) = mm.lookup(table) else { unreachable!() };
+//! // SAFETY: the table is ours as long as the reference lives.
+//! let desc = unsafe { desc.as_ref() };
+//! desc.set_owner(7, 1, 0x20_0000);
+//! assert_eq!((desc.owner(), desc.level(), desc.address()), (7, 1, 0x20_0000));
+//! // SAFETY: ours, and nobody walks it.
+//! unsafe { mm.free_pages(table) };
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # File cache
+//!
+//! A [`Folio`](crate::Folio) of 32 bytes, whatever its size; users may map it. In a kernel they come from a [`filemap::Mapping`](crate::filemap::Mapping).
+//!
+//! ```
+//! # use memdesc::{*, gfp::*};
+//! # let (host, ram) = memdesc_host::Host::small(16384)?;
+//! # let mm = Mm::new(host, &Config::default(), &ram)?;
+//! let pages = mm.alloc_folio(GFP_HIGHUSER_MOVABLE, 4, FolioKind::File)?;
+//! // From any of its pages, by anybody, without a lock:
+//! let folio = mm.folio_get(pages.add(9)).expect("it is a folio's");
+//! assert_eq!((folio.head(), folio.order(), folio.refcount()), (pages, 4, 2));
+//! folio.set_flag(FolioFlags::UPTODATE);
+//! folio.set_owner(42); // charged to
+//! // SAFETY: our own reference; the other one keeps it.
+//! unsafe { mm.free_pages(pages) };
+//! assert!(matches!(mm.lookup(pages).2, Memory::File(_)));
+//! drop(folio);
+//! assert!(matches!(mm.lookup(pages).2, Memory::Free { .. }));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Anonymous memory
+//!
+//! The same [`Folio`](crate::Folio), of another cache. In a kernel it comes with the first touch of an [`mmap::MmStruct`](crate::mmap::MmStruct).
+//!
+//! ```
+//! # use memdesc::{*, gfp::*};
+//! # let (host, ram) = memdesc_host::Host::small(16384)?;
+//! # let mm = Mm::new(host, &Config::default(), &ram)?;
+//! use memdesc::mmap::{Map, MmStruct, VmFlags};
+//!
+//! let space = MmStruct::new(&mm, 1)?;
+//! let at = space.mmap(None, 1 << 20, VmFlags::READ_WRITE, Map::Anon)?;
+//! space.write(at, &[1])?;
+//! let (folio, page) = space.page_at(at).expect("just touched");
+//! assert_eq!((folio.mapcount(), mm.page_mapcount(page)), (1, 1));
+//! // It can be moved: other pages, the same descriptor.
+//! drop(folio);
+//! let to = mm.alloc_pages(GFP_HIGHUSER_MOVABLE, 0)?;
+//! let old = mm.migrate_folio(page, to)?;
+//! assert_eq!(space.page_at(at).unwrap().1, to);
+//! // SAFETY: bare pages now, ours.
+//! unsafe { mm.free_pages(old) };
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # vmalloc and kernel stacks
+//!
+//! One [`VmArea`](crate::VmArea) for all of an area; each of its pages leads there. Guard pages are real.
+//!
+//! ```
+//! # use memdesc::{*, gfp::*};
+//! # let (host, ram) = memdesc_host::Host::small(16384)?;
+//! # let mm = Mm::new(host, &Config::default(), &ram)?;
+//! let area = mm.vmalloc(100_000, GFP_KERNEL)?;
+//! let page = mm.vmalloc_to_pfn(area.as_ptr()).expect("mapped");
+//! assert!(matches!(mm.lookup(page).2, Memory::Vmalloc(_)));
+//! // SAFETY: ours.
+//! unsafe { mm.vfree(area) };
+//! let stack = mm.alloc_kernel_stack(4, 17)?; // of task 17
+//! // SAFETY: nobody runs on it.
+//! unsafe { mm.free_kernel_stack(stack) };
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Reserved, offline
+//!
+//! No descriptor: the word says it all.
+//!
+//! ```
+//! # use memdesc::{*, gfp::*};
+//! # let (host, ram) = memdesc_host::Host::small(16384)?;
+//! # let mm = Mm::new(host, &Config::default(), &ram)?;
+//! assert!(matches!(mm.lookup(Pfn(16383)).2, Memory::Reserved(Reserved::MemMap)));
+//! mm.offline_pages(Pfn(8192), 1024)?;
+//! assert!(matches!(mm.lookup(Pfn(9000)).2, Memory::Offline));
+//! mm.online_pages(Pfn(8192), 1024)?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Yours
+//!
+//! A kernel adds a type of its own by bringing a descriptor, of which the first 8 bytes are the memory manager's.
+//!
+//! ```
+//! # use memdesc::{*, gfp::*};
+//! # let (host, ram) = memdesc_host::Host::small(16384)?;
+//! # let mm = Mm::new(host, &Config::default(), &ram)?;
+//! #[repr(C)]
+//! struct Ring {
+//!     links: u64,
+//!     packets: u32,
+//! }
+//! let cache = mm.kmem_cache_create("ring", size_of::<Ring>(), 8, CacheFlags::EMPTY, None)?;
+//! let desc = mm.kmem_cache_alloc(&cache, GFP_KERNEL)?.cast::<Ring>();
+//! // SAFETY: an object of that size, ours; given up to the pages.
+//! let pages = unsafe {
+//!     desc.write(Ring { links: 0, packets: 3 });
+//!     mm.alloc_pages_desc(GFP_KERNEL, 2, PageType::Yours, desc.cast())?
+//! };
+//! let Memory::Yours(PageType::Yours, found) = mm.lookup(pages.add(3)).2 else { unreachable!() };
+//! // SAFETY: our pages, so our descriptor.
+//! assert_eq!(unsafe { (*found.as_ptr().cast::<Ring>()).packets }, 3);
+//! // SAFETY: ours. The descriptor serves as the free block's, and goes back to its cache one day.
+//! unsafe { mm.free_pages(pages) };
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
