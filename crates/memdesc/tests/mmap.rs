@@ -390,6 +390,30 @@ fn what_a_child_had_read_does_not_change_under_it() {
 }
 
 #[test]
+fn tables_go_with_their_last_area() {
+    let mm = Machine::flat(mib(64)).boot();
+    {
+        let space = MmStruct::new(&mm, 1).unwrap();
+        let at = space.mmap(None, 64 << 20, RW, Map::Anon).unwrap();
+        let far = space.mmap(Some(1 << 40), 4096, RW, Map::Anon).unwrap();
+        for two_mib in 0..32 {
+            space.write(at + (two_mib << 21), &[1]).unwrap();
+        }
+        space.write(far, &[2]).unwrap();
+        let before = mm.pages_of(PageType::PageTable);
+        assert!(before >= 32 + 3 + 3);
+        // All but the last two.
+        space.munmap(at, 60 << 20).unwrap();
+        mm.shrink();
+        let after = mm.pages_of(PageType::PageTable);
+        assert!((29..=30).contains(&(before - after)), "{before}, {after}");
+        assert_eq!((byte(&space, far), byte(&space, at + (31 << 21))), (2, 1));
+        check(&mm, &[space]);
+    }
+    ends_balanced(&mm);
+}
+
+#[test]
 fn only_folios_can_be_mapped() {
     let mm = Machine::flat(mib(64)).boot();
     {

@@ -9,8 +9,9 @@
 //! do not look at relatives that cannot have the page.)
 //!
 //! Lock order: `mmap_lock` of an address space; the folio lock; the list of a family's members (`anon_vma`) or of a file's areas (`i_mmap`);
-//! the lock of a page table (`ptl`); all leaves of the page allocator. Nothing is allocated or freed under a `ptl`. Page tables go when
-//! their address space goes, so whoever keeps that from going needs no lock to walk them.
+//! the lock of a page table (`ptl`); all leaves of the page allocator. Nothing is allocated or freed under a `ptl`. Page tables go
+//! with their last area, after a grace period, and all of them with their address space; so whoever has the `mmap_lock`, or is in a read section, needs no
+//! other lock to walk them.
 
 mod access;
 mod check;

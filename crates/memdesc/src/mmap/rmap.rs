@@ -102,12 +102,14 @@ impl<P: Platform> Mm<P> {
             let mut done = 0;
             while done < pages {
                 let at = addr + done * PAGE;
+                // Tables may go while we are here, but not before this.
+                let read = self.rcu_read_lock();
                 let Some(slot) = self.walk_to(space.root, at, 1) else {
                     // No table of pages here: on with the next.
                     done += (PMD - at % PMD) / PAGE;
                     continue;
                 };
-                let _lock = self.ptl(slot.table);
+                let lock = self.ptl(slot.table);
                 let here = ((PMD - at % PMD) / PAGE).min(pages - done);
                 let entries = &self.table(slot.table)[index_of(at, 1)..][..here as usize];
                 for entry in entries {
@@ -128,7 +130,8 @@ impl<P: Platform> Mm<P> {
                     }
                     done += 1;
                 }
-                drop(_lock);
+                drop(lock);
+                drop(read);
                 if gather.is_full() {
                     self.gather_flush(space, &mut gather);
                 }
@@ -178,6 +181,7 @@ impl<P: Platform> Mm<P> {
             let mut done = 0;
             while done < pages {
                 let at = addr + done * PAGE;
+                let _read = self.rcu_read_lock();
                 let Some(slot) = self.walk_to(space.root, at, 1) else {
                     done += (PMD - at % PMD) / PAGE;
                     continue;
@@ -235,6 +239,7 @@ impl<P: Platform> Mm<P> {
                     }
                 }
                 let here = ((PMD - at % PMD) / PAGE).min(pages - done);
+                let _read = self.rcu_read_lock();
                 if let Some(slot) = self.walk_to(space.root, at, 1) {
                     let _lock = self.ptl(slot.table);
                     let entries = &self.table(slot.table)[index_of(at, 1)..][..here as usize];

@@ -441,6 +441,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
         self.change(start, len, |space, start, end| {
             space.mm.zap_range(space.core(), start, end);
             space.unlink_range(start, end);
+            space.mm.free_page_tables(space.core(), start, end);
         })
     }
 

@@ -164,6 +164,36 @@ impl<P: Platform> Mm<P> {
         }
     }
 
+    /// Frees the tables of pages between `start` and `end` that no area needs any more (`free_pgtables`); those above them stay until the
+    /// space goes. With the `mmap_lock` for writing, after [`zap_range`](Self::zap_range).
+    pub(super) fn free_page_tables(&self, space: &SpaceCore, start: u64, end: u64) {
+        let mut at = start & !(PMD - 1);
+        while at < end {
+            let next = at.saturating_add(PMD);
+            let needed = space.vmas().any(|v| v.start() < next && at < v.end());
+            match self.walk_to(space.root, at, 2) {
+                Some(slot) if !needed => {
+                    let gone = {
+                        let _lock = self.ptl(slot.table);
+                        let seen = slot.entry.load();
+                        (seen.is_present() && !seen.is_huge()).then(|| {
+                            slot.entry.store(Entry::NONE);
+                            seen.pfn()
+                        })
+                    };
+                    if let Some(table) = gone {
+                        // No CPU walks it from now on; who does so in software is in a read section.
+                        self.pages.platform.flush_tlb(space.asid, at, next);
+                        self.free_page_rcu(table);
+                    }
+                    at = next;
+                }
+                Some(_) => at = next,
+                None => at = self.skip_hole(space.root, at),
+            }
+        }
+    }
+
     /// Takes the right to write away in a range; whoever may write gets it back by a fault. With the `mmap_lock` for writing.
     pub(super) fn protect_range(&self, space: &SpaceCore, start: u64, end: u64) {
         let mut at = start;
