@@ -31,8 +31,8 @@ use crate::slab::kmalloc::{CLASSES, Kind};
 use crate::slab::sheaf::Sheaves;
 use crate::slab::{CacheCore, CacheFlags};
 use crate::stats::CpuStats;
-use crate::sync::SpinLock;
 use crate::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use crate::sync::{PfnStack, SpinLock};
 use crate::vmalloc::{StackCache, Vmalloc};
 use crate::xarray::Node;
 
@@ -193,6 +193,7 @@ impl<P: Platform> Mm<P> {
             kvfree_drain_ns: config.kvfree_drain_ns,
             lruvecs: parts.lruvecs,
             folio_waits: WaitTable::new(),
+            dying: PfnStack::new(),
             rcu_pages: RcuPages::new(),
             discards: Discards::new(),
             vmalloc,

@@ -20,7 +20,7 @@ use crate::slab::CacheCore;
 use crate::slab::kmalloc::{CLASSES, Kind};
 use crate::stats::Event;
 use crate::sync::atomic::{AtomicU64, Ordering};
-use crate::sync::{SpinGuard, SpinLock};
+use crate::sync::{PfnStack, SpinGuard, SpinLock};
 use crate::vmalloc::Vmalloc;
 
 /// The caches that are there from the start, by place in the table.
@@ -70,6 +70,8 @@ pub struct Mm<P: Platform> {
     /// Folios by age, for each node.
     pub(crate) lruvecs: BootSlice<Lruvec>,
     pub(crate) folio_waits: WaitTable,
+    /// Folios that nobody has, and that could not leave their list in the context that let go of them last.
+    pub(crate) dying: PfnStack,
     /// Page tables that wait for a grace period.
     pub(crate) rcu_pages: RcuPages,
     /// Slabs that wait for a grace period.

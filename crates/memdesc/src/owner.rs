@@ -365,6 +365,9 @@ impl<P: Platform> Mm<P> {
         let caller = core::panic::Location::caller();
         let path = self.pages.free_path();
         if let Some(word) = self.check_owned(pfn, caller) {
+            if word.is_folio() && self.folio_at(word.desc()).has_flag(FolioFlags::LRU) {
+                self.lru_forget(pfn);
+            }
             self.take_back(path, pfn, word);
         }
     }
@@ -390,9 +393,6 @@ impl<P: Platform> Mm<P> {
             if folio.put_counts(Held::REF, pfn) == Put::Alive {
                 // Somebody else has it; who puts the last one frees.
                 return None;
-            }
-            if folio.has_flag(FolioFlags::LRU) {
-                self.lru_forget(pfn);
             }
         }
         Some(word)

@@ -272,6 +272,21 @@ fn work(mm: &Mm<Host>) {
         mine.extend(normal_object(size, mm.kmalloc(size, kernel)));
     }
     give(normal_pages(mm, 0, mm.alloc_pages(kernel, 0)));
+    // Handlers let go of one that is in a list, while another enters and leaves it.
+    for _ in 0..2 {
+        let listed = mm.alloc_folio(gfp::GFP_HIGHUSER_MOVABLE, 0, FolioKind::File);
+        if let Some(folio) = listed.ok().and_then(|pfn| mm.folio_get(pfn)) {
+            mm.folio_add_lru(&folio, folio.head());
+        }
+        give(normal_pages(mm, 0, listed));
+    }
+    if let Ok(pfn) = mm.alloc_folio(gfp::GFP_HIGHUSER_MOVABLE, 0, FolioKind::File)
+        && let Some(folio) = mm.folio_get(pfn)
+    {
+        mm.folio_add_lru(&folio, pfn);
+        // SAFETY: just had; the reference keeps it to the end of the block.
+        unsafe { mm.free_pages(pfn) };
+    }
     give(normal_pages(mm, 4, mm.alloc_pages(kernel, 4)));
     give(normal_object(64, mm.kmalloc(64, kernel)));
     // Out of the middle, so that nothing merges at once.
@@ -411,6 +426,8 @@ const LABELS: &[&str] = &[
     "prepaid: about to stack",
     "prepaid: pending",
     "folio_get: looked up",
+    "lru: about to link",
+    "lru: about to unlink",
     "deferred pages: about to push",
     "deferred objects: about to push",
 ];

@@ -188,8 +188,10 @@ fn addr(page: u64) -> u64 {
     (FIRST + page) * 4096
 }
 
-fn run(ops: &[Op]) {
-    let mm = Machine::flat(20 << 8).boot();
+fn run(ops: &[Op], rt: bool) {
+    let mut machine = Machine::flat(20 << 8);
+    machine.config.preempt_rt = rt;
+    let mm = machine.boot();
     let disk = Disk(Mutex::new(BTreeMap::new()));
     let top = addr(PAGES);
     {
@@ -486,7 +488,7 @@ fn run(ops: &[Op]) {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 128, failure_persistence: None, max_shrink_iters: 4000, ..ProptestConfig::default() })]
     #[test]
-    fn every_byte_is_where_the_model_says(ops in prop::collection::vec(op(), 1..800)) {
-        run(&ops);
+    fn every_byte_is_where_the_model_says(ops in prop::collection::vec(op(), 1..800), rt in any::<bool>()) {
+        run(&ops, rt);
     }
 }

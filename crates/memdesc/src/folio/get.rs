@@ -112,7 +112,7 @@ impl<P: Platform> Mm<P> {
     ///
     /// # Context
     ///
-    /// Any that may free pages: a guess that was wrong may be the last to let go.
+    /// Any, an NMI included. A guess that was wrong may be the last to let go, and frees as [`free_pages_nolock`](Self::free_pages_nolock) does.
     pub fn folio_get(&self, pfn: Pfn) -> Option<FolioRef<'_, P>> {
         let (head, folio) = self.folio_take(pfn, Held::REF, || true)?;
         // SAFETY: just taken.
@@ -146,7 +146,12 @@ impl<P: Platform> Mm<P> {
             return Some((head, folio));
         }
         if folio.counts().retract() == Put::Last {
-            self.folio_release(folio.going());
+            // Perhaps in an interrupt.
+            let head = folio.going();
+            if self.lru_try_forget(head) {
+                let word = self.pages.map.word(head).load_owned();
+                self.pages.free_block_nolock(word.kind(), head, word);
+            }
         }
         None
     }

@@ -135,6 +135,7 @@ fn link(map: &MemMap, list: &mut List, pfn: Pfn, order: usize, at_tail: bool) {
     };
     links.set_next(next);
     links.set_prev(prev);
+    crate::inject::point("lru: about to link");
     if next == Pfn::NONE {
         list.tail = pfn;
     } else {
@@ -152,6 +153,7 @@ fn link(map: &MemMap, list: &mut List, pfn: Pfn, order: usize, at_tail: bool) {
 fn unlink(map: &MemMap, list: &mut List, pfn: Pfn, order: usize) {
     let links = map.buddy(pfn);
     let (next, prev) = (links.next(), links.prev());
+    crate::inject::point("lru: about to unlink");
     if next == Pfn::NONE {
         debug_assert_eq!(list.tail, pfn);
         list.tail = prev;
@@ -170,10 +172,13 @@ fn unlink(map: &MemMap, list: &mut List, pfn: Pfn, order: usize) {
 
 impl<P: Platform> Mm<P> {
     fn lruvec(&self, pfn: Pfn) -> SpinGuard<'_, [List; 5], Holder<'_, P>> {
-        let node = self.pages.map.region(pfn).map_or(0, |region| {
+        self.lruvec_of(self.node_of(pfn))
+    }
+
+    fn node_of(&self, pfn: Pfn) -> usize {
+        self.pages.map.region(pfn).map_or(0, |region| {
             usize::from(self.pages.zones[region.zone as usize].node)
-        });
-        self.lruvec_of(node)
+        })
     }
 
     fn lruvec_of(&self, node: usize) -> SpinGuard<'_, [List; 5], Holder<'_, P>> {
@@ -238,6 +243,41 @@ impl<P: Platform> Mm<P> {
         // An isolator cannot be in between: he would have a reference.
         let was_listed = self.lru_isolate(folio, head);
         debug_assert!(was_listed);
+    }
+
+    /// The same from any context; `false` if the lock was held by somebody: then the folio goes with the next tick, or when memory is short.
+    pub(crate) fn lru_try_forget(&self, head: Pfn) -> bool {
+        let word = self.pages.map.word(head).load_owned();
+        let folio = self.folio_at(word.desc());
+        if !folio.has_flag(FolioFlags::LRU) {
+            return true;
+        }
+        let holder = Holder::trying(&self.pages.platform, self.pages.rt, &classes::LRU);
+        if let Some(mut lists) = self.lruvecs[self.node_of(head)].0.try_lock(holder) {
+            folio.clear_flag(FolioFlags::LRU);
+            let list = LruList::of(folio, word.kind());
+            unlink(
+                &self.pages.map,
+                &mut lists[list as usize],
+                head,
+                word.order(),
+            );
+            return true;
+        }
+        // Nobody has it any more, so its place in a mapping means nothing: the link of those that wait.
+        self.dying
+            .push(head, |next| folio.set_index(u64::from(next.0)));
+        false
+    }
+
+    /// Frees the folios that could not leave their list.
+    pub(crate) fn free_dying(&self) {
+        let mut at = self.dying.take();
+        while at != Pfn::NONE {
+            let next = Pfn(self.folio_of(at).index() as u32);
+            self.folio_release(at);
+            at = next;
+        }
     }
 
     /// Takes up to `most` folios off the old end of a list, with a reference each. Those that are on their way out are passed over.

@@ -2,7 +2,7 @@
 //! addresses for ours.
 
 use x86_64::structures::paging::{
-    FrameAllocator, FrameDeallocator, PageTableFlags, PhysFrame, Size4KiB,
+    FrameAllocator, FrameDeallocator, Page, PageSize, PageTableFlags, PhysFrame, Size2MiB, Size4KiB,
 };
 use x86_64::{PhysAddr, VirtAddr};
 
@@ -94,19 +94,45 @@ impl<P: Platform> FrameDeallocator<Size4KiB> for Frames<'_, P> {
 }
 
 impl<P: Platform> PageTables<'_, P> {
-    /// [`map`](Self::map) in the crate's types.
+    /// [`map`](Self::map) in the crate's types: a page of 4 KiB or of 2 MiB. [`AllocError::BadOrder`] for one of 1 GiB.
     ///
     /// # Errors
     ///
     /// As there.
-    pub fn map_frame(
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use memdesc::{Config, Mm, gfp::GFP_KERNEL, pgtable::PageTables};
+    /// use memdesc_host::Host;
+    /// use x86_64::{PhysAddr, VirtAddr, structures::paging::*};
+    ///
+    /// let (host, ram) = Host::small(16384)?;
+    /// let mm = Mm::new(host, &Config::default(), &ram)?;
+    /// let tables = PageTables::new(&mm, GFP_KERNEL)?;
+    /// let huge = mm.alloc_pages(GFP_KERNEL, 9)?;
+    /// let frame = PhysFrame::<Size2MiB>::from_start_address(PhysAddr::new(huge.phys().0)).unwrap();
+    /// let page = Page::<Size2MiB>::containing_address(VirtAddr::new(0x4000_0000));
+    /// tables.map_frame(page, frame, PageTableFlags::WRITABLE, GFP_KERNEL)?;
+    /// let there = tables.translate_addr(VirtAddr::new(0x4000_0000 + 12345)).unwrap();
+    /// assert_eq!(there.as_u64(), huge.phys().0 + 12345);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn map_frame<S: PageSize>(
         &self,
-        at: VirtAddr,
-        frame: PhysFrame<Size4KiB>,
+        at: Page<S>,
+        frame: PhysFrame<S>,
         flags: PageTableFlags,
         gfp: Flags,
     ) -> Result<(), AllocError> {
-        self.map(at.as_u64(), frame.into(), 1, flags.into(), gfp)
+        let level = match S::SIZE {
+            Size4KiB::SIZE => 1,
+            Size2MiB::SIZE => 2,
+            _ => return Err(AllocError::BadOrder),
+        };
+        let phys = crate::address::PhysAddr(frame.start_address().as_u64());
+        let addr = at.start_address().as_u64();
+        self.map(addr, Pfn::containing(phys), level, flags.into(), gfp)
     }
 
     /// [`translate`](Self::translate) in the crate's types.

@@ -253,10 +253,12 @@ impl<P: Platform> Mm<P> {
     pub(crate) fn free_deferred(&self) {
         let cpu = self.pages.pin().cpu();
         self.free_deferred_of(cpu);
+        self.free_dying();
     }
 
     /// Frees what was deferred on all CPUs; says how many objects.
     pub(crate) fn free_all_deferred(&self) -> usize {
+        self.free_dying();
         (0..self.pages.stats.len())
             .map(|cpu| self.free_deferred_of(cpu))
             .sum()
@@ -415,6 +417,9 @@ impl<P: Platform> Mm<P> {
     #[track_caller]
     pub unsafe fn free_pages_nolock(&self, pfn: Pfn) {
         if let Some(word) = self.check_owned(pfn, Location::caller()) {
+            if word.is_folio() && !self.lru_try_forget(pfn) {
+                return;
+            }
             self.pages.free_block_nolock(word.kind(), pfn, word);
         }
     }
