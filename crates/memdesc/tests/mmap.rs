@@ -389,6 +389,57 @@ fn what_a_child_had_read_does_not_change_under_it() {
     ends_balanced(&mm);
 }
 
+/// Real loads and stores need a window, which Miri has not.
+#[cfg(not(miri))]
+#[test]
+fn vmalloc_memory_is_shared_with_users_and_stacks_are_not() {
+    let mm = Machine::flat(mib(64)).boot();
+    {
+        let parent = MmStruct::with_top(&mm, 1, 16 << 20).unwrap();
+        let at = parent.mmap(None, 1 << 16, RW, Map::Anon).unwrap();
+        let ring = mm.vzalloc(3 * 4096, GFP_KERNEL).unwrap();
+        let stack = mm.alloc_kernel_stack(2, 77).unwrap();
+        let page = |ptr: *const u8| mm.vmalloc_to_pfn(ptr).unwrap();
+        // SAFETY: the memory stays until the spaces are gone.
+        unsafe {
+            for nth in 0..3 {
+                let there = page(ring.as_ptr().wrapping_add(nth * 4096));
+                parent.insert_pfn(at + nth as u64 * 4096, there).unwrap();
+            }
+            let top = stack.top().wrapping_sub(64);
+            let why = parent.insert_pfn(at + (1 << 15), page(top)).unwrap_err();
+            assert!(
+                matches!(why, InsertError::Refused(_, "kernel stack")),
+                "{why}"
+            );
+        }
+        assert_eq!(
+            parent.read(at, &mut [0]),
+            Err(FaultError::Bus),
+            "nothing to count it by"
+        );
+        let child = parent.fork(2).unwrap();
+        {
+            let views = [&parent, &child].map(|s| memdesc_host::UserView::new(s).unwrap());
+            // SAFETY: mapped, and by this thread alone.
+            unsafe {
+                views[0].ptr(at + 4096).write_volatile(5);
+                assert_eq!(views[1].ptr(at + 4096).read_volatile(), 5);
+                views[1].ptr(at + 8192).write_volatile(6);
+                assert_eq!(ring.as_ptr().add(8192).read_volatile(), 6);
+            }
+        }
+        child.munmap(at, 1 << 16).unwrap();
+        check(&mm, &[parent, child]);
+        // SAFETY: ours, and mapped by nobody any more.
+        unsafe {
+            mm.vfree(ring);
+            mm.free_kernel_stack(stack);
+        }
+    }
+    ends_balanced(&mm);
+}
+
 #[test]
 fn tables_go_with_their_last_area() {
     let mm = Machine::flat(mib(64)).boot();

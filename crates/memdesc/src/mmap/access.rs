@@ -5,35 +5,8 @@ use super::fault::{Access, FaultError};
 use super::space::MmStruct;
 use super::zap::PAGE;
 use crate::address::{PAGE_SIZE, Pfn};
-use crate::error::AllocError;
-use crate::owner::Memory;
-use crate::pgtable::{Entry, Prot, WalkError};
+use crate::pgtable::{Entry, Prot};
 use crate::platform::Platform;
-
-/// What cannot be mapped: of which type it is (`vm_insert_page` of Linux says -EINVAL).
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum InsertError {
-    /// Pages of this type are not for users.
-    Refused(Pfn, &'static str),
-    /// Something is mapped there, or no area that allows it.
-    Busy,
-    /// No memory for a table.
-    Alloc(AllocError),
-}
-
-impl core::fmt::Display for InsertError {
-    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        match self {
-            InsertError::Refused(pfn, kind) => {
-                write!(f, "{pfn:?} is {kind}, which users cannot map")
-            }
-            InsertError::Busy => f.write_str("something is mapped there, or nothing may be"),
-            InsertError::Alloc(why) => write!(f, "no memory for a page table: {why}"),
-        }
-    }
-}
-
-impl core::error::Error for InsertError {}
 
 impl<P: Platform> MmStruct<'_, P> {
     /// Copies out of the address space.
@@ -151,45 +124,6 @@ impl<P: Platform> MmStruct<'_, P> {
         }
         remember(&look);
         true
-    }
-
-    /// Maps a page that the caller has at an address of an area where nothing is (`vm_insert_page`): a folio's. Everything else is refused by the
-    /// name of its type.
-    ///
-    /// # Errors
-    ///
-    /// See [`InsertError`].
-    pub fn insert_page(&self, addr: u64, page: Pfn) -> Result<(), InsertError> {
-        let (mm, core) = (self.mm, self.core());
-        let (head, order, memory) = mm.lookup(page);
-        let anon = match memory {
-            Memory::File(_) => false,
-            Memory::Anon(_) => true,
-            other => return Err(InsertError::Refused(page, other.name())),
-        };
-        let _lock = self.read_lock();
-        let vma = core.find_vma(addr).ok_or(InsertError::Busy)?;
-        let at = addr & !(PAGE - 1);
-        let slot = match mm.walk_alloc(core.root, at, 1, Self::gfp(), core.asid) {
-            Ok(slot) => slot,
-            Err(WalkError::Huge) => return Err(InsertError::Busy),
-            Err(WalkError::Alloc(why)) => return Err(InsertError::Alloc(why)),
-        };
-        let folio = mm.folio_of(head);
-        let _lock = mm.ptl(slot.table);
-        let which = crate::folio::Mapped::Page(page.0 - head.0);
-        // Pages of a folio that is in no mapping cannot be found again by the reverse map, so the folio stays where it is: a
-        // reference for as long as it is mapped is the caller's to keep, as for a driver's pages in Linux.
-        if !slot.entry.load().is_none() || !mm.folio_map(folio, head, order, which) {
-            return Err(InsertError::Busy);
-        }
-        core.count(anon, 1);
-        let mut prot = vma.flags().prot();
-        if vma.flags().contains(super::VmFlags::WRITE) {
-            prot = prot.with(Prot::WRITE);
-        }
-        slot.entry.store(Entry::leaf(page, false, prot));
-        Ok(())
     }
 }
 

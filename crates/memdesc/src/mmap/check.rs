@@ -77,6 +77,9 @@ impl<'m, P: Platform> MmStruct<'m, P> {
             let mut mapped = 0u64;
             space.for_each_entry(|addr, level, entry| {
                 let page = entry.pfn();
+                if entry.is_special() {
+                    return;
+                }
                 if !entry.is_present() {
                     error = error.or(Some(MapError::Moving(addr, page)));
                     return;

@@ -145,6 +145,12 @@ impl<'m, P: Platform> MmStruct<'m, P> {
             return Ok(Step::Again);
         }
         if write && !seen.prot().contains(Prot::WRITE) {
+            if seen.is_special() {
+                // Protected for a while, and not any more.
+                let noted = Prot::WRITE.with(Prot::DIRTY).with(Prot::ACCESSED);
+                slot.entry.add_if(seen, noted);
+                return Ok(Step::Again);
+            }
             return self.write_protected(vma, &slot, seen, addr);
         }
         if vma.flags().contains(VmFlags::EXEC) && seen.prot().contains(Prot::NO_EXECUTE) {

@@ -224,7 +224,9 @@ impl<'m, P: Platform> MmStruct<'m, P> {
             if seen.is_migration() {
                 return Copied::Moving;
             }
-            if seen.is_present() {
+            if seen.is_special() {
+                to[index_of(*at, 1)].store(seen);
+            } else if seen.is_present() {
                 let Some(found) = map.lookup(seen.pfn()) else {
                     unreachable!("mapped, so it is memory")
                 };

@@ -100,11 +100,22 @@ impl<'m, P: Platform> MmStruct<'m, P> {
             if let Some(page) = self.try_user_page(addr, access, what) {
                 return Ok(page);
             }
+            if self.is_special(addr) {
+                // Nothing to count it by (`-EFAULT` in Linux).
+                return Err(FaultError::Bus);
+            }
             // The fault says whether he may, and leaves an entry that lets him.
             self.handle_fault(addr, access)?;
             self.mm.pages.platform.relax(round);
             round = round.saturating_add(1);
         }
+    }
+
+    /// Is a page mapped there that is no folio?
+    fn is_special(&self, addr: u64) -> bool {
+        let _read = self.mm.rcu_read_lock();
+        let slot = self.mm.walk_to(self.core().root, addr, 1);
+        slot.is_some_and(|slot| slot.entry.load().is_special())
     }
 
     /// The lockless walk; `None`: something is missing, or is just changing.
@@ -128,7 +139,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
             seen = entry.load();
             page = seen.pfn();
         }
-        if !allows(seen, access) {
+        if !allows(seen, access) || seen.is_special() {
             return None;
         }
         let still = || entry.load_again().without_notes() == seen.without_notes();

@@ -1,7 +1,7 @@
 //! Address spaces of users: areas, faults, copy on write, fork, unmapping, and the way back from a folio to who maps it.
 //!
 //! What may be mapped are folios, anonymous or of a file; a page table entry keeps its folio alive. Everything else is refused by type
-//! ([`MmStruct::insert_page`]).
+//! ([`MmStruct::insert_page`]), but what a driver vouches for ([`MmStruct::insert_pfn`]).
 //!
 //! **Who describes where an anonymous page is mapped.** Address spaces that were forked from each other are a *family*, and since nothing
 //! moves an area within an address space, an anonymous page is at the same address in all that have it. So an anonymous folio leads to
@@ -19,15 +19,17 @@ mod family;
 mod fault;
 mod fork;
 mod gup;
+mod insert;
 mod rmap;
 mod space;
 mod vma;
 mod zap;
 
-pub use access::{InsertError, Walked};
+pub use access::Walked;
 pub use check::{MapError, MapReport};
 pub use fault::{Access, FaultError};
 pub use gup::UserPages;
+pub use insert::InsertError;
 pub(crate) use rmap::Unmap;
 pub use space::{MmStruct, Rss};
 pub(crate) use vma::VmaList;

@@ -37,6 +37,12 @@ impl Gather {
         self.len == BATCH
     }
 
+    /// Something that is not counted was at this address.
+    fn flush_also(&mut self, addr: u64) {
+        self.start = self.start.min(addr);
+        self.end = self.end.max(addr + PAGE);
+    }
+
     /// The entry that led to this page of a folio, at this address, is gone. Not if full.
     pub(super) fn push(&mut self, page: Pfn, which: Mapped, addr: u64) {
         self.what[self.len] = (page, which);
@@ -50,7 +56,7 @@ impl Gather {
 impl<P: Platform> Mm<P> {
     /// No CPU remembers what was gathered from now on; lets the folios go.
     pub(super) fn gather_flush(&self, space: &SpaceCore, gather: &mut Gather) {
-        if gather.len == 0 {
+        if gather.start >= gather.end {
             return;
         }
         let platform = &self.pages.platform;
@@ -79,7 +85,7 @@ impl<P: Platform> Mm<P> {
 
     /// What the machine noted in an entry goes to the folio.
     pub(super) fn note(&self, old: Entry) {
-        if !old.prot().contains(Prot::DIRTY) {
+        if !old.prot().contains(Prot::DIRTY) || old.is_special() {
             return;
         }
         if let Some(found) = self.pages.map.lookup(old.pfn())
@@ -150,9 +156,11 @@ impl<P: Platform> Mm<P> {
                     if !entry.load().is_none() {
                         let old = entry.replace(Entry::NONE);
                         // One on the move is nobody's mapping: who moves the page finds that it is wanted no more.
-                        if old.is_present() {
+                        if old.is_present() && !old.is_special() {
                             self.note(old);
                             gather.push(old.pfn(), Mapped::Page(0), at);
+                        } else {
+                            gather.flush_also(at);
                         }
                     }
                     at += PAGE;

@@ -5,6 +5,7 @@
 //! | P | what | bits |
 //! |---|---|---|
 //! | 1 | a table, a page of 4 KiB, or with PS one of 2 MiB | the machine's |
+//! | 1 | *special*: a page that is no folio, and not counted | the machine's, and bit 10 |
 //! | 0 | nothing | 0 |
 //! | 0 | *migration*: the page is being moved; whoever needs it waits for the folio's lock | bit 9, W as it was, the page frame number |
 
@@ -70,6 +71,7 @@ impl Prot {
 const PRESENT: u64 = 1 << 0;
 const HUGE: u64 = 1 << 7;
 const MIGRATION: u64 = 1 << 9;
+const SPECIAL: u64 = 1 << 10;
 const FRAME: u64 = 0x000f_ffff_ffff_f000;
 
 /// An entry, as a value.
@@ -94,6 +96,16 @@ impl Entry {
     /// The page is being moved; it may be written afterwards if it might before.
     pub const fn migration(pfn: Pfn, writable: bool) -> Entry {
         Entry(pfn.phys().0 | MIGRATION | if writable { Prot::WRITE.0 } else { 0 })
+    }
+
+    /// Leads to a page that is no folio.
+    pub const fn special(pfn: Pfn, prot: Prot) -> Entry {
+        Entry(pfn.phys().0 | PRESENT | SPECIAL | prot.0)
+    }
+
+    /// Does it lead to a page that is not counted?
+    pub const fn is_special(self) -> bool {
+        self.0 & (PRESENT | SPECIAL) == PRESENT | SPECIAL
     }
 
     /// Is nothing there?

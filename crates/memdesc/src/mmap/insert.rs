@@ -1,0 +1,129 @@
+//! Pages that a driver puts into an address space itself: folios, which are counted, and others that may be mapped, which are not.
+//!
+//! Source: `vm_insert_page`, `remap_vmalloc_range`, `vmf_insert_pfn` of Linux.
+
+use super::VmFlags;
+use super::space::MmStruct;
+use super::zap::PAGE;
+use crate::address::Pfn;
+use crate::error::AllocError;
+use crate::folio::Mapped;
+use crate::owner::Memory;
+use crate::pgtable::{Entry, Prot, Slot, WalkError};
+use crate::platform::Platform;
+
+/// What cannot be mapped: of which type it is (`vm_insert_page` of Linux says -EINVAL).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum InsertError {
+    /// Pages of this type are not for users.
+    Refused(Pfn, &'static str),
+    /// Something is mapped there, or no area that allows it.
+    Busy,
+    /// No memory for a table.
+    Alloc(AllocError),
+}
+
+impl core::fmt::Display for InsertError {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match self {
+            InsertError::Refused(pfn, kind) => {
+                write!(f, "{pfn:?} is {kind}, which users cannot map")
+            }
+            InsertError::Busy => f.write_str("something is mapped there, or nothing may be"),
+            InsertError::Alloc(why) => write!(f, "no memory for a page table: {why}"),
+        }
+    }
+}
+
+impl core::error::Error for InsertError {}
+
+impl<'m, P: Platform> MmStruct<'m, P> {
+    /// Maps a page of a folio at an address of an area where nothing is (`vm_insert_page`): the mapping keeps the folio. Everything else is refused by
+    /// the name of its type.
+    ///
+    /// The reverse map finds a folio that belongs to a mapping or a family only at its own address; one that is mapped elsewhere stays where it
+    /// is as long as it is.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    ///
+    /// # Errors
+    ///
+    /// See [`InsertError`].
+    pub fn insert_page(&self, addr: u64, page: Pfn) -> Result<(), InsertError> {
+        let mm = self.mm;
+        let Some(folio) = mm.folio_get(page) else {
+            return Err(InsertError::Refused(page, mm.lookup(page).2.name()));
+        };
+        self.insert(addr, |slot, prot| {
+            let which = Mapped::Page(page.0 - folio.head().0);
+            if !mm.folio_map(&folio, folio.head(), folio.order(), which) {
+                return false;
+            }
+            self.core().count(!folio.is_file(), 1);
+            slot.entry.store(Entry::leaf(page, false, prot));
+            true
+        })
+    }
+
+    /// Maps a page that is no folio: of vmalloc memory (not a kernel stack), of a device, or of a type of the kernel's own (`remap_vmalloc_range`,
+    /// `vmf_insert_pfn`). Nothing is counted. A fork gives the child the same page, whoever writes.
+    ///
+    /// # Safety
+    ///
+    /// The page stays what it is until it is unmapped from this space and all that are forked from it, and users may see what it holds.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    ///
+    /// # Errors
+    ///
+    /// See [`InsertError`]. Folios are refused too: they are counted.
+    pub unsafe fn insert_pfn(&self, addr: u64, page: Pfn) -> Result<(), InsertError> {
+        let memory = self.mm.lookup(page).2;
+        let (may, name) = match memory {
+            Memory::Vmalloc(area) => {
+                // SAFETY: the caller's promise: the area stays.
+                let kind = unsafe { area.as_ref() }.kind();
+                (kind.may_be_mapped(), kind.name())
+            }
+            other => (matches!(other, Memory::Yours(..)), other.name()),
+        };
+        if !may {
+            return Err(InsertError::Refused(page, name));
+        }
+        self.insert(addr, |slot, prot| {
+            slot.entry.store(Entry::special(page, prot));
+            true
+        })
+    }
+
+    /// Finds the place for an entry, and has it filled with the lock of its table held.
+    fn insert(
+        &self,
+        addr: u64,
+        fill: impl FnOnce(&Slot<'_>, Prot) -> bool,
+    ) -> Result<(), InsertError> {
+        let (mm, core) = (self.mm, self.core());
+        let _lock = self.read_lock();
+        let vma = core.find_vma(addr).ok_or(InsertError::Busy)?;
+        let at = addr & !(PAGE - 1);
+        let slot = match mm.walk_alloc(core.root, at, 1, Self::gfp(), core.asid) {
+            Ok(slot) => slot,
+            Err(WalkError::Huge) => return Err(InsertError::Busy),
+            Err(WalkError::Alloc(why)) => return Err(InsertError::Alloc(why)),
+        };
+        let mut prot = vma.flags().prot();
+        if vma.flags().contains(VmFlags::WRITE) {
+            prot = prot.with(Prot::WRITE);
+        }
+        let _lock = mm.ptl(slot.table);
+        if slot.entry.load().is_none() && fill(&slot, prot) {
+            Ok(())
+        } else {
+            Err(InsertError::Busy)
+        }
+    }
+}
