@@ -73,7 +73,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
                 at = next;
                 continue;
             };
-            let seen = slot.entry.load();
+            let seen = mm.settled(&slot);
             if seen.is_huge() {
                 if self.copy_huge(child, &slot, at & !(PMD - 1))? {
                     at = next;

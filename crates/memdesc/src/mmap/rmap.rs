@@ -146,7 +146,7 @@ impl<P: Platform> Mm<P> {
         let Some(slot) = self.walk_to(space.root, addr, 2) else {
             return;
         };
-        let seen = slot.entry.load();
+        let seen = self.settled(&slot);
         if !seen.is_huge() || seen.pfn() != head {
             return;
         }
@@ -227,7 +227,7 @@ impl<P: Platform> Mm<P> {
             while done < pages {
                 let at = addr + done * PAGE;
                 let huge = self.walk_to(space.root, at, 2).filter(|slot| {
-                    let seen = slot.entry.load();
+                    let seen = self.settled(&slot);
                     seen.is_huge() && seen.pfn() == head
                 });
                 if let Some(slot) = huge {

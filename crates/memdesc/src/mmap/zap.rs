@@ -8,7 +8,7 @@ use crate::address::Pfn;
 use crate::folio::Mapped;
 use crate::memmap::PageType;
 use crate::mm::Mm;
-use crate::pgtable::{Entry, Prot, index_of, span};
+use crate::pgtable::{Entry, Prot, Slot, index_of, span};
 use crate::platform::Platform;
 
 const BATCH: usize = 32;
@@ -106,7 +106,7 @@ impl<P: Platform> Mm<P> {
                 at = self.skip_hole(space.root, at).min(end);
                 continue;
             };
-            let seen = slot.entry.load();
+            let seen = self.settled(&slot);
             if seen.is_huge() {
                 if next - at < PMD {
                     self.split_huge(space, at);
@@ -133,6 +133,16 @@ impl<P: Platform> Mm<P> {
             at = next;
         }
         self.gather_flush(space, &mut gather);
+    }
+
+    /// An entry of the second level that nobody is splitting at this moment.
+    pub(super) fn settled(&self, slot: &Slot<'_>) -> Entry {
+        let seen = slot.entry.load();
+        if !seen.is_splitting() {
+            return seen;
+        }
+        let _lock = self.ptl(slot.table);
+        slot.entry.load()
     }
 
     /// The first address after `addr` that is not under the same missing table.
@@ -211,17 +221,19 @@ impl<P: Platform> Mm<P> {
                 at = self.skip_hole(space.root, at).min(end);
                 continue;
             };
-            let seen = slot.entry.load();
+            let seen = self.settled(&slot);
             if seen.is_huge() {
                 if next - at < PMD {
                     self.split_huge(space, at);
                     continue;
                 }
                 let _lock = self.ptl(slot.table);
-                if slot.entry.load().is_huge() {
-                    let old = slot.entry.clear(Prot::WRITE);
-                    self.note(old);
+                // Split meanwhile, by who moves it: by pages then.
+                if !slot.entry.load().is_huge() {
+                    continue;
                 }
+                let old = slot.entry.clear(Prot::WRITE);
+                self.note(old);
             } else if seen.is_present() {
                 let table = seen.pfn();
                 let _lock = self.ptl(table);
@@ -258,7 +270,8 @@ impl<P: Platform> Mm<P> {
             let folio = self.folio_at(word.desc());
             self.ptdesc(table).set_owner(space.asid, 1, base);
             // First away for the machine, so that it notes nothing more in the old entry (x86 cannot have both kinds of translation).
-            let old = slot.entry.replace(Entry::NONE);
+            // But not for those who look without the lock, or they would take it for a hole: see `settled`.
+            let old = slot.entry.replace(seen.splitting());
             self.pages.platform.flush_tlb(space.asid, base, base + PMD);
             let mut mapped = true;
             for nth in 0..512 {

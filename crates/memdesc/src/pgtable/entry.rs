@@ -8,6 +8,7 @@
 //! | 1 | *special*: a page that is no folio, and not counted | the machine's, and bit 10 |
 //! | 0 | nothing | 0 |
 //! | 0 | *migration*: the page is being moved; whoever needs it waits for the folio's lock | bit 9, W as it was, the page frame number |
+//! | 0 | *splitting*: 2 MiB are about to be mapped by pages; whoever needs them waits for the table's lock | PS, the rest as it was |
 
 use crate::address::{Pfn, PhysAddr};
 use crate::sync::atomic::{AtomicU64, Ordering};
@@ -106,6 +107,16 @@ impl Entry {
     /// Does it lead to a page that is not counted?
     pub const fn is_special(self) -> bool {
         self.0 & (PRESENT | SPECIAL) == PRESENT | SPECIAL
+    }
+
+    /// What an entry of 2 MiB is while it is being split: gone for the machine, but not for those who look whether something is mapped.
+    pub(crate) const fn splitting(self) -> Entry {
+        Entry(self.0 & !PRESENT)
+    }
+
+    /// Is it being split?
+    pub(crate) const fn is_splitting(self) -> bool {
+        self.0 & (PRESENT | MIGRATION | HUGE) == HUGE
     }
 
     /// Is nothing there?
@@ -230,5 +241,9 @@ mod tests {
         assert!(moving.is_migration() && !moving.is_present() && !moving.is_huge());
         assert!(moving.pfn() == Pfn(u32::MAX) && moving.prot().contains(Prot::WRITE));
         assert!(Entry::NONE.is_none() && !Entry::NONE.is_migration());
+        let split = huge.splitting();
+        assert!(split.is_splitting() && !split.is_none() && !split.is_present());
+        assert!(!split.is_huge() && !split.is_migration() && split.prot() == rw);
+        assert!(!huge.is_splitting() && !moving.is_splitting() && !Entry::NONE.is_splitting());
     }
 }
