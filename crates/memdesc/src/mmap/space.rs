@@ -316,14 +316,28 @@ impl<'m, P: Platform> MmStruct<'m, P> {
     /// A new area of this space that overlaps none. With the lock for writing, or of a space that nobody else has.
     pub(super) unsafe fn link(&self, vma: NonNull<Vma>) {
         // SAFETY: the caller's promise.
+        unsafe { self.link_after(vma, || {}) };
+    }
+
+    /// The same, for the upper part of an area that `cut` cuts short: nobody who goes through the file's list sees one without the other, or he would
+    /// miss what the upper part maps.
+    ///
+    /// # Safety
+    ///
+    /// As for `link`, after `cut`.
+    unsafe fn link_after(&self, vma: NonNull<Vma>, cut: impl FnOnce()) {
+        // SAFETY: the caller's promise.
         let this = unsafe { vma.as_ref() };
         if let Some(mapping) = this.mapping {
             // SAFETY: a mapping lives as long as areas map it.
             let mapping = unsafe { mapping.as_ref() };
             self.mm.mapping_get(mapping);
             let mut list = self.mm.i_mmap(mapping);
+            cut();
             // SAFETY: new, and taken out before it goes.
             unsafe { list.insert(vma) };
+        } else {
+            cut();
         }
         let core = self.core();
         let before = core.vmas().take_while(|v| v.start() < this.start()).last();
@@ -355,19 +369,6 @@ impl<'m, P: Platform> MmStruct<'m, P> {
         unsafe { self.mm.kfree(vma.cast()) };
     }
 
-    /// Changes the extent of an area, under the locks of both lists it is in.
-    fn resize(&self, vma: &Vma, change: impl FnOnce(&Vma)) {
-        match vma.mapping {
-            Some(mapping) => {
-                // SAFETY: a mapping lives as long as areas map it.
-                let mapping = unsafe { mapping.as_ref() };
-                let _list = self.mm.i_mmap(mapping);
-                change(vma);
-            }
-            None => change(vma),
-        }
-    }
-
     /// Cuts the areas so that one starts at `at`, if any reaches across it. Takes `spare` if it needs it.
     fn split_at(&self, at: u64, spare: &mut Option<NonNull<u8>>) {
         let Some(vma) = self.core().vmas().find(|v| v.start() < at && at < v.end()) else {
@@ -387,9 +388,8 @@ impl<'m, P: Platform> MmStruct<'m, P> {
         );
         // SAFETY: an object of that size, ours.
         unsafe { new.write(upper) };
-        self.resize(vma, |vma| vma.set_end(at));
-        // SAFETY: just written.
-        unsafe { self.link(new) };
+        // SAFETY: just written; the rest of the old one is cut off.
+        unsafe { self.link_after(new, || vma.set_end(at)) };
     }
 
     /// Does something with all areas from `start` to `end`, cut to that, and with the lock for writing.
