@@ -16,9 +16,9 @@ impl<P: Platform> Mapping<'_, P> {
     ///
     /// The first that could not be written; it and those after it stay dirty.
     pub fn writeback(&self, range: RangeInclusive<u64>) -> Result<usize, FileError> {
-        let (mut at, end) = range.into_inner();
+        let (start, end) = range.into_inner();
         let end = end.min(crate::xarray::MAX_INDEX);
-        let mut written = 0;
+        let (mut at, mut written) = (start, 0);
         while at <= end
             && let Some(folio) = self
                 .mm
@@ -31,6 +31,16 @@ impl<P: Platform> Mapping<'_, P> {
             }
             written += usize::from(self.mm.folio_write(self.core(), &folio, folio.head())?);
             drop(locked);
+        }
+        // And what somebody else is writing.
+        at = start;
+        while at <= end
+            && let Some(folio) =
+                self.mm
+                    .filemap_next(self.core(), at..=end, Some(Mark::Writeback))
+        {
+            self.mm.folio_wait_writeback(&folio);
+            at = folio.index() + (1 << folio.order());
         }
         Ok(written)
     }
@@ -69,33 +79,37 @@ impl<P: Platform> Mm<P> {
         folio: &Folio,
         head: Pfn,
     ) -> Result<bool, FileError> {
-        // Users that have it mapped to write: from now on the next write is noticed again. What the entries noted counts.
-        if self.rmap_clean(folio, head) > 0 {
-            self.folio_mark_dirty(folio, head);
-        }
-        if !folio.has_flag(FolioFlags::DIRTY) {
-            return Ok(false);
-        }
-        self.with_index(mapping, |tree| {
-            folio.clear_flag(FolioFlags::DIRTY);
+        // First the flag, then the entries: a fault sets the flag and lets the user write under the lock of the table, without the folio's. If its entry
+        // comes before we look at that table, it is cleaned here and what is written through it goes to disk now; if it comes after, the
+        // flag is set again. (Linux: faults lock the folio to make it dirty.)
+        let flagged = self.with_index(mapping, |tree| {
+            // Never without both marks: who waits for all that was dirty finds one of them.
             folio.set_flag(FolioFlags::WRITEBACK);
-            tree.clear_mark(folio.index(), Mark::Dirty);
             tree.set_mark(folio.index(), Mark::Writeback);
+            tree.clear_mark(folio.index(), Mark::Dirty);
+            folio.clear_flag(FolioFlags::DIRTY)
         });
+        let done = |result| {
+            self.with_index(mapping, |tree| {
+                tree.clear_mark(folio.index(), Mark::Writeback);
+            });
+            self.folio_clear_and_wake(folio, FolioFlags::WRITEBACK);
+            result
+        };
+        crate::inject::point("folio_write: flag cleared");
+        // Users that have it mapped to write: from now on the next write is noticed again. What the entries noted counts.
+        if self.rmap_clean(folio, head) == 0 && !flagged {
+            return done(Ok(false));
+        }
         let order = self.pages.map.word(head).load_owned().order();
         // SAFETY: the folio's pages, which stay its own while it is locked. Whoever writes to them meanwhile makes it dirty again.
         let pages =
             unsafe { core::slice::from_raw_parts(self.page_address(head), PAGE_SIZE << order) };
         // SAFETY: it lives as long as the mapping.
         let result = unsafe { &*mapping.ops }.writepage(folio.index(), pages);
-        self.with_index(mapping, |tree| {
-            tree.clear_mark(folio.index(), Mark::Writeback);
-        });
-        self.folio_clear_and_wake(folio, FolioFlags::WRITEBACK);
-        if let Err(why) = result {
+        if result.is_err() {
             self.folio_mark_dirty(folio, head);
-            return Err(why);
         }
-        Ok(true)
+        done(result.map(|()| true))
     }
 }

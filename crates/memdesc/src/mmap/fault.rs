@@ -180,8 +180,12 @@ impl<'m, P: Platform> MmStruct<'m, P> {
                 let word = self.mm.pages.map.word(seen.pfn()).load_owned();
                 let folio = self.mm.folio_at(word.desc());
                 // Nobody but this entry has it.
-                let mine = word.kind() == PageType::Anon && folio.counts().is_exactly(Held::MAP)
-                    || word.kind() == PageType::File && !vma.is_cow();
+                let file = word.kind() == PageType::File && !vma.is_cow();
+                if file {
+                    self.mm.folio_mark_dirty(folio, seen.pfn());
+                }
+                let mine = file
+                    || word.kind() == PageType::Anon && folio.counts().is_exactly(Held::MAP);
                 let noted = Prot::WRITE.with(Prot::DIRTY).with(Prot::ACCESSED);
                 mine && slot.entry.add_if(seen, noted)
             };
@@ -255,6 +259,9 @@ impl<'m, P: Platform> MmStruct<'m, P> {
                 }
                 if write {
                     prot = prot.with(Prot::DIRTY);
+                    if vma.mapping.is_some() {
+                        mm.folio_mark_dirty(folio, head);
+                    }
                 }
                 mm.deposit_table(slot.table, deposit);
                 self.core().count(vma.mapping.is_none(), 512);

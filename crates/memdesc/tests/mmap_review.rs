@@ -1,0 +1,110 @@
+//! Address spaces and files where they are weakest: what was found by reading, and shown here before it was mended.
+#![allow(missing_docs)]
+
+mod common;
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use common::Machine;
+use memdesc::filemap::{FileError, Mapping, MappingOps};
+use memdesc::gfp::*;
+use memdesc::mmap::*;
+use memdesc::*;
+use memdesc_host::Host;
+
+const fn mib(n: u32) -> u32 {
+    n << 8
+}
+
+#[derive(Default)]
+struct Disk {
+    written: Mutex<std::collections::BTreeMap<u64, u8>>,
+    writes: AtomicU64,
+}
+
+impl MappingOps for Disk {
+    fn read_folio(&self, index: u64, pages: &mut [u8]) -> Result<(), FileError> {
+        let written = self.written.lock().unwrap();
+        for (nth, page) in (index..).zip(pages.chunks_mut(4096)) {
+            page.fill(written.get(&nth).copied().unwrap_or(nth as u8));
+        }
+        Ok(())
+    }
+
+    fn writepage(&self, index: u64, pages: &[u8]) -> Result<(), FileError> {
+        self.writes.fetch_add(1, Ordering::Relaxed);
+        let mut written = self.written.lock().unwrap();
+        for (nth, page) in (index..).zip(pages.chunks(4096)) {
+            written.insert(nth, page[0]);
+        }
+        Ok(())
+    }
+}
+
+const RW: VmFlags = VmFlags::READ_WRITE;
+
+#[test]
+fn a_fault_that_writes_to_two_mebibytes_of_a_file_makes_it_dirty() {
+    let mm = Machine::flat(mib(64)).boot();
+    let disk = Disk::default();
+    let file = Mapping::new(&mm, &disk, 1024).unwrap();
+    file.will_need(0, 1024).unwrap();
+    assert_eq!(file.find(0).unwrap().order(), 9);
+    let space = MmStruct::new(&mm, 1).unwrap();
+    let flags = RW.with(VmFlags::SHARED).with(VmFlags::HUGE);
+    let at = space.mmap(None, 4 << 20, flags, Map::File(&file, 0)).unwrap();
+    // Mapped by the write.
+    space.handle_fault(at, Access::Write).unwrap();
+    assert!(file.is_dirty());
+    assert_eq!(file.writeback(0..=u64::MAX), Ok(1));
+    // Mapped already, and clean.
+    assert!(!file.is_dirty());
+    space.handle_fault(at + 4096, Access::Write).unwrap();
+    assert!(file.is_dirty());
+    assert_eq!(space.rss().file, 512);
+    // Mapped by a read, then written.
+    space.handle_fault(at + (2 << 20), Access::Read).unwrap();
+    space.handle_fault(at + (2 << 20), Access::Write).unwrap();
+    assert_eq!(file.writeback(0..=u64::MAX), Ok(2));
+}
+
+/// One moves and splits pages that another unmaps: nothing stays mapped, and no fork misses anything.
+#[test]
+#[cfg(not(miri))]
+fn nothing_is_passed_over_while_it_is_split() {
+    let mm = Machine::flat(mib(64)).boot();
+    let (stop, page) = (AtomicBool::new(false), AtomicU64::new(0));
+    std::thread::scope(|threads| {
+        threads.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                let pfn = page.load(Ordering::Relaxed) as u32;
+                if pfn != 0
+                    && let Some(folio) = mm.folio_get(Pfn(pfn))
+                {
+                    let _ = mm.split_folio(&folio, 4);
+                }
+            }
+        });
+        let space = MmStruct::new(&mm, 1).unwrap();
+        let flags = RW.with(VmFlags::HUGE);
+        for round in 0..1500 {
+            let at = space.mmap(None, 2 << 20, flags, Map::Anon).unwrap();
+            space.write(at + 5, &[7]).unwrap();
+            let head = space.page_at(at).unwrap().0.head();
+            page.store(u64::from(head.0), Ordering::Relaxed);
+            if round % 4 < 2 {
+                std::thread::yield_now();
+            }
+            if round % 2 == 0 {
+                let child = space.fork(2).unwrap();
+                let mut seen = [0];
+                child.read(at + 5, &mut seen).unwrap();
+                assert_eq!(seen, [7], "round {round}");
+            }
+            space.munmap(at, 2 << 20).unwrap();
+            assert_eq!(space.rss(), Rss::default(), "round {round}");
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+}
