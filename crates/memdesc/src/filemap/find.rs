@@ -190,16 +190,20 @@ impl<P: Platform> Mm<P> {
             let last = index + (1 << order) - 1;
             let free = tree.reader().find(index, last, None).is_none();
             let inside = last < mapping.size.load(Ordering::Relaxed);
-            free && inside
+            let stored = free
+                && inside
                 && tree
                     .store(index, order as u32, entry_of(head), |_| {})
-                    .is_ok()
+                    .is_ok();
+            if stored {
+                mapping.nrpages.fetch_add(1 << order, Ordering::Relaxed);
+            }
+            stored
         };
         if !stored {
             folio.set_place(Place::Head(head));
             return Err(AllocError::Busy);
         }
-        mapping.nrpages.fetch_add(1 << order, Ordering::Relaxed);
         Ok(())
     }
 
@@ -211,10 +215,10 @@ impl<P: Platform> Mm<P> {
         self.with_index(mapping, |tree| {
             let erased = tree.erase(folio.index());
             debug_assert!(erased.is_some_and(|found| head_of(found.entry) == head));
+            mapping.nrpages.fetch_sub(1 << order, Ordering::Relaxed);
         });
         folio.clear_flag(FolioFlags::DIRTY);
         folio.set_place(Place::Head(head));
-        mapping.nrpages.fetch_sub(1 << order, Ordering::Relaxed);
         self.folio_put(folio, head, Held::REF);
     }
 
@@ -240,11 +244,12 @@ impl<P: Platform> Mm<P> {
             }
             let erased = tree.erase(folio.index());
             debug_assert!(erased.is_some_and(|found| head_of(found.entry) == head));
+            mapping.nrpages.fetch_sub(1 << order, Ordering::Relaxed);
             true
         });
+        // Once it is out of the index and that is unlocked, the mapping may go at any moment.
         if removed {
             folio.set_place(Place::Head(head));
-            mapping.nrpages.fetch_sub(1 << order, Ordering::Relaxed);
         }
         removed
     }

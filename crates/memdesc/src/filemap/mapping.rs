@@ -219,6 +219,9 @@ impl<P: Platform> Mm<P> {
         let core = unsafe { mapping.as_ref() };
         if core.refs.fetch_sub(1, Ordering::AcqRel) == 1 {
             self.filemap_truncate(core, 0);
+            // Who took the last folio out may still have the index locked (look-ups take no lock): reclaim has no reference to the mapping,
+            // only a folio that belongs to it. He is done with both when he lets go.
+            drop(self.i_pages(core));
             debug_assert!(core.nrpages.load(Ordering::Relaxed) == 0 && core.pages.is_empty());
             // SAFETY: from `kmalloc`; no folio, no area and no handle leads here any more.
             unsafe { self.kfree(mapping.cast()) };

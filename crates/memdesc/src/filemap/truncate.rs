@@ -21,7 +21,11 @@ impl<P: Platform> Mapping<'_, P> {
 
 impl<P: Platform> Mm<P> {
     pub(super) fn filemap_truncate(&self, mapping: &MappingCore, pages: u64) {
-        mapping.size.store(pages, Ordering::Relaxed);
+        {
+            // Who enters a folio looks at the size under this lock: he is seen below, or sees that the file is shorter.
+            let _lock = self.i_pages(mapping);
+            mapping.size.store(pages, Ordering::Relaxed);
+        }
         let mut at = pages;
         while at <= MAX_INDEX
             && let Some(folio) = self.filemap_next(mapping, at..=MAX_INDEX, None)
