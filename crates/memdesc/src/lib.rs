@@ -20,6 +20,7 @@ mod desc;
 #[cfg(loom)]
 mod desc {
     pub(crate) mod counts;
+    pub(crate) mod folio;
     #[cfg(test)]
     mod models;
 }
@@ -54,6 +55,11 @@ mod migrate;
 mod mm;
 #[cfg(not(loom))]
 pub mod mmap;
+#[cfg(loom)]
+mod mmap {
+    #[cfg(test)]
+    mod models;
+}
 #[cfg(not(loom))]
 mod owner;
 #[cfg(not(loom))]
@@ -65,6 +71,10 @@ mod page_alloc {
 }
 #[cfg(not(loom))]
 pub mod pgtable;
+#[cfg(loom)]
+mod pgtable {
+    pub(crate) mod entry;
+}
 #[cfg(not(loom))]
 pub mod platform;
 pub mod rcu;

@@ -53,7 +53,9 @@ fn a_fault_that_writes_to_two_mebibytes_of_a_file_makes_it_dirty() {
     assert_eq!(file.find(0).unwrap().order(), 9);
     let space = MmStruct::new(&mm, 1).unwrap();
     let flags = RW.with(VmFlags::SHARED).with(VmFlags::HUGE);
-    let at = space.mmap(None, 4 << 20, flags, Map::File(&file, 0)).unwrap();
+    let at = space
+        .mmap(None, 4 << 20, flags, Map::File(&file, 0))
+        .unwrap();
     // Mapped by the write.
     space.handle_fault(at, Access::Write).unwrap();
     assert!(file.is_dirty());

@@ -29,6 +29,7 @@
 //! | exactly these, no guesses → 0 | who locked the folio | [`freeze`](Counts::freeze), [`unfreeze`](Counts::unfreeze) |
 
 use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::seq_cst;
 
 /// A number of references, mappings and pins.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -102,6 +103,18 @@ pub(crate) enum Confirmed {
     No,
 }
 
+/// What became of an attempt to take a folio that a word, which may be stale, led to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[must_use = "the last one frees"]
+pub(crate) enum Taken {
+    /// The reference is the caller's.
+    Yes,
+    /// It was another's, or nobody's.
+    No,
+    /// The same, and nobody has it any more: the caller frees it.
+    Last,
+}
+
 /// The counts of a folio.
 #[derive(Debug)]
 #[repr(transparent)]
@@ -129,6 +142,7 @@ impl Counts {
     /// Is exactly this held, and does nobody guess? What else the caller keeps others from changing stays so.
     #[inline]
     pub(crate) fn is_exactly(&self, held: Held) -> bool {
+        seq_cst::reading();
         self.0.load(Ordering::SeqCst) == held.pack()
     }
 
@@ -136,6 +150,7 @@ impl Counts {
     /// of who is about to pin through that entry, or is seen by him.
     #[inline]
     pub(crate) fn may_be_pinned(&self) -> bool {
+        seq_cst::reading();
         self.0.load(Ordering::SeqCst) >> PINS != 0
     }
 
@@ -184,7 +199,10 @@ impl Counts {
                 Ordering::SeqCst,
                 Ordering::Relaxed,
             ) {
-                Ok(_) => return true,
+                Ok(_) => {
+                    seq_cst::written();
+                    return true;
+                }
                 Err(now) => old = now,
             }
         }
@@ -208,6 +226,21 @@ impl Counts {
         let old = self.0.fetch_sub(GUESS, Ordering::AcqRel);
         debug_assert!(old >= GUESS, "no guess to retract");
         if old == GUESS { Put::Last } else { Put::Alive }
+    }
+
+    /// Takes `what` of the folio if `still` says, while it cannot go or change, that it is the one that the caller means.
+    #[inline]
+    pub(crate) fn take(&self, what: Held, still: impl FnOnce() -> bool) -> Taken {
+        if !self.guess() {
+            return Taken::No;
+        }
+        if still() && self.confirm(what) == Confirmed::Yes {
+            return Taken::Yes;
+        }
+        match self.retract() {
+            Put::Alive => Taken::No,
+            Put::Last => Taken::Last,
+        }
     }
 
     /// One less of `what`. If nobody will have it after that but there are guesses, `leave` is called first: it leaves the number of

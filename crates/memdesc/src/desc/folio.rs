@@ -36,6 +36,7 @@ pub struct Folio {
     offset_flags: AtomicU64,
 }
 
+#[cfg(not(loom))]
 const _: () = assert!(size_of::<Folio>() == 32);
 
 /// What a filesystem keeps of a folio (`folio_attach_private`): the mapping moves in with it.
@@ -47,6 +48,7 @@ pub(crate) struct FolioPrivate {
     pub(crate) place: AtomicU64,
 }
 
+#[cfg(not(loom))]
 const _: () = assert!(size_of::<FolioPrivate>() == 16);
 
 /// What the third word of a folio leads to.
@@ -123,6 +125,17 @@ impl FolioFlags {
 }
 
 impl Folio {
+    /// A free one.
+    #[cfg(loom)]
+    pub(crate) fn free() -> Folio {
+        Folio {
+            links: [AtomicU32::new(0), AtomicU32::new(0)],
+            counts: Counts::zero(),
+            place: AtomicU64::new(0),
+            offset_flags: AtomicU64::new(0),
+        }
+    }
+
     /// Sets the folio up for a new owner: one reference, unmapped, no flags, charged to nobody, in no mapping.
     pub(crate) fn init(&self, head: Pfn) {
         self.place
@@ -284,7 +297,7 @@ impl fmt::Debug for Folio {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
 

@@ -13,7 +13,7 @@ mod vmarea;
 
 pub(crate) use buddy::{Buddy, DescList};
 pub use counts::Held;
-pub(crate) use counts::{Confirmed, Put};
+pub(crate) use counts::{Put, Taken};
 pub use folio::{Folio, FolioFlags};
 pub(crate) use folio::{FolioPrivate, Place};
 pub use ptdesc::PtDesc;

@@ -35,9 +35,9 @@ impl<P: Platform> Mapping<'_, P> {
         // And what somebody else is writing.
         at = start;
         while at <= end
-            && let Some(folio) =
-                self.mm
-                    .filemap_next(self.core(), at..=end, Some(Mark::Writeback))
+            && let Some(folio) = self
+                .mm
+                .filemap_next(self.core(), at..=end, Some(Mark::Writeback))
         {
             self.mm.folio_wait_writeback(&folio);
             at = folio.index() + (1 << folio.order());

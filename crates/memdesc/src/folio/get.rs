@@ -11,7 +11,7 @@ use core::ops::Deref;
 use core::ptr::NonNull;
 
 use crate::address::Pfn;
-use crate::desc::{Confirmed, Folio, FolioFlags, Held, Put};
+use crate::desc::{Folio, FolioFlags, Held, Put, Taken};
 use crate::memmap::Found;
 use crate::mm::Mm;
 use crate::platform::Platform;
@@ -135,25 +135,21 @@ impl<P: Platform> Mm<P> {
         // Type-stable until `_read` goes: a folio, though perhaps no longer this page's.
         let folio = self.folio_at(word.desc());
         crate::inject::point("folio_get: looked up");
-        if !folio.counts().guess() {
-            return None;
-        }
         // If it still leads here now, it does so as long as the guess is there. Else the guess is about another page's folio.
-        if self.pages.map.lookup(pfn) == Some(found)
-            && still()
-            && folio.counts().confirm(what) == Confirmed::Yes
-        {
-            return Some((head, folio));
-        }
-        if folio.counts().retract() == Put::Last {
-            // Perhaps in an interrupt.
-            let head = folio.going();
-            if self.lru_try_forget(head) {
-                let word = self.pages.map.word(head).load_owned();
-                self.pages.free_block_nolock(word.kind(), head, word);
+        let still = || self.pages.map.lookup(pfn) == Some(found) && still();
+        match folio.counts().take(what, still) {
+            Taken::Yes => Some((head, folio)),
+            Taken::No => None,
+            Taken::Last => {
+                // Perhaps in an interrupt.
+                let head = folio.going();
+                if self.lru_try_forget(head) {
+                    let word = self.pages.map.word(head).load_owned();
+                    self.pages.free_block_nolock(word.kind(), head, word);
+                }
+                None
             }
         }
-        None
     }
 
     /// Lets go of what the caller has of a folio; who is the last frees it.

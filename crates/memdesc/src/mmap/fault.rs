@@ -184,8 +184,8 @@ impl<'m, P: Platform> MmStruct<'m, P> {
                 if file {
                     self.mm.folio_mark_dirty(folio, seen.pfn());
                 }
-                let mine = file
-                    || word.kind() == PageType::Anon && folio.counts().is_exactly(Held::MAP);
+                let mine =
+                    file || word.kind() == PageType::Anon && folio.counts().is_exactly(Held::MAP);
                 let noted = Prot::WRITE.with(Prot::DIRTY).with(Prot::ACCESSED);
                 mine && slot.entry.add_if(seen, noted)
             };

@@ -142,8 +142,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
         if !allows(seen, access) || seen.is_special() {
             return None;
         }
-        let still = || entry.load_again().without_notes() == seen.without_notes();
-        let (head, _) = mm.folio_take(page, what, still)?;
+        let (head, _) = mm.folio_take(page, what, || entry.is_still(seen))?;
         super::fault::mark_used(entry, seen, access == Access::Write);
         Some(UserPages {
             mm,

@@ -12,6 +12,7 @@
 
 use crate::address::{Pfn, PhysAddr};
 use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::seq_cst;
 
 /// What an entry allows, and what the machine noted in it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -181,16 +182,29 @@ impl core::fmt::Debug for Entry {
 pub(crate) struct AtomicEntry(AtomicU64);
 
 impl AtomicEntry {
+    #[cfg(loom)]
+    pub(crate) fn new(entry: Entry) -> AtomicEntry {
+        AtomicEntry(AtomicU64::new(entry.0))
+    }
+
+    /// Planted bug for the model checker: takes rights away without an order that the look at the pins is part of.
+    #[cfg(loom)]
+    pub(crate) fn clear_acq_rel(&self, prot: Prot) -> Entry {
+        Entry(self.0.fetch_and(!prot.0, Ordering::AcqRel))
+    }
+
     /// Reads it. Acquire pairs with the Release of who stored it: what it leads to is ready.
     #[inline]
     pub(crate) fn load(&self) -> Entry {
         Entry(self.0.load(Ordering::Acquire))
     }
 
-    /// Reads it again, after a guess: SeqCst pairs with [`clear`](Self::clear), see `Counts::may_be_pinned`.
+    /// Is it still what the caller saw before he guessed, but for what the machine notes? SeqCst pairs with [`clear`](Self::clear), see
+    /// `Counts::may_be_pinned`.
     #[inline]
-    pub(crate) fn load_again(&self) -> Entry {
-        Entry(self.0.load(Ordering::SeqCst))
+    pub(crate) fn is_still(&self, seen: Entry) -> bool {
+        seq_cst::reading();
+        Entry(self.0.load(Ordering::SeqCst)).without_notes() == seen.without_notes()
     }
 
     #[inline]
@@ -201,13 +215,17 @@ impl AtomicEntry {
     /// Puts another in its place; what the machine noted up to then comes with the old one (`ptep_get_and_clear`).
     #[inline]
     pub(crate) fn replace(&self, entry: Entry) -> Entry {
-        Entry(self.0.swap(entry.0, Ordering::SeqCst))
+        let old = self.0.swap(entry.0, Ordering::SeqCst);
+        seq_cst::written();
+        Entry(old)
     }
 
     /// Takes rights or notes away; says what it was.
     #[inline]
     pub(crate) fn clear(&self, prot: Prot) -> Entry {
-        Entry(self.0.fetch_and(!prot.0, Ordering::SeqCst))
+        let old = self.0.fetch_and(!prot.0, Ordering::SeqCst);
+        seq_cst::written();
+        Entry(old)
     }
 
     /// Puts another in its place, if it still is what the caller saw.

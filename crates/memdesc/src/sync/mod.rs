@@ -26,6 +26,35 @@ pub(crate) mod atomic {
     pub(crate) use loom::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering, fence};
 }
 
+/// What loom has to be told of SeqCst.
+///
+/// Where two each write one word and then read the other's, and must not both miss what the other wrote, all four accesses are SeqCst: they
+/// have one order. loom takes them for AcqRel ones and knows only fences, so here a load gets a fence before it, if its thread has
+/// written that way before. In production neither function is anything: the accesses are ordered by themselves, on x86 by the
+/// locked instructions that they are.
+pub(crate) mod seq_cst {
+    #[cfg(loom)]
+    loom::thread_local! {
+        static WRITTEN: core::cell::Cell<bool> = core::cell::Cell::new(false);
+    }
+
+    /// After a write that is SeqCst.
+    #[inline(always)]
+    pub(crate) fn written() {
+        #[cfg(loom)]
+        WRITTEN.with(|w| w.set(true));
+    }
+
+    /// Before a load that is SeqCst.
+    #[inline(always)]
+    pub(crate) fn reading() {
+        #[cfg(loom)]
+        if WRITTEN.with(|w| w.get()) {
+            super::atomic::fence(super::atomic::Ordering::SeqCst);
+        }
+    }
+}
+
 /// A cell with loom's face.
 #[cfg(not(loom))]
 #[derive(Debug)]
