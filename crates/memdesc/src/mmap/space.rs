@@ -347,14 +347,18 @@ impl<'m, P: Platform> MmStruct<'m, P> {
         place.store(vma.as_ptr(), Ordering::Relaxed);
     }
 
-    /// Takes an area out of the lists and frees it; what it maps is unmapped already. With the lock for writing.
-    fn unlink(&self, vma: NonNull<Vma>) {
+    /// Takes the area that starts here out of the lists and frees it; what it maps is unmapped already. With the lock for writing.
+    fn unlink(&self, start: u64) {
+        let core = self.core();
+        let before = core.vmas().take_while(|v| v.start() < start).last();
+        let place = before.map_or(&core.first, |v| &v.next);
+        // By the list's own pointer: one from a reference may be read by, not freed by.
+        let Some(vma) = NonNull::new(place.load(Ordering::Relaxed)) else {
+            unreachable!("the area is in the list")
+        };
         // SAFETY: in the list, and the lock is held for writing.
         let this = unsafe { vma.as_ref() };
-        let core = self.core();
-        let before = core.vmas().take_while(|v| v.start() < this.start()).last();
-        let place = before.map_or(&core.first, |v| &v.next);
-        debug_assert_eq!(place.load(Ordering::Relaxed), vma.as_ptr());
+        debug_assert_eq!(this.start(), start);
         place.store(this.next.load(Ordering::Relaxed), Ordering::Relaxed);
         if let Some(mapping) = this.mapping {
             // SAFETY: a mapping lives as long as areas map it.
@@ -451,7 +455,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
             .vmas()
             .find(|v| v.start() >= start && v.end() <= end)
         {
-            self.unlink(NonNull::from(vma));
+            self.unlink(vma.start());
         }
     }
 
