@@ -214,7 +214,8 @@ impl<'m, P: Platform> MmStruct<'m, P> {
         }
         let (head, may_write) = match vma.mapping {
             None => {
-                let flags = gfp::GFP_TRANSHUGE_LIGHT | gfp::__GFP_ZERO;
+                // They are welcome, so worth one attempt at compaction (`defrag=madvise`).
+                let flags = gfp::GFP_TRANSHUGE | gfp::__GFP_NORETRY | gfp::__GFP_ZERO;
                 let Ok(head) = mm.alloc_folio(flags, HUGE_ORDER, FolioKind::Anon) else {
                     return Ok(None);
                 };
