@@ -17,8 +17,9 @@ use serde_json::json;
 
 use crate::cli::{StormArgs, StormConfig};
 use crate::error::Error;
+use crate::rng::Rng;
 use crate::{output, progress};
-use piece::{Piece, Rng, SIZES};
+use piece::{Piece, SIZES};
 use timer::Timer;
 
 /// Pages of the machine: 128 MiB, so that it is short of memory now and then.

@@ -16,10 +16,10 @@ use memdesc::{Config, Event, Mm, PageType, Pfn, ReclaimRequest};
 use memdesc_host::{Host, UserView, ram};
 use serde_json::json;
 
-use super::Rng;
 use super::disk::Disk;
 use crate::cli::AddressSpacesArgs;
 use crate::error::Error;
+use crate::rng::Rng;
 use crate::{output, progress};
 
 const SPACES: usize = 8;
@@ -164,7 +164,7 @@ type Slot<'s, 'm> = RwLockReadGuard<'s, Option<Live<'m>>>;
 
 impl<'s, 'm> Worker<'s, 'm> {
     fn slot(&mut self) -> (usize, Slot<'s, 'm>) {
-        let slot = self.rng.below(SPACES as u64) as usize;
+        let slot = self.rng.below(SPACES);
         let guard = self.shared.spaces[slot].read();
         (
             slot,
@@ -175,7 +175,7 @@ impl<'s, 'm> Worker<'s, 'm> {
     fn run(&mut self) {
         let _cpu = self.shared.mm.platform().claim(self.me as usize);
         while !self.shared.stop.load(Ordering::Relaxed) {
-            match self.rng.below(1000) {
+            match self.rng.below_u64(1000) {
                 0..=599 => self.touch(),
                 600..=679 => self.call(),
                 680..=739 => self.map_or_unmap(),
@@ -188,7 +188,7 @@ impl<'s, 'm> Worker<'s, 'm> {
                 885..=889 => self.reclaim(),
                 890..=979 => self.file(),
                 980..=983 => {
-                    let from = self.rng.below(FILE);
+                    let from = self.rng.below_u64(FILE);
                     let _ = self.shared.file.writeback(from..=from + 4096);
                     self.shared.count(Count::Writebacks);
                 }
@@ -199,12 +199,12 @@ impl<'s, 'm> Worker<'s, 'm> {
 
     /// An area of this thread's, and a page of it.
     fn mine(&mut self) -> (u64, u64) {
-        let area = self.rng.below(AREAS / 2) * 2 + self.me;
+        let area = self.rng.below_u64(AREAS / 2) * 2 + self.me;
         // Near each other half of the time.
-        let page = if self.rng.below(2) == 0 {
-            self.rng.below(16)
+        let page = if self.rng.below_u64(2) == 0 {
+            self.rng.below_u64(16)
         } else {
-            self.rng.below(AREA)
+            self.rng.below_u64(AREA)
         };
         (area, page)
     }
@@ -230,7 +230,7 @@ impl<'s, 'm> Worker<'s, 'm> {
                 ));
                 return;
             }
-            if self.rng.below(2) == 0 {
+            if self.rng.below_u64(2) == 0 {
                 self.turn += 1;
                 let new = tag(area, page) | self.turn << 1 | self.me;
                 // SAFETY: as above, and this thread alone writes here.
@@ -245,7 +245,7 @@ impl<'s, 'm> Worker<'s, 'm> {
     fn call(&mut self) {
         let (slot, guard) = self.slot();
         let Some(live) = &*guard else { return };
-        let (area, page) = (self.rng.below(AREAS), self.rng.below(AREA));
+        let (area, page) = (self.rng.below_u64(AREAS), self.rng.below_u64(AREA));
         let mut first = [0; 8];
         if live.space.read(addr(area, page), &mut first).is_ok() {
             let value = u64::from_le_bytes(first);
@@ -273,7 +273,7 @@ impl<'s, 'm> Worker<'s, 'm> {
         let (area, _) = self.mine();
         let mapped = &live.mapped[area as usize];
         if mapped.load(Ordering::Relaxed) {
-            if self.rng.below(3) > 0 {
+            if self.rng.below_u64(3) > 0 {
                 return;
             }
             mapped.store(false, Ordering::Relaxed);
@@ -308,7 +308,7 @@ impl<'s, 'm> Worker<'s, 'm> {
     /// A space becomes a copy of another, which goes on being used meanwhile.
     fn fork(&mut self) {
         let (from, guard) = self.slot();
-        let to = self.rng.below(SPACES as u64) as usize;
+        let to = self.rng.below(SPACES);
         let Some(parent) = guard.as_ref().filter(|_| to != from) else {
             return;
         };
@@ -356,7 +356,7 @@ impl<'s, 'm> Worker<'s, 'm> {
     }
 
     fn exit(&mut self) {
-        let slot = self.rng.below(SPACES as u64) as usize;
+        let slot = self.rng.below(SPACES);
         let Ok(mut target) = self.shared.spaces[slot].try_write() else {
             return;
         };
@@ -384,7 +384,7 @@ impl<'s, 'm> Worker<'s, 'm> {
             return self.shared.count(Count::Refused);
         };
         self.shared.count(Count::Pins);
-        for _ in 0..self.rng.below(64) {
+        for _ in 0..self.rng.below_u64(64) {
             std::hint::spin_loop();
         }
         self.turn += 1;
@@ -407,7 +407,7 @@ impl<'s, 'm> Worker<'s, 'm> {
     fn anywhere(&mut self) -> Option<Pfn> {
         let (_, guard) = self.slot();
         let live = guard.as_ref()?;
-        let (area, page) = (self.rng.below(AREAS), self.rng.below(AREA));
+        let (area, page) = (self.rng.below_u64(AREAS), self.rng.below_u64(AREA));
         let (_, page) = live.space.page_at(addr(area, page))?;
         Some(page)
     }
@@ -432,7 +432,7 @@ impl<'s, 'm> Worker<'s, 'm> {
         let Some(folio) = self.anywhere().and_then(|page| mm.folio_get(page)) else {
             return;
         };
-        let to = self.rng.below(4) as usize;
+        let to = self.rng.below_u64(4) as usize;
         if mm.split_folio(&folio, to).is_ok() {
             self.shared.count(Count::Splits);
         }
@@ -441,7 +441,7 @@ impl<'s, 'm> Worker<'s, 'm> {
     fn clear_range(&mut self) {
         let mm = self.shared.mm;
         let Some(page) = self.anywhere() else { return };
-        let pages = 1u32 << (4 + self.rng.below(6));
+        let pages = 1u32 << (4 + self.rng.below_u64(6));
         let start = Pfn(page.0 & !(pages - 1));
         if mm.alloc_contig_range(start, pages).is_ok() {
             self.shared.count(Count::Ranges);
@@ -453,8 +453,8 @@ impl<'s, 'm> Worker<'s, 'm> {
     fn reclaim(&mut self) {
         let request = ReclaimRequest {
             gfp: GFP_KERNEL,
-            order: self.rng.below(4) as usize,
-            attempt: self.rng.below(4) as u32,
+            order: self.rng.below_u64(4) as usize,
+            attempt: self.rng.below_u64(4) as u32,
         };
         self.shared.mm.try_to_free_pages(&request);
         self.shared.count(Count::Reclaims);
@@ -462,9 +462,9 @@ impl<'s, 'm> Worker<'s, 'm> {
 
     /// The file, beyond what the spaces map: each thread writes to every other page.
     fn file(&mut self) {
-        let page = AREA + self.rng.below((FILE - AREA) / 2) * 2 + self.me;
+        let page = AREA + self.rng.below_u64((FILE - AREA) / 2) * 2 + self.me;
         let mut first = [0; 8];
-        for page in page..(page + self.rng.below(64)).min(FILE) {
+        for page in page..(page + self.rng.below_u64(64)).min(FILE) {
             self.shared.count(Count::FileReads);
             match self.shared.file.read(page * 4096, &mut first) {
                 Ok(()) if u64::from_le_bytes(first) >> 32 == page => {}
@@ -477,7 +477,7 @@ impl<'s, 'm> Worker<'s, 'm> {
                 Err(_) => self.shared.count(Count::Refused),
             }
         }
-        if self.rng.below(4) == 0 {
+        if self.rng.below_u64(4) == 0 {
             self.turn += 1;
             let new = super::disk::original(page) | self.turn & 0xffff_ffff;
             match self.shared.file.write(page * 4096, &new.to_le_bytes()) {

@@ -14,10 +14,10 @@ use memdesc::{Config, Event, Mm, PageType};
 use memdesc_host::{Host, UserView, ram};
 use serde_json::json;
 
-use super::Rng;
 use super::disk::{Disk, original};
 use crate::cli::PageCacheArgs;
 use crate::error::Error;
+use crate::rng::Rng;
 use crate::{output, progress};
 
 /// What was seen.
@@ -216,8 +216,8 @@ fn beside(
     let mut at = size / 2;
     while !stop.load(Ordering::Relaxed) {
         // In order for a while, then elsewhere.
-        at = if rng.below(200) == 0 {
-            rng.below(size)
+        at = if rng.below_u64(200) == 0 {
+            rng.below_u64(size)
         } else {
             (at + 1) % size
         };
@@ -228,7 +228,7 @@ fn beside(
             Ok(()) => add(2),
             Err(_) => add(1),
         }
-        if rng.below(16) == 0 {
+        if rng.below_u64(16) == 0 {
             add(3);
             match mm.alloc_pages(GFP_ATOMIC, 0) {
                 // SAFETY: ours.
@@ -236,7 +236,7 @@ fn beside(
                 Err(_) => add(4),
             }
         }
-        if rng.below(64) == 0 {
+        if rng.below_u64(64) == 0 {
             add(5);
             match mm.alloc_pages(GFP_KERNEL, 3) {
                 // SAFETY: ours.
@@ -244,7 +244,7 @@ fn beside(
                 Err(_) => add(6),
             }
         }
-        if rng.below(64) == 0 {
+        if rng.below_u64(64) == 0 {
             // What kswapd does when it is woken.
             mm.kswapd();
         }

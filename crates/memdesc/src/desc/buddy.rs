@@ -62,6 +62,75 @@ impl Buddy {
     }
 }
 
+/// The ends of a list of blocks, linked through their descriptors by page frame number.
+///
+/// # Invariants
+///
+/// Both ends are [`Pfn::NONE`], or each block between them has its neighbours in its links. Under the lock of whoever has the list.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PfnList {
+    pub(crate) head: Pfn,
+    pub(crate) tail: Pfn,
+}
+
+impl PfnList {
+    pub(crate) const EMPTY: PfnList = PfnList {
+        head: Pfn::NONE,
+        tail: Pfn::NONE,
+    };
+
+    /// Adds a block that is in no list, whose descriptor is `desc`. `point` is where a test may interrupt.
+    #[inline]
+    pub(crate) fn link(
+        &mut self,
+        map: &MemMap,
+        pfn: Pfn,
+        desc: PhysAddr,
+        at_tail: bool,
+        point: &'static str,
+    ) {
+        let links = map.buddy_at(desc);
+        let (next, prev) = if at_tail {
+            (Pfn::NONE, self.tail)
+        } else {
+            (self.head, Pfn::NONE)
+        };
+        links.set_next(next);
+        links.set_prev(prev);
+        crate::inject::point(point);
+        if next == Pfn::NONE {
+            self.tail = pfn;
+        } else {
+            map.buddy(next).set_prev(pfn);
+        }
+        if prev == Pfn::NONE {
+            self.head = pfn;
+        } else {
+            map.buddy(prev).set_next(pfn);
+        }
+    }
+
+    /// Takes a block out.
+    #[inline]
+    pub(crate) fn unlink(&mut self, map: &MemMap, pfn: Pfn, desc: PhysAddr, point: &'static str) {
+        let links = map.buddy_at(desc);
+        let (next, prev) = (links.next(), links.prev());
+        crate::inject::point(point);
+        if next == Pfn::NONE {
+            debug_assert_eq!(self.tail, pfn);
+            self.tail = prev;
+        } else {
+            map.buddy(next).set_prev(prev);
+        }
+        if prev == Pfn::NONE {
+            debug_assert_eq!(self.head, pfn);
+            self.head = next;
+        } else {
+            map.buddy(prev).set_next(next);
+        }
+    }
+}
+
 impl MemMap {
     /// The links of a block, given its head.
     #[inline]

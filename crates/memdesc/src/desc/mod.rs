@@ -11,7 +11,7 @@ mod ptdesc;
 mod slab;
 mod vmarea;
 
-pub(crate) use buddy::{Buddy, DescList};
+pub(crate) use buddy::{Buddy, DescList, PfnList};
 pub use counts::Held;
 pub(crate) use counts::{Put, Taken};
 pub use folio::{Folio, FolioFlags};

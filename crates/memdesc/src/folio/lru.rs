@@ -10,9 +10,9 @@
 //! Lock order: a leaf.
 
 use crate::address::Pfn;
-use crate::desc::{Folio, FolioFlags, Held};
+use crate::desc::{Folio, FolioFlags, Held, PfnList};
 use crate::lockdep::classes;
-use crate::memmap::{MemMap, PageType};
+use crate::memmap::{MemMap, PageType, Word};
 use crate::mm::Mm;
 use crate::platform::{Holder, Platform};
 use crate::sync::{SpinGuard, SpinLock};
@@ -58,8 +58,7 @@ impl LruList {
 
 #[derive(Clone, Copy, Debug)]
 struct List {
-    head: Pfn,
-    tail: Pfn,
+    ends: PfnList,
     pages: u64,
     folios: u64,
 }
@@ -72,8 +71,7 @@ impl Lruvec {
     pub(crate) fn new() -> Lruvec {
         Lruvec(SpinLock::new(
             [List {
-                head: Pfn::NONE,
-                tail: Pfn::NONE,
+                ends: PfnList::EMPTY,
                 pages: 0,
                 folios: 0,
             }; 5],
@@ -126,47 +124,17 @@ impl Isolated {
     }
 }
 
-fn link(map: &MemMap, list: &mut List, pfn: Pfn, order: usize, at_tail: bool) {
-    let links = map.buddy(pfn);
-    let (next, prev) = if at_tail {
-        (Pfn::NONE, list.tail)
-    } else {
-        (list.head, Pfn::NONE)
-    };
-    links.set_next(next);
-    links.set_prev(prev);
-    crate::inject::point("lru: about to link");
-    if next == Pfn::NONE {
-        list.tail = pfn;
-    } else {
-        map.buddy(next).set_prev(pfn);
-    }
-    if prev == Pfn::NONE {
-        list.head = pfn;
-    } else {
-        map.buddy(prev).set_next(pfn);
-    }
-    list.pages += 1 << order;
+fn link(map: &MemMap, list: &mut List, pfn: Pfn, word: Word, at_tail: bool) {
+    list.ends
+        .link(map, pfn, word.desc(), at_tail, "lru: about to link");
+    list.pages += 1 << word.order();
     list.folios += 1;
 }
 
-fn unlink(map: &MemMap, list: &mut List, pfn: Pfn, order: usize) {
-    let links = map.buddy(pfn);
-    let (next, prev) = (links.next(), links.prev());
-    crate::inject::point("lru: about to unlink");
-    if next == Pfn::NONE {
-        debug_assert_eq!(list.tail, pfn);
-        list.tail = prev;
-    } else {
-        map.buddy(next).set_prev(prev);
-    }
-    if prev == Pfn::NONE {
-        debug_assert_eq!(list.head, pfn);
-        list.head = next;
-    } else {
-        map.buddy(prev).set_next(next);
-    }
-    list.pages -= 1 << order;
+fn unlink(map: &MemMap, list: &mut List, pfn: Pfn, word: Word) {
+    list.ends
+        .unlink(map, pfn, word.desc(), "lru: about to unlink");
+    list.pages -= 1 << word.order();
     list.folios -= 1;
 }
 
@@ -212,7 +180,7 @@ impl<P: Platform> Mm<P> {
             &self.pages.map,
             &mut lists[list as usize],
             head,
-            word.order(),
+            word,
             oldest,
         );
         // Last, under the lock: who clears it finds the folio linked.
@@ -228,12 +196,7 @@ impl<P: Platform> Mm<P> {
         }
         let word = self.pages.map.word(head).load_owned();
         let list = LruList::of(folio, word.kind());
-        unlink(
-            &self.pages.map,
-            &mut lists[list as usize],
-            head,
-            word.order(),
-        );
+        unlink(&self.pages.map, &mut lists[list as usize], head, word);
         true
     }
 
@@ -256,12 +219,7 @@ impl<P: Platform> Mm<P> {
         if let Some(mut lists) = self.lruvecs[self.node_of(head)].0.try_lock(holder) {
             folio.clear_flag(FolioFlags::LRU);
             let list = LruList::of(folio, word.kind());
-            unlink(
-                &self.pages.map,
-                &mut lists[list as usize],
-                head,
-                word.order(),
-            );
+            unlink(&self.pages.map, &mut lists[list as usize], head, word);
             return true;
         }
         // Nobody has it any more, so its place in a mapping means nothing: the link of those that wait.
@@ -286,7 +244,7 @@ impl<P: Platform> Mm<P> {
         let mut taken = Isolated::new();
         let mut lists = self.lruvec_of(node);
         let lru = &mut lists[list as usize];
-        let mut at = lru.tail;
+        let mut at = lru.ends.tail;
         while at != Pfn::NONE && taken.scanned < most {
             taken.scanned += 1;
             let word = map.word(at).load_owned();
@@ -295,7 +253,7 @@ impl<P: Platform> Mm<P> {
             // In the list and under its lock: its descriptor and pages are still what they are, though perhaps nobody's.
             if folio.counts().try_get(Held::REF) {
                 folio.clear_flag(FolioFlags::LRU);
-                unlink(map, lru, at, word.order());
+                unlink(map, lru, at, word);
                 taken.push(map, at);
             }
             at = prev;
@@ -327,7 +285,7 @@ impl<P: Platform> Mm<P> {
         let listed = folio.has_flag(FolioFlags::LRU);
         if listed {
             let list = LruList::of(folio, word.kind());
-            unlink(map, &mut lists[list as usize], head, word.order());
+            unlink(map, &mut lists[list as usize], head, word);
         }
         if active {
             folio.set_flag(FolioFlags::ACTIVE);
@@ -336,7 +294,7 @@ impl<P: Platform> Mm<P> {
         }
         if listed {
             let list = LruList::of(folio, word.kind());
-            link(map, &mut lists[list as usize], head, word.order(), false);
+            link(map, &mut lists[list as usize], head, word, false);
         }
     }
 

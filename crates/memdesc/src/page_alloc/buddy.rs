@@ -52,29 +52,10 @@ impl LockedZone<'_> {
         let word = word.to_free(order, mt);
         self.map.word(pfn).publish(word);
         self.lists.events.words_written += 1;
-        let buddy = self.map.buddy_at(word.desc());
-        let list = self.lists.lists[order][mt as usize];
-        let (next, prev) = if at_tail {
-            (Pfn::NONE, list.tail)
-        } else {
-            (list.head, Pfn::NONE)
-        };
-        buddy.set_next(next);
-        buddy.set_prev(prev);
-        crate::inject::point("zone: about to link");
-        if next != Pfn::NONE {
-            self.map.buddy(next).set_prev(pfn);
-        }
-        if prev != Pfn::NONE {
-            self.map.buddy(prev).set_next(pfn);
-        }
+        let map = self.map;
         let list = &mut self.lists.lists[order][mt as usize];
-        if next == Pfn::NONE {
-            list.tail = pfn;
-        }
-        if prev == Pfn::NONE {
-            list.head = pfn;
-        }
+        list.ends
+            .link(map, pfn, word.desc(), at_tail, "zone: about to link");
         list.nr += 1;
         self.lists.nr_listed += 1 << order;
         self.lists.nr_morphed += u64::from(word.class() != DescClass::Buddy);
@@ -83,26 +64,14 @@ impl LockedZone<'_> {
     /// Takes a block out of its list. Its word stays as it is.
     pub(crate) fn unlink(&mut self, pfn: Pfn, word: Word) {
         let (order, mt) = (word.order(), word.migratetype() as usize);
-        let buddy = self.map.buddy_at(word.desc());
-        let (next, prev) = (buddy.next(), buddy.prev());
+        let map = self.map;
         let list = &mut self.lists.lists[order][mt];
         debug_assert!(
             word.is_free_in_zone(order) && list.nr > 0,
             "{pfn:?} is in no list: {word:?}"
         );
-        crate::inject::point("zone: about to unlink");
-        if next == Pfn::NONE {
-            debug_assert_eq!(list.tail, pfn);
-            list.tail = prev;
-        } else {
-            self.map.buddy(next).set_prev(prev);
-        }
-        if prev == Pfn::NONE {
-            debug_assert_eq!(list.head, pfn);
-            list.head = next;
-        } else {
-            self.map.buddy(prev).set_next(next);
-        }
+        list.ends
+            .unlink(map, pfn, word.desc(), "zone: about to unlink");
         list.nr -= 1;
         self.lists.nr_listed -= 1 << order;
         self.lists.nr_morphed -= u64::from(word.class() != DescClass::Buddy);
@@ -111,7 +80,7 @@ impl LockedZone<'_> {
     /// Takes the first block of exactly this list. Its word stays as it is: [`detach`](Self::detach) or link it before the
     /// lock is dropped.
     pub(crate) fn pop(&mut self, order: usize, mt: MigrateType) -> Option<Block> {
-        let pfn = self.lists.lists[order][mt as usize].head;
+        let pfn = self.lists.lists[order][mt as usize].ends.head;
         if pfn == Pfn::NONE {
             return None;
         }

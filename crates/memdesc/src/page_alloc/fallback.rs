@@ -129,7 +129,7 @@ impl LockedZone<'_> {
             return Some(self.expand(block, order, mt, spare));
         }
         self.boost();
-        let pfn = self.lists.lists[current][other as usize].head;
+        let pfn = self.lists.lists[current][other as usize].ends.head;
         let (free, movable) = self.survey(pfn);
         let alike = match (mt, other) {
             (MigrateType::Movable, _) => movable,
@@ -277,7 +277,9 @@ impl LockedZone<'_> {
     /// Gives one reserved pageblock back to `mt` (`unreserve_highatomic_pageblock`). Says whether there was one.
     pub(crate) fn unreserve_highatomic(&mut self, mt: MigrateType) -> bool {
         for order in 0..=MAX_ORDER {
-            let head = self.lists.lists[order][MigrateType::HighAtomic as usize].head;
+            let head = self.lists.lists[order][MigrateType::HighAtomic as usize]
+                .ends
+                .head;
             if head == Pfn::NONE {
                 continue;
             }

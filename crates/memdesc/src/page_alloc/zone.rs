@@ -4,6 +4,7 @@ use core::marker::PhantomData;
 use core::ptr::NonNull;
 
 use crate::address::{MAX_ORDER, Pfn};
+use crate::desc::PfnList;
 use crate::memmap::MemMap;
 use crate::page_alloc::{MigrateType, ZoneType};
 use crate::platform::{Holder, Platform};
@@ -13,15 +14,13 @@ use crate::sync::{SpinGuard, SpinLock};
 /// Blocks of one order and mobility, linked through their buddies by page frame number.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct FreeList {
-    pub(crate) head: Pfn,
-    pub(crate) tail: Pfn,
+    pub(crate) ends: PfnList,
     pub(crate) nr: u32,
 }
 
 impl FreeList {
     const EMPTY: FreeList = FreeList {
-        head: Pfn::NONE,
-        tail: Pfn::NONE,
+        ends: PfnList::EMPTY,
         nr: 0,
     };
 }
