@@ -227,7 +227,7 @@ impl<P: Platform> Mm<P> {
             while done < pages {
                 let at = addr + done * PAGE;
                 let huge = self.walk_to(space.root, at, 2).filter(|slot| {
-                    let seen = self.settled(&slot);
+                    let seen = self.settled(slot);
                     seen.is_huge() && seen.pfn() == head
                 });
                 if let Some(slot) = huge {
