@@ -34,9 +34,11 @@ impl<P: Platform> Mm<P> {
             0,
             0,
         );
-        let unmapped = self.rmap_unmap(folio, head, Unmap::Move);
+        let family = self.rmap_family(folio, head);
+        let unmapped = self.rmap_unmap(folio, head, Unmap::Move, family.as_ref());
+        crate::inject::point("migrate: unmapped");
         if !unmapped || !folio.counts().freeze(held) {
-            self.rmap_restore(folio, head, head);
+            self.rmap_restore(folio, head, head, family.as_ref());
             return false;
         }
         self.move_frozen(head, to);
@@ -49,7 +51,7 @@ impl<P: Platform> Mm<P> {
             self.filemap_moved(mapping, folio.index(), to);
         }
         folio.counts().unfreeze(held);
-        self.rmap_restore(folio, to, head);
+        self.rmap_restore(folio, to, head, family.as_ref());
         drop(locked);
         let pin = self.pages.pin();
         self.pages
@@ -151,9 +153,10 @@ impl<P: Platform> Mm<P> {
         let parts = 1usize << (self.order_of(head) - to);
         let mut spare = self.split_descriptors(PageType::Anon, parts - 1)?;
         let listed = self.lru_isolate(folio, head);
-        let unmapped = self.rmap_unmap(folio, head, Unmap::Move);
+        let family = self.rmap_family(folio, head);
+        let unmapped = self.rmap_unmap(folio, head, Unmap::Move, family.as_ref());
         if !unmapped || !folio.counts().freeze(Held::REF) {
-            self.rmap_restore(folio, head, head);
+            self.rmap_restore(folio, head, head, family.as_ref());
             if listed {
                 self.folio_add_lru(folio, head);
             }
@@ -164,7 +167,7 @@ impl<P: Platform> Mm<P> {
         for part in self.parts(head, parts, to) {
             let new = self.folio_of(part);
             new.counts().unfreeze(Held::REF);
-            self.rmap_restore(new, part, part);
+            self.rmap_restore(new, part, part, family.as_ref());
             if listed {
                 self.folio_add_lru(new, part);
             }

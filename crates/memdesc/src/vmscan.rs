@@ -175,7 +175,7 @@ impl<P: Platform> Mm<P> {
                 Verdict::Keep
             };
         }
-        if !self.rmap_unmap(folio, head, Unmap::Drop) {
+        if !self.rmap_unmap(folio, head, Unmap::Drop, None) {
             return Verdict::Keep;
         }
         // SAFETY: a locked folio that belongs to a mapping keeps it.

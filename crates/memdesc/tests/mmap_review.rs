@@ -110,3 +110,38 @@ fn nothing_is_passed_over_while_it_is_split() {
         stop.store(true, Ordering::Relaxed);
     });
 }
+
+/// A folio that somebody has outlives all who mapped it, and their family.
+#[test]
+fn a_folio_outlives_its_family() {
+    let mm = Machine::flat(mib(64)).boot();
+    let space = MmStruct::new(&mm, 1).unwrap();
+    let at = space
+        .mmap(None, 1 << 16, RW.with(VmFlags::LARGE), Map::Anon)
+        .unwrap();
+    space.write(at, &[1]).unwrap();
+    let (folio, page) = space.page_at(at).unwrap();
+    drop(space);
+    mm.shrink();
+    // The family's memory is another's by now.
+    let others: Vec<_> = (0..200)
+        .map(|_| {
+            let object = mm.kmalloc(64, GFP_KERNEL).unwrap();
+            // SAFETY: ours, 64 bytes.
+            unsafe { object.write_bytes(0xff, 64) };
+            object
+        })
+        .collect();
+    let to = mm.alloc_pages(GFP_HIGHUSER_MOVABLE, folio.order()).unwrap();
+    assert_eq!(mm.migrate_folio(page, to), Err(AllocError::Busy));
+    // SAFETY: still ours.
+    unsafe { mm.free_pages(to) };
+    mm.split_folio(&folio, 0).unwrap();
+    for object in others {
+        // SAFETY: ours, as above.
+        unsafe {
+            assert!(core::slice::from_raw_parts(object.as_ptr(), 64).iter().all(|&b| b == 0xff));
+            mm.kfree(object);
+        }
+    }
+}

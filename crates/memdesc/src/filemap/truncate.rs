@@ -48,7 +48,7 @@ impl<P: Platform> Mm<P> {
                 drop(locked);
                 continue;
             }
-            while !self.rmap_unmap(&folio, folio.head(), Unmap::Drop) {
+            while !self.rmap_unmap(&folio, folio.head(), Unmap::Drop, None) {
                 self.pages.platform.relax(63);
             }
             self.filemap_remove(mapping, &folio, folio.head());
@@ -90,7 +90,7 @@ impl<P: Platform> Mm<P> {
         }
         let listed = self.lru_isolate(folio, head);
         let held = Held::new(2, 0, 0);
-        let split = self.rmap_unmap(folio, head, Unmap::Drop) && {
+        let split = self.rmap_unmap(folio, head, Unmap::Drop, None) && {
             let _lock = self.i_pages(mapping);
             // SAFETY: the lock is held until the end of the block.
             let mut tree = unsafe { mapping.pages.locked(&mut nodes) };

@@ -84,12 +84,12 @@ impl<P: Platform> Mm<P> {
         self.pages.phys(family.as_ptr().cast()).0 >> 4
     }
 
-    /// The family that a folio leads to, if it has members still.
+    /// The family that a folio leads to, if it has members still. In a read section in which somebody mapped the folio: nothing else keeps the
+    /// family's memory.
     pub(super) fn family_get(&self, handle: u64) -> Option<FamilyRef<'_, P>> {
-        let _read = self.rcu_read_lock();
         let at = crate::address::PhysAddr(handle << 4);
         let family = NonNull::new(self.pages.map.virt(at).cast::<Family>())?;
-        // SAFETY: a folio that is mapped led here while the read section was open, so the family's memory is still one.
+        // SAFETY: a folio that is mapped led here in the caller's read section, so the family's memory is still one.
         let refs = unsafe { &family.as_ref().refs };
         let mut now = refs.load(Ordering::Relaxed);
         while now != 0 {

@@ -4,6 +4,7 @@
 //! each area that maps that part of the file. It looks for entries with the folio's page numbers, so it finds what is there and
 //! nothing else, whatever else is mapped at the address.
 
+use super::family::FamilyRef;
 use super::space::SpaceCore;
 use super::zap::{Gather, PAGE, PMD};
 use crate::address::Pfn;
@@ -44,12 +45,28 @@ impl<P: Platform> Mm<P> {
         }
     }
 
-    /// Visits each address at which a page of the folio may be mapped: its space, the address, and which of the pages. The folio is locked, and is
-    /// mapped or belongs to a mapping.
+    /// The family of an anonymous folio that somebody maps (`folio_get_anon_vma`). Who takes its entries away and puts others in their place
+    /// keeps this from before the first to after the last: once nobody maps the folio, nothing else keeps the family. The folio is locked.
+    pub(crate) fn rmap_family(&self, folio: &Folio, head: Pfn) -> Option<FamilyRef<'_, P>> {
+        if self.pages.map.word(head).load_owned().kind() != PageType::Anon {
+            return None;
+        }
+        // Mapped in this read section, so the family has a member in it, and is not freed before its end.
+        let _read = self.rcu_read_lock();
+        let handle = self.folio_mapping(folio);
+        if handle == 0 || folio.mapcount() == 0 {
+            return None;
+        }
+        self.family_get(handle)
+    }
+
+    /// Visits each address at which a page of the folio may be mapped: its space, the address, and which of the pages. The folio is locked;
+    /// of an anonymous one the caller keeps the family, or there is nothing to visit.
     fn rmap_walk(
         &self,
         folio: &Folio,
         head: Pfn,
+        family: Option<&FamilyRef<'_, P>>,
         mut visit: impl FnMut(&SpaceCore, u64, u64, u64),
     ) {
         let target = self.target(folio, head);
@@ -58,10 +75,10 @@ impl<P: Platform> Mm<P> {
             return;
         }
         if self.pages.map.word(head).load_owned().kind() == PageType::Anon {
-            let Some(family) = self.family_get(handle) else {
+            let Some(family) = family else {
                 return;
             };
-            let members = self.family_members(&family);
+            let members = self.family_members(family);
             for space in members.iter() {
                 visit(space, target.index * PAGE, 0, target.pages());
             }
@@ -84,13 +101,19 @@ impl<P: Platform> Mm<P> {
     }
 
     /// Takes away all entries that map the folio (`try_to_unmap`, `try_to_migrate`). Says whether nobody maps it now. The folio is
-    /// locked, and the caller has a reference.
-    pub(crate) fn rmap_unmap(&self, folio: &Folio, head: Pfn, how: Unmap) -> bool {
+    /// locked, and the caller has a reference; `family` is what [`rmap_family`](Self::rmap_family) said.
+    pub(crate) fn rmap_unmap(
+        &self,
+        folio: &Folio,
+        head: Pfn,
+        how: Unmap,
+        family: Option<&FamilyRef<'_, P>>,
+    ) -> bool {
         if folio.mapcount() == 0 {
             return true;
         }
         let order = self.pages.map.word(head).load_owned().order();
-        self.rmap_walk(folio, head, |space, addr, nth, pages| {
+        self.rmap_walk(folio, head, family, |space, addr, nth, pages| {
             if order >= super::fault::HUGE_ORDER {
                 let mut at = addr & !(PMD - 1);
                 while at < addr + pages * PAGE {
@@ -173,11 +196,17 @@ impl<P: Platform> Mm<P> {
     }
 
     /// Maps the folio's pages again where entries say that they were on the move, from `old` to where they are now: `head`
-    /// (`remove_migration_ptes`). The folio is locked; `pages` of them, from the `first` page of what `old` was.
-    pub(crate) fn rmap_restore(&self, folio: &Folio, head: Pfn, old: Pfn) {
+    /// (`remove_migration_ptes`). The folio is locked; `family` is what [`rmap_family`](Self::rmap_family) said before they were taken away.
+    pub(crate) fn rmap_restore(
+        &self,
+        folio: &Folio,
+        head: Pfn,
+        old: Pfn,
+        family: Option<&FamilyRef<'_, P>>,
+    ) {
         let target = self.target(folio, head);
         let anon = self.pages.map.word(head).load_owned().kind() == PageType::Anon;
-        self.rmap_walk(folio, head, |space, addr, nth, pages| {
+        self.rmap_walk(folio, head, family, |space, addr, nth, pages| {
             let mut done = 0;
             while done < pages {
                 let at = addr + done * PAGE;
@@ -222,7 +251,8 @@ impl<P: Platform> Mm<P> {
             return 0;
         }
         let mut noted = 0;
-        self.rmap_walk(folio, head, |space, addr, nth, pages| {
+        let family = self.rmap_family(folio, head);
+        self.rmap_walk(folio, head, family.as_ref(), |space, addr, nth, pages| {
             let (mut done, mut before) = (0, noted);
             while done < pages {
                 let at = addr + done * PAGE;
