@@ -11,7 +11,6 @@ use memdesc::filemap::{FileError, Mapping, MappingOps};
 use memdesc::gfp::*;
 use memdesc::mmap::*;
 use memdesc::*;
-use memdesc_host::Host;
 
 const fn mib(n: u32) -> u32 {
     n << 8
@@ -143,5 +142,42 @@ fn a_folio_outlives_its_family() {
             assert!(core::slice::from_raw_parts(object.as_ptr(), 64).iter().all(|&b| b == 0xff));
             mm.kfree(object);
         }
+    }
+}
+
+/// What an area no longer allows is not done, however the page came to be mapped; what it allows again is.
+#[test]
+fn rights_are_taken_and_given() {
+    let mm = Machine::flat(mib(64)).boot();
+    for (flags, len) in [(RW, 4096), (RW.with(VmFlags::HUGE), 2 << 20)] {
+        let space = MmStruct::new(&mm, 1).unwrap();
+        let at = space.mmap(None, len, flags, Map::Anon).unwrap();
+        space.write(at, &[1]).unwrap();
+        space.mprotect(at, len, VmFlags::default()).unwrap();
+        assert_eq!(space.read(at, &mut [0]), Err(FaultError::Segv));
+        assert!(!space.walk_as_machine(at, Access::Read, |_| {}));
+        // Moved meanwhile, it may no more.
+        if len == 4096 {
+            let mut page = Pfn(0);
+            space.for_each_entry(|_, _, entry| page = entry.pfn());
+            let to = mm.alloc_pages(GFP_HIGHUSER_MOVABLE, 0).unwrap();
+            let old = mm.migrate_folio(page, to).unwrap();
+            // SAFETY: ours since the folio moved.
+            unsafe { mm.free_pages(old) };
+            assert!(!space.walk_as_machine(at, Access::Read, |_| {}));
+        }
+        space.mprotect(at, len, VmFlags::READ.with(VmFlags::EXEC)).unwrap();
+        drop(space.get_user_page(at, Access::Exec).unwrap());
+        let mut seen = [0];
+        space.read(at, &mut seen).unwrap();
+        assert_eq!(seen, [1]);
+        assert_eq!(space.write(at, &[2]), Err(FaultError::Segv));
+        space.mprotect(at, len, RW).unwrap();
+        space.write(at, &[3]).unwrap();
+        assert!(!space.walk_as_machine(at, Access::Exec, |_| {}));
+        assert_eq!(
+            space.get_user_page(at, Access::Exec).unwrap_err(),
+            FaultError::Segv
+        );
     }
 }

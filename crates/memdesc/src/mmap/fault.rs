@@ -153,13 +153,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
             }
             return self.write_protected(vma, &slot, seen, addr);
         }
-        if vma.flags().contains(VmFlags::EXEC) && seen.prot().contains(Prot::NO_EXECUTE) {
-            // It lost the right on the move.
-            slot.entry.clear(Prot::NO_EXECUTE);
-        }
-        // The tables let him already: the machine notes that he came.
-        mark_used(slot.entry, seen, write);
-        Ok(Step::Done)
+        Ok(grant(vma, slot.entry, seen, write))
     }
 
     /// A fault on what is mapped by 2 MiB.
@@ -196,8 +190,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
             }
             return Ok(Step::Done);
         }
-        mark_used(slot.entry, seen, write);
-        Ok(Step::Done)
+        Ok(grant(vma, slot.entry, seen, write))
     }
 
     /// Maps 2 MiB at once, if that fits; `None`: by pages then.
@@ -498,6 +491,16 @@ impl<'m, P: Platform> MmStruct<'m, P> {
         mm.folio_put(folio, head, Held::REF);
         Ok(step)
     }
+}
+
+/// The tables let him, or will with what the area gives and the entry does not: `mprotect` gave it. Notes that he came, as the machine does.
+fn grant(vma: &Vma, entry: &AtomicEntry, seen: Entry, write: bool) -> Step {
+    let more = seen.granting(vma.flags().prot());
+    if more != seen && !entry.swap_if(seen, more) {
+        return Step::Again;
+    }
+    mark_used(entry, more, write);
+    Step::Done
 }
 
 /// Notes in an entry that somebody came; it does not matter if it has changed meanwhile.

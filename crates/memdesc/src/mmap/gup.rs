@@ -169,6 +169,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
 /// Do the rights in the entry let somebody do that?
 pub(super) fn allows(seen: Entry, access: Access) -> bool {
     seen.is_present()
+        && seen.prot().contains(Prot::USER)
         && match access {
             Access::Read => true,
             Access::Write => seen.prot().contains(Prot::WRITE),

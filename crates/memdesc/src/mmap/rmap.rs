@@ -144,9 +144,7 @@ impl<P: Platform> Mm<P> {
                         }
                         let old = entry.replace(match how {
                             Unmap::Drop => Entry::NONE,
-                            Unmap::Move => {
-                                Entry::migration(page, seen.prot().contains(Prot::WRITE))
-                            }
+                            Unmap::Move => Entry::migration(page, seen.prot()),
                         });
                         self.note(old);
                         gather.push(page, Mapped::Page(0), addr + done * PAGE);
@@ -226,9 +224,8 @@ impl<P: Platform> Mm<P> {
                     }
                     let counted = self.folio_map(folio, head, target.order, Mapped::Page(which));
                     assert!(counted, "as many as were there before");
-                    let prot = seen.prot().with(Prot::USER).with(Prot::NO_EXECUTE);
                     space.count(anon, 1);
-                    entry.store(Entry::leaf(head.add(which), false, prot));
+                    entry.store(Entry::leaf(head.add(which), false, seen.prot()));
                 }
             }
         });

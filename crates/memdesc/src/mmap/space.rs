@@ -474,7 +474,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
                 }
             }
             // Less may be done from now on: rights come back with the next fault.
-            space.mm.protect_range(space.core(), start, end);
+            space.mm.protect_range(space.core(), start, end, rest.prot());
         })
     }
 

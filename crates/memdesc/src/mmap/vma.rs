@@ -46,12 +46,13 @@ impl VmFlags {
         self.0 & other.0 == other.0
     }
 
-    /// What an entry for a page of the area allows at first: not to write.
+    /// What an entry for a page of the area allows at first: not to write. Users have no business where nothing may be done.
     pub(crate) fn prot(self) -> Prot {
-        if self.contains(VmFlags::EXEC) {
-            Prot::USER
-        } else {
-            Prot::USER.with(Prot::NO_EXECUTE)
+        let any = VmFlags::READ_WRITE.with(VmFlags::EXEC);
+        match (self.contains(VmFlags::EXEC), self.0 & any.0) {
+            (true, _) => Prot::USER,
+            (false, 0) => Prot::NO_EXECUTE,
+            (false, _) => Prot::USER.with(Prot::NO_EXECUTE),
         }
     }
 }

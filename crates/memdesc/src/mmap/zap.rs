@@ -212,8 +212,9 @@ impl<P: Platform> Mm<P> {
         }
     }
 
-    /// Takes the right to write away in a range; whoever may write gets it back by a fault. With the `mmap_lock` for writing.
-    pub(super) fn protect_range(&self, space: &SpaceCore, start: u64, end: u64) {
+    /// Takes the right to write away in a range, and what an area with these rights does not give; whoever may do something gets the right to
+    /// it by a fault. With the `mmap_lock` for writing.
+    pub(super) fn protect_range(&self, space: &SpaceCore, start: u64, end: u64, area: Prot) {
         let mut at = start;
         while at < end {
             let next = (at & !(PMD - 1)).saturating_add(PMD).min(end);
@@ -232,7 +233,7 @@ impl<P: Platform> Mm<P> {
                 if !slot.entry.load().is_huge() {
                     continue;
                 }
-                let old = slot.entry.clear(Prot::WRITE);
+                let old = slot.entry.restrict(area);
                 self.note(old);
             } else if seen.is_present() {
                 let table = seen.pfn();
@@ -241,7 +242,7 @@ impl<P: Platform> Mm<P> {
                 {
                     let seen = entry.load();
                     if seen.is_present() || seen.is_migration() {
-                        self.note(entry.clear(Prot::WRITE));
+                        self.note(entry.restrict(area));
                     }
                 }
             }

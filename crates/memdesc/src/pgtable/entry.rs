@@ -7,7 +7,7 @@
 //! | 1 | a table, a page of 4 KiB, or with PS one of 2 MiB | the machine's |
 //! | 1 | *special*: a page that is no folio, and not counted | the machine's, and bit 10 |
 //! | 0 | nothing | 0 |
-//! | 0 | *migration*: the page is being moved; whoever needs it waits for the folio's lock | bit 9, W as it was, the page frame number |
+//! | 0 | *migration*: the page is being moved; whoever needs it waits for the folio's lock | bit 9, the rights as they were, the page frame number |
 //! | 0 | *splitting*: 2 MiB are about to be mapped by pages; whoever needs them waits for the table's lock | PS, the rest as it was |
 
 use crate::address::{Pfn, PhysAddr};
@@ -75,6 +75,7 @@ const HUGE: u64 = 1 << 7;
 const MIGRATION: u64 = 1 << 9;
 const SPECIAL: u64 = 1 << 10;
 const FRAME: u64 = 0x000f_ffff_ffff_f000;
+const RIGHTS: u64 = Prot::WRITE.0 | Prot::USER.0 | Prot::NO_EXECUTE.0;
 
 /// An entry, as a value.
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
@@ -95,9 +96,14 @@ impl Entry {
         Entry(pfn.phys().0 | PRESENT | Prot::WRITE.0 | Prot::USER.0)
     }
 
-    /// The page is being moved; it may be written afterwards if it might before.
-    pub const fn migration(pfn: Pfn, writable: bool) -> Entry {
-        Entry(pfn.phys().0 | MIGRATION | if writable { Prot::WRITE.0 } else { 0 })
+    /// The page is being moved; the same may be done with it afterwards as before.
+    pub const fn migration(pfn: Pfn, prot: Prot) -> Entry {
+        Entry(pfn.phys().0 | MIGRATION | prot.0 & RIGHTS)
+    }
+
+    /// With what an area gives but the right to write, which only a fault that writes may give.
+    pub(crate) const fn granting(self, area: Prot) -> Entry {
+        Entry((self.0 | area.0 & Prot::USER.0) & !(Prot::NO_EXECUTE.0 & !area.0))
     }
 
     /// Leads to a page that is no folio.
@@ -228,6 +234,20 @@ impl AtomicEntry {
         Entry(old)
     }
 
+    /// Takes away the right to write, and what else the area does not give; says what it was.
+    #[inline]
+    pub(crate) fn restrict(&self, area: Prot) -> Entry {
+        let no_execute = area.0 & Prot::NO_EXECUTE.0;
+        let taken = Prot::WRITE.0 | Prot::USER.0 & !area.0;
+        let less = |old: u64| Some(old & !taken | no_execute);
+        match self
+            .0
+            .fetch_update(Ordering::SeqCst, Ordering::Relaxed, less)
+        {
+            Ok(old) | Err(old) => Entry(old),
+        }
+    }
+
     /// Puts another in its place, if it still is what the caller saw.
     #[inline]
     pub(crate) fn swap_if(&self, seen: Entry, new: Entry) -> bool {
@@ -255,9 +275,9 @@ mod tests {
         assert_eq!((page.pfn(), page.prot()), (Pfn(5), rw));
         let huge = Entry::leaf(Pfn(512), true, rw);
         assert!(huge.is_huge() && huge.pfn() == Pfn(512));
-        let moving = Entry::migration(Pfn(u32::MAX), true);
+        let moving = Entry::migration(Pfn(u32::MAX), rw.with(Prot::DIRTY));
         assert!(moving.is_migration() && !moving.is_present() && !moving.is_huge());
-        assert!(moving.pfn() == Pfn(u32::MAX) && moving.prot().contains(Prot::WRITE));
+        assert_eq!((moving.pfn(), moving.prot()), (Pfn(u32::MAX), rw));
         assert!(Entry::NONE.is_none() && !Entry::NONE.is_migration());
         let split = huge.splitting();
         assert!(split.is_splitting() && !split.is_none() && !split.is_present());
