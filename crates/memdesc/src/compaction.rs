@@ -212,7 +212,7 @@ impl<P: Platform> Mm<P> {
                 }),
             };
         };
-        let (head, order) = (found.head, found.word.order());
+        let head = found.head;
         let next = block_end(Some(found), at);
         let kind = found.word.kind();
         if kind == PageType::Free || kind == PageType::Bare && gathered.has(self, head) {
@@ -228,8 +228,9 @@ impl<P: Platform> Mm<P> {
         }
         let flags = gfp::GFP_HIGHUSER_MOVABLE & !gfp::__GFP_RECLAIM | gfp::__GFP_NOWARN;
         match self.migrate_away(at, |order| self.alloc_pages(flags, order)) {
-            Ok(old) if old >= start && old.0 + (1 << order) <= end.0 => {
-                gathered.push(self, old, order);
+            // As large as it is now: the folio that was looked at may have been split meanwhile, or become part of a larger one.
+            Ok(old) if old >= start && old.0 + (1 << self.order_of(old)) <= end.0 => {
+                gathered.push(self, old, self.order_of(old));
             }
             Ok(old) => {
                 // It reaches out of the range: free, and taken from there in the next round.
