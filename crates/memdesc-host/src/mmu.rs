@@ -49,21 +49,35 @@ pub struct MmuStats {
 /// All views of the process, for the handler: it is told an address and nothing else.
 static ALL: [AtomicPtr<View>; 1024] = [const { AtomicPtr::new(std::ptr::null_mut()) }; 1024];
 
-/// Handlers that look for their view at this moment; who lets go of one waits for them.
+/// Who looks for a view at this moment, or flushes one that may not be his; who lets go of one waits for them.
 static SEARCHING: AtomicU64 = AtomicU64::new(0);
+
+/// One of them.
+struct Search;
+
+impl Search {
+    fn new() -> Search {
+        // SeqCst, here and in `UserView::drop`: either the search sees that the view is gone, or who drops it sees the search.
+        SEARCHING.fetch_add(1, Ordering::SeqCst);
+        Search
+    }
+}
+
+impl Drop for Search {
+    fn drop(&mut self) {
+        SEARCHING.fetch_sub(1, Ordering::SeqCst);
+    }
+}
 
 /// The view that an address is in.
 fn view_of(addr: usize) -> Option<*const View> {
-    // SeqCst, here and in `drop`: either the search sees that the view is gone, or who drops it sees the search.
-    SEARCHING.fetch_add(1, Ordering::SeqCst);
-    let found = ALL.iter().find_map(|place| {
+    let _search = Search::new();
+    ALL.iter().find_map(|place| {
         let view = place.load(Ordering::SeqCst);
         // SAFETY: a view waits for all searches before it goes.
         let contains = unsafe { view.as_ref() }.is_some_and(|v| v.window.contains(addr));
         contains.then_some(view.cast_const())
-    });
-    SEARCHING.fetch_sub(1, Ordering::SeqCst);
-    found
+    })
 }
 
 impl Mmu {
@@ -89,8 +103,10 @@ impl Mmu {
         let Some(slot) = self.views.get(asid as usize) else {
             return;
         };
-        // SAFETY: a view stays until its space lets go of it, and its space is what is being flushed.
-        let Some(view) = (unsafe { slot.load(Ordering::Acquire).as_ref() }) else {
+        // The space is there, but its view may be let go of: who moves pages flushes whenever he likes.
+        let _search = Search::new();
+        // SAFETY: a view waits for all searches before it goes.
+        let Some(view) = (unsafe { slot.load(Ordering::SeqCst).as_ref() }) else {
             return;
         };
         let end = end.min(view.window.len() as u64);
@@ -139,7 +155,8 @@ impl View {
         done.expect("one mapping in place of all can always be had");
     }
 
-    fn space(&self) -> &MmStruct<'_, Host> {
+    /// For no longer than the view is borrowed, whatever the lifetime inside says: that is the space's own business.
+    fn space(&self) -> &MmStruct<'static, Host> {
         // SAFETY: the view borrows its space.
         unsafe { &*self.space }
     }
@@ -166,9 +183,10 @@ impl View {
             });
             if full {
                 // The process has as many mappings as it can have: forget them, of all spaces.
+                let _search = Search::new();
                 for slot in self.host().mmu.views.iter() {
-                    // SAFETY: views are let go of after all threads that use them; the handler's caller uses one.
-                    if let Some(view) = unsafe { slot.load(Ordering::Acquire).as_ref() } {
+                    // SAFETY: a view waits for all searches before it goes.
+                    if let Some(view) = unsafe { slot.load(Ordering::SeqCst).as_ref() } {
                         view.locked(|| view.forget_all());
                     }
                 }
