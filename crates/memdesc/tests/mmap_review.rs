@@ -181,3 +181,29 @@ fn rights_are_taken_and_given() {
         );
     }
 }
+
+/// Numbers that no file and no space can have are refused, not wrapped.
+#[test]
+fn numbers_that_are_too_large_are_refused() {
+    let other = Machine::flat(mib(16)).boot();
+    let mm = Machine::flat(mib(16)).boot();
+    let disk = Disk::default();
+    let file = Mapping::new(&mm, &disk, u64::MAX).unwrap();
+    let space = MmStruct::new(&mm, 1).unwrap();
+    let most = u64::MAX - 4095;
+    for len in [1 << 47, most, most - 0x1_0000] {
+        let got = space.mmap(None, len, RW, Map::Anon);
+        assert_eq!(got, Err(AllocError::NoZone));
+    }
+    for pgoff in [u64::MAX, (1 << 52) - 1] {
+        let got = space.mmap(None, 4096, RW, Map::File(&file, pgoff));
+        assert_eq!(got, Err(AllocError::BadSize));
+    }
+    let shared = RW.with(VmFlags::SHARED);
+    assert_eq!(space.mmap(None, 4096, shared, Map::Anon), Err(AllocError::BadSize));
+    assert_eq!(file.will_need(u64::MAX, 8), Err(FileError::End));
+    assert_eq!(file.read(u64::MAX - 4096, &mut [0; 5000]), Err(FileError::End));
+    let strange = Mapping::new(&other, &disk, 10).unwrap();
+    let got = space.mmap(None, 4096, RW, Map::File(&strange, 0));
+    assert_eq!(got, Err(AllocError::BadSize));
+}

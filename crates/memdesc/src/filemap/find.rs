@@ -82,7 +82,7 @@ impl<'m, P: Platform> Mapping<'m, P> {
     ) -> Result<(), FileError> {
         let mut done = 0;
         while done < len {
-            let at = offset + done as u64;
+            let at = offset.checked_add(done as u64).ok_or(FileError::End)?;
             let folio = self.get(at / 4096)?;
             let from = (at - folio.index() * 4096) as usize;
             let part = ((4096usize << folio.order()) - from).min(len - done);

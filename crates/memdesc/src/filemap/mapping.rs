@@ -12,7 +12,7 @@ use crate::mmap::VmaList;
 use crate::platform::{Holder, Platform};
 use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use crate::sync::{SpinGuard, SpinLock};
-use crate::xarray::{Node, NodeSource, Nodes, XArray};
+use crate::xarray::{MAX_INDEX, Node, NodeSource, Nodes, XArray};
 
 /// Where the pages of a file come from and go to: a disk, a network, a test. Offsets and lengths are of whole pages.
 pub trait MappingOps: Sync {
@@ -109,7 +109,7 @@ pub(crate) struct MappingCore {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub struct Mapping<'m, P: Platform> {
-    pub(super) mm: &'m Mm<P>,
+    pub(crate) mm: &'m Mm<P>,
     core: NonNull<MappingCore>,
 }
 
@@ -119,7 +119,7 @@ unsafe impl<P: Platform> Send for Mapping<'_, P> {}
 unsafe impl<P: Platform> Sync for Mapping<'_, P> {}
 
 impl<'m, P: Platform> Mapping<'m, P> {
-    /// An empty cache of a file of `size` pages.
+    /// An empty cache of a file of `size` pages (below 2^52: what an index can have).
     ///
     /// # Context
     ///
@@ -148,7 +148,7 @@ impl<'m, P: Platform> Mapping<'m, P> {
                 lock: SpinLock::new(()),
                 i_mmap: SpinLock::new(VmaList::new()),
                 refs: AtomicU32::new(1),
-                size: AtomicU64::new(size),
+                size: AtomicU64::new(size.min(MAX_INDEX)),
                 nrpages: AtomicU64::new(0),
                 ra_next: AtomicU64::new(0),
                 ra_pages: AtomicU32::new(0),

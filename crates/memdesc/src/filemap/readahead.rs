@@ -60,7 +60,7 @@ impl<P: Platform> Mm<P> {
         order: usize,
     ) -> Result<(), FileError> {
         let size = mapping.size.load(Ordering::Relaxed);
-        let end = (index + u64::from(pages)).min(size);
+        let end = index.saturating_add(u64::from(pages)).min(size);
         if index >= end {
             return Err(FileError::End);
         }

@@ -24,7 +24,7 @@ impl<P: Platform> Mm<P> {
         {
             // Who enters a folio looks at the size under this lock: he is seen below, or sees that the file is shorter.
             let _lock = self.i_pages(mapping);
-            mapping.size.store(pages, Ordering::Relaxed);
+            mapping.size.store(pages.min(MAX_INDEX), Ordering::Relaxed);
         }
         let mut at = pages;
         while at <= MAX_INDEX

@@ -1,5 +1,6 @@
 //! An address space (`mm_struct`): its areas, its page tables, its family.
 
+use core::marker::PhantomData;
 use core::ptr::NonNull;
 
 use super::family::Family;
@@ -88,9 +89,30 @@ impl SpaceCore {
 /// assert_eq!(&seen, b"hello");
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
+///
+/// What stands behind a file outlives all who map it:
+///
+/// ```compile_fail,E0597
+/// # use memdesc::{Config, Mm, filemap::{FileError, Mapping, MappingOps}, mmap::{Map, MmStruct, VmFlags}};
+/// # struct Zeroes(u8);
+/// # impl MappingOps for Zeroes {
+/// #     fn read_folio(&self, _: u64, pages: &mut [u8]) -> Result<(), FileError> { pages.fill(self.0); Ok(()) }
+/// #     fn writepage(&self, _: u64, _: &[u8]) -> Result<(), FileError> { Ok(()) }
+/// # }
+/// # let (host, ram) = memdesc_host::Host::small(16384).unwrap();
+/// # let mm = Mm::new(host, &Config::default(), &ram).unwrap();
+/// let space = MmStruct::new(&mm, 1).unwrap();
+/// {
+///     let disk = Zeroes(0);
+///     let file = Mapping::new(&mm, &disk, 10).unwrap();
+///     space.mmap(None, 4096, VmFlags::READ, Map::File(&file, 0)).unwrap();
+/// }
+/// ```
 pub struct MmStruct<'m, P: Platform> {
     pub(super) mm: &'m Mm<P>,
     core: NonNull<SpaceCore>,
+    /// Neither longer nor shorter: a space keeps the files that it maps, and with them what stands behind them, which lives for `'m` and no longer.
+    _files: PhantomData<fn(&'m ()) -> &'m ()>,
 }
 
 // SAFETY: an address space is shared between CPUs by design; its lists change under its lock.
@@ -162,7 +184,11 @@ impl<'m, P: Platform> MmStruct<'m, P> {
                 file: AtomicU64::new(0),
             });
         }
-        let space = MmStruct { mm, core };
+        let space = MmStruct {
+            mm,
+            core,
+            _files: PhantomData,
+        };
         mm.family_join(family, space.core());
         Ok(space)
     }
@@ -231,7 +257,8 @@ impl<'m, P: Platform> MmStruct<'m, P> {
     /// # Errors
     ///
     /// [`AllocError::Busy`] if something is mapped there; [`AllocError::NoZone`] if there is no room, or outside of the address space;
-    /// [`AllocError::BadSize`] for no bytes or an address that is not a page's; no memory.
+    /// [`AllocError::BadSize`] for no bytes, an address that is not a page's, pages that no file can have, a file of another memory manager, or
+    /// anonymous memory that is to be shared (that would be a file without a name); no memory.
     pub fn mmap(
         &self,
         addr: Option<u64>,
@@ -242,6 +269,17 @@ impl<'m, P: Platform> MmStruct<'m, P> {
         let page = PAGE_SIZE as u64;
         let len = len.checked_next_multiple_of(page).unwrap_or(0);
         if len == 0 || addr.is_some_and(|a| !a.is_multiple_of(page)) {
+            return Err(AllocError::BadSize);
+        }
+        let fits = match &what {
+            Map::Anon => !flags.contains(VmFlags::SHARED),
+            Map::File(file, pgoff) => {
+                let end = pgoff.checked_add(len / page);
+                core::ptr::eq(file.mm, self.mm)
+                    && end.is_some_and(|end| end <= crate::xarray::MAX_INDEX)
+            }
+        };
+        if !fits {
             return Err(AllocError::BadSize);
         }
         let object = self.mm.kmalloc(size_of::<Vma>(), gfp::GFP_KERNEL)?;
@@ -295,6 +333,10 @@ impl<'m, P: Platform> MmStruct<'m, P> {
         } else {
             PAGE_SIZE as u64
         };
+        // Below 2^48 from here on, and so are all sums.
+        if len > HIGHEST {
+            return Err(AllocError::NoZone);
+        }
         let mut start = LOWEST.next_multiple_of(align);
         for vma in core.vmas() {
             if start + len <= vma.start() {
