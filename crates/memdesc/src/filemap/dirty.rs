@@ -52,8 +52,8 @@ impl<P: Platform> Mapping<'_, P> {
 }
 
 impl<P: Platform> Mm<P> {
-    /// A file's folio was written to (`folio_mark_dirty`). The caller has it locked, or holds the lock of a table that maps it; so it
-    /// stays in its mapping.
+    /// A file's folio was written to (`folio_mark_dirty`). The caller has it locked, or something that counts as a mapping of it; so it stays in its
+    /// mapping.
     pub(crate) fn folio_mark_dirty(&self, folio: &Folio, _head: Pfn) {
         if folio.set_flag(FolioFlags::DIRTY) {
             return;

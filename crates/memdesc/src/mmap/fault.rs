@@ -473,10 +473,10 @@ impl<'m, P: Platform> MmStruct<'m, P> {
                 let noted = Prot::WRITE.with(Prot::DIRTY).with(Prot::ACCESSED);
                 let new = Entry::leaf(head, false, vma.flags().prot().with(noted));
                 // First away everywhere, then the new one: no CPU writes to one while another reads the other.
-                slot.entry.replace(Entry::NONE);
-                if seen.is_present() {
+                let old = slot.entry.replace(Entry::NONE);
+                if old.is_present() {
                     mm.pages.platform.flush_tlb(core.asid, addr, addr + PAGE);
-                    gather.push(page, Mapped::Page(0), addr);
+                    gather.push(old, Mapped::Page(0), addr);
                 }
                 slot.entry.store(new);
                 Step::Done

@@ -146,8 +146,7 @@ impl<P: Platform> Mm<P> {
                             Unmap::Drop => Entry::NONE,
                             Unmap::Move => Entry::migration(page, seen.prot()),
                         });
-                        self.note(old);
-                        gather.push(page, Mapped::Page(0), addr + done * PAGE);
+                        gather.push(old, Mapped::Page(0), addr + done * PAGE);
                     }
                     done += 1;
                 }
@@ -182,8 +181,7 @@ impl<P: Platform> Mm<P> {
                 return;
             }
             let old = slot.entry.replace(Entry::NONE);
-            self.note(old);
-            gather.push(head, Mapped::Entire, addr);
+            gather.push(old, Mapped::Entire, addr);
             self.withdraw_table(slot.table)
         };
         self.gather_flush(space, &mut gather);

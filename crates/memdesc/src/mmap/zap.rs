@@ -17,7 +17,7 @@ pub(super) const PAGE: u64 = span(1);
 
 /// Mappings that are in no table any more, to be let go when no CPU remembers them.
 pub(super) struct Gather {
-    what: [(Pfn, Mapped); BATCH],
+    what: [(Entry, Mapped); BATCH],
     len: usize,
     start: u64,
     end: u64,
@@ -26,7 +26,7 @@ pub(super) struct Gather {
 impl Gather {
     pub(super) fn new() -> Gather {
         Gather {
-            what: [(Pfn::NONE, Mapped::Entire); BATCH],
+            what: [(Entry::NONE, Mapped::Entire); BATCH],
             len: 0,
             start: u64::MAX,
             end: 0,
@@ -43,9 +43,9 @@ impl Gather {
         self.end = self.end.max(addr + PAGE);
     }
 
-    /// The entry that led to this page of a folio, at this address, is gone. Not if full.
-    pub(super) fn push(&mut self, page: Pfn, which: Mapped, addr: u64) {
-        self.what[self.len] = (page, which);
+    /// This entry, which led to a page of a folio from this address, is gone. Not if full.
+    pub(super) fn push(&mut self, old: Entry, which: Mapped, addr: u64) {
+        self.what[self.len] = (old, which);
         self.len += 1;
         let pages = if which == Mapped::Entire { PMD } else { PAGE };
         self.start = self.start.min(addr);
@@ -54,15 +54,17 @@ impl Gather {
 }
 
 impl<P: Platform> Mm<P> {
-    /// No CPU remembers what was gathered from now on; lets the folios go.
+    /// No CPU remembers what was gathered from now on; what the machine noted goes to the folios, and they are let go. Not before: a CPU that
+    /// remembers an entry writes through it, and a folio that was dirty and is written back meanwhile would be clean with that in it.
     pub(super) fn gather_flush(&self, space: &SpaceCore, gather: &mut Gather) {
         if gather.start >= gather.end {
             return;
         }
         let platform = &self.pages.platform;
         platform.flush_tlb(space.asid, gather.start, gather.end);
-        for &(page, which) in &gather.what[..gather.len] {
-            self.unmap_page(space, page, which);
+        for &(old, which) in &gather.what[..gather.len] {
+            self.note(old);
+            self.unmap_page(space, old.pfn(), which);
         }
         *gather = Gather::new();
     }
@@ -118,8 +120,7 @@ impl<P: Platform> Mm<P> {
                         continue;
                     }
                     let old = slot.entry.replace(Entry::NONE);
-                    self.note(old);
-                    gather.push(old.pfn(), Mapped::Entire, at);
+                    gather.push(old, Mapped::Entire, at);
                     self.withdraw_table(slot.table)
                 };
                 if deposit != Pfn::NONE {
@@ -167,8 +168,7 @@ impl<P: Platform> Mm<P> {
                         let old = entry.replace(Entry::NONE);
                         // One on the move is nobody's mapping: who moves the page finds that it is wanted no more.
                         if old.is_present() && !old.is_special() {
-                            self.note(old);
-                            gather.push(old.pfn(), Mapped::Page(0), at);
+                            gather.push(old, Mapped::Page(0), at);
                         } else {
                             gather.flush_also(at);
                         }
