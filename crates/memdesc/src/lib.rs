@@ -23,6 +23,7 @@ mod desc {
     pub(crate) mod folio;
     #[cfg(test)]
     mod models;
+    pub(crate) use folio::{Folio, FolioFlags};
 }
 #[cfg(not(loom))]
 mod error;
@@ -47,6 +48,12 @@ mod compaction;
 pub mod filemap;
 #[cfg(not(loom))]
 mod folio;
+#[cfg(loom)]
+mod folio {
+    #[cfg(test)]
+    mod models;
+    mod wait;
+}
 #[cfg(not(loom))]
 mod memory_hotplug;
 #[cfg(not(loom))]

@@ -7,7 +7,7 @@
 use crate::desc::{Folio, FolioFlags};
 use crate::mm::Mm;
 use crate::platform::{Platform, might_sleep};
-use core::sync::atomic::{AtomicU32, Ordering};
+use core::sync::atomic::AtomicU32;
 
 const WORDS: usize = 64;
 
@@ -78,24 +78,18 @@ impl<P: Platform> Mm<P> {
 
     /// Sleeps as long as the flag is set; may come back early.
     fn folio_wait(&self, folio: &Folio, flag: FolioFlags) {
-        let word = self.folio_waits.word(folio);
-        let turn = word.load(Ordering::Acquire);
-        // Who clears the flag takes WAITERS with it and turns the word: either he finds it set, or we find the flag gone.
-        folio.set_flag(FolioFlags::WAITERS);
-        if folio.has_flag(flag) {
-            self.pages.platform.park(word, turn);
+        let turns = self.folio_waits.word(folio);
+        folio.wait_once(flag, turns, |turns, turn| {
+            self.pages.platform.park(turns, turn);
             self.pages.platform.relax(0);
-        }
+        });
     }
 
     /// Clears a flag that others may wait for.
     pub(crate) fn folio_clear_and_wake(&self, folio: &Folio, flag: FolioFlags) {
-        let word = self.folio_waits.word(folio);
-        let waited = folio.clear_flags(flag, FolioFlags::WAITERS);
-        if waited {
-            // Release pairs with the Acquire in `folio_wait`: a sleeper that misses the turn sees the flag gone.
-            word.fetch_add(1, Ordering::Release);
-            self.pages.platform.unpark_all(word);
-        }
+        let turns = self.folio_waits.word(folio);
+        folio.clear_and_wake(flag, turns, |turns| {
+            self.pages.platform.unpark_all(turns);
+        });
     }
 }

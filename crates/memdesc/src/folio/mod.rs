@@ -9,6 +9,7 @@ mod mapcount;
 mod migrate;
 mod private;
 mod split;
+mod wait;
 
 pub use get::FolioRef;
 pub use lock::FolioLock;

@@ -99,4 +99,4 @@ pub(crate) fn spin_hint() {
 }
 
 #[cfg(all(test, loom))]
-mod models;
+pub(crate) mod models;

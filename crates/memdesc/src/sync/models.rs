@@ -8,7 +8,7 @@ use loom::sync::Arc;
 use loom::thread;
 
 use super::atomic::{AtomicU32, Ordering, fence};
-use super::{Barriers, LocalLock, SpinLock, UnsafeCell, Waiter};
+use super::{Barriers, LocalLock, RwLock, RwWaiter, SpinLock, UnsafeCell, Waiter};
 use crate::address::{Pfn, PhysAddr};
 use crate::memmap::heads::climb;
 use crate::memmap::word::{AtomicWord, DescClass, PageType, Word};
@@ -136,16 +136,18 @@ fn planted_bug_fast_try_without_fences() {
 /// Waits by spinning, or by sleeping on a futex of loom's mutex and condition: a wake-up that is lost is a deadlock, which loom
 /// reports.
 #[derive(Clone)]
-struct Waits {
+pub(crate) struct Waits {
     sleeps: bool,
-    /// Planted bug: nobody is woken.
+    /// Planted bug: nobody is woken, or one instead of all.
     forgets: bool,
-    futex: Arc<(loom::sync::Mutex<()>, loom::sync::Condvar)>,
+    // loom's own Arc cannot be dropped by a thread that unwinds from a deadlock.
+    futex: std::sync::Arc<(loom::sync::Mutex<()>, loom::sync::Condvar)>,
 }
 
 impl Waits {
-    fn new(sleeps: bool, forgets: bool) -> Waits {
-        let futex = Arc::new((loom::sync::Mutex::new(()), loom::sync::Condvar::new()));
+    pub(crate) fn new(sleeps: bool, forgets: bool) -> Waits {
+        let futex = (loom::sync::Mutex::new(()), loom::sync::Condvar::new());
+        let futex = std::sync::Arc::new(futex);
         Waits {
             sleeps,
             forgets,
@@ -169,6 +171,17 @@ impl Waiter for Waits {
         if !self.forgets {
             let _held = self.futex.0.lock().unwrap();
             self.futex.1.notify_one();
+        }
+    }
+}
+
+impl RwWaiter for Waits {
+    fn unpark_all(&self, _word: &AtomicU32) {
+        let _held = self.futex.0.lock().unwrap();
+        if self.forgets {
+            self.futex.1.notify_one();
+        } else {
+            self.futex.1.notify_all();
         }
     }
 }
@@ -222,6 +235,90 @@ fn sleeping_lock_excludes() {
 #[should_panic]
 fn planted_bug_sleeper_not_woken() {
     lock_excludes(true, true);
+}
+
+/// What readers and writers share: the lock, and a value that loom watches.
+struct ReadAndWritten {
+    lock: RwLock,
+    value: loom::cell::UnsafeCell<u32>,
+}
+
+// SAFETY: `value` is reached only under `lock`; that this is enough is what the models check.
+unsafe impl Sync for ReadAndWritten {}
+// SAFETY: the same.
+unsafe impl Send for ReadAndWritten {}
+
+impl ReadAndWritten {
+    fn write(&self, waits: &Waits) {
+        let _guard = self.lock.write(waits.clone());
+        // SAFETY: the lock is held for writing; loom checks that this excludes all others.
+        self.value.with_mut(|v| unsafe { *v += 1 });
+    }
+
+    fn read(&self, waits: &Waits) -> u32 {
+        let _guard = self.lock.read(waits.clone());
+        // SAFETY: the lock is held for reading; loom checks that this excludes who writes.
+        self.value.with(|v| unsafe { *v })
+    }
+}
+
+/// So many threads that write once and that read once, beside one that does as the last argument says.
+fn readers_and_writers(forgets: bool, writers: usize, readers: usize, main_writes: bool) {
+    loom::model(move || {
+        let waits = Waits::new(true, forgets);
+        let shared = std::sync::Arc::new(ReadAndWritten {
+            lock: RwLock::new(),
+            value: loom::cell::UnsafeCell::new(0),
+        });
+        let threads: Vec<_> = (0..writers + readers)
+            .map(|nth| {
+                let (shared, waits) = (shared.clone(), waits.clone());
+                thread::spawn(move || {
+                    if nth < writers {
+                        shared.write(&waits);
+                    } else {
+                        assert!(shared.read(&waits) <= writers as u32 + 1);
+                    }
+                })
+            })
+            .collect();
+        if main_writes {
+            shared.write(&waits);
+        } else {
+            shared.read(&waits);
+        }
+        for thread in threads {
+            thread.join().unwrap();
+        }
+        let written = writers as u32 + u32::from(main_writes);
+        assert_eq!(shared.read(&waits), written);
+    });
+}
+
+#[test]
+fn writers_exclude_each_other() {
+    readers_and_writers(false, 1, 0, true);
+}
+
+#[test]
+fn a_writer_excludes_readers_and_all_are_woken() {
+    readers_and_writers(false, 0, 2, true);
+}
+
+#[test]
+fn a_writer_waits_for_readers_and_keeps_others_out() {
+    readers_and_writers(false, 1, 1, false);
+}
+
+#[test]
+fn a_reader_waits_for_two_writers() {
+    readers_and_writers(false, 1, 1, true);
+}
+
+#[test]
+#[should_panic]
+fn planted_bug_one_of_the_readers_is_not_woken() {
+    readers_and_writers(true, 0, 2, true);
 }
 
 /// A per-CPU list in small: the owner pushes and pops, a remote takes all; no page is lost or had twice.
