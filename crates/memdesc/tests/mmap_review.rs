@@ -139,7 +139,11 @@ fn a_folio_outlives_its_family() {
     for object in others {
         // SAFETY: ours, as above.
         unsafe {
-            assert!(core::slice::from_raw_parts(object.as_ptr(), 64).iter().all(|&b| b == 0xff));
+            assert!(
+                core::slice::from_raw_parts(object.as_ptr(), 64)
+                    .iter()
+                    .all(|&b| b == 0xff)
+            );
             mm.kfree(object);
         }
     }
@@ -166,7 +170,9 @@ fn rights_are_taken_and_given() {
             unsafe { mm.free_pages(old) };
             assert!(!space.walk_as_machine(at, Access::Read, |_| {}));
         }
-        space.mprotect(at, len, VmFlags::READ.with(VmFlags::EXEC)).unwrap();
+        space
+            .mprotect(at, len, VmFlags::READ.with(VmFlags::EXEC))
+            .unwrap();
         drop(space.get_user_page(at, Access::Exec).unwrap());
         let mut seen = [0];
         space.read(at, &mut seen).unwrap();
@@ -200,9 +206,15 @@ fn numbers_that_are_too_large_are_refused() {
         assert_eq!(got, Err(AllocError::BadSize));
     }
     let shared = RW.with(VmFlags::SHARED);
-    assert_eq!(space.mmap(None, 4096, shared, Map::Anon), Err(AllocError::BadSize));
+    assert_eq!(
+        space.mmap(None, 4096, shared, Map::Anon),
+        Err(AllocError::BadSize)
+    );
     assert_eq!(file.will_need(u64::MAX, 8), Err(FileError::End));
-    assert_eq!(file.read(u64::MAX - 4096, &mut [0; 5000]), Err(FileError::End));
+    assert_eq!(
+        file.read(u64::MAX - 4096, &mut [0; 5000]),
+        Err(FileError::End)
+    );
     let strange = Mapping::new(&other, &disk, 10).unwrap();
     let got = space.mmap(None, 4096, RW, Map::File(&strange, 0));
     assert_eq!(got, Err(AllocError::BadSize));

@@ -151,8 +151,9 @@ impl<'m, P: Platform> MmStruct<'m, P> {
         // First the right to write, then the look at the pins: see `Counts::may_be_pinned`.
         let old = mine.clear(Prot::WRITE);
         if anon && folio.counts().may_be_pinned() {
+            // Without fail, whatever is noted in it meanwhile: who may not write to what is pinned would be given a copy.
             if old.prot().contains(Prot::WRITE) {
-                mine.add_if(mine.load(), Prot::WRITE);
+                mine.add(Prot::WRITE);
             }
             return (Copied::Pinned, anon);
         }

@@ -516,7 +516,9 @@ impl<'m, P: Platform> MmStruct<'m, P> {
                 }
             }
             // Less may be done from now on: rights come back with the next fault.
-            space.mm.protect_range(space.core(), start, end, rest.prot());
+            space
+                .mm
+                .protect_range(space.core(), start, end, rest.prot());
         })
     }
 

@@ -248,6 +248,12 @@ impl AtomicEntry {
         }
     }
 
+    /// Gives back rights that were taken away under the same hold of the table's lock, so that only notes can have been added.
+    #[inline]
+    pub(crate) fn add(&self, prot: Prot) {
+        self.0.fetch_or(prot.0, Ordering::Release);
+    }
+
     /// Puts another in its place, if it still is what the caller saw.
     #[inline]
     pub(crate) fn swap_if(&self, seen: Entry, new: Entry) -> bool {
