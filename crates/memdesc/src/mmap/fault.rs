@@ -476,7 +476,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
                 let old = slot.entry.replace(Entry::NONE);
                 if old.is_present() {
                     mm.pages.platform.flush_tlb(core.asid, addr, addr + PAGE);
-                    gather.push(old, Mapped::Page(0), addr);
+                    mm.gather(core, &mut gather, old, Mapped::Page(0), addr);
                 }
                 slot.entry.store(new);
                 Step::Done

@@ -146,7 +146,8 @@ impl<P: Platform> Mm<P> {
                             Unmap::Drop => Entry::NONE,
                             Unmap::Move => Entry::migration(page, seen.prot()),
                         });
-                        gather.push(old, Mapped::Page(0), addr + done * PAGE);
+                        let at = addr + done * PAGE;
+                        self.gather(space, &mut gather, old, Mapped::Page(0), at);
                     }
                     done += 1;
                 }
@@ -181,7 +182,7 @@ impl<P: Platform> Mm<P> {
                 return;
             }
             let old = slot.entry.replace(Entry::NONE);
-            gather.push(old, Mapped::Entire, addr);
+            self.gather(space, &mut gather, old, Mapped::Entire, addr);
             self.withdraw_table(slot.table)
         };
         self.gather_flush(space, &mut gather);

@@ -43,8 +43,7 @@ impl Gather {
         self.end = self.end.max(addr + PAGE);
     }
 
-    /// This entry, which led to a page of a folio from this address, is gone. Not if full.
-    pub(super) fn push(&mut self, old: Entry, which: Mapped, addr: u64) {
+    fn push(&mut self, old: Entry, which: Mapped, addr: u64) {
         self.what[self.len] = (old, which);
         self.len += 1;
         let pages = if which == Mapped::Entire { PMD } else { PAGE };
@@ -64,20 +63,35 @@ impl<P: Platform> Mm<P> {
         platform.flush_tlb(space.asid, gather.start, gather.end);
         for &(old, which) in &gather.what[..gather.len] {
             self.note(old);
-            self.unmap_page(space, old.pfn(), which);
+            self.unmap_page(old.pfn(), which);
         }
         *gather = Gather::new();
     }
 
+    /// This entry is gone from the tables of the space, which counts it no longer: under the table's lock, so that who unmapped a range and looks
+    /// finds nothing. The folio keeps its mapping until the flush. Not if full.
+    pub(super) fn gather(
+        &self,
+        space: &SpaceCore,
+        gather: &mut Gather,
+        old: Entry,
+        which: Mapped,
+        addr: u64,
+    ) {
+        let found = self.pages.map.lookup(old.pfn());
+        let anon = found.is_some_and(|f| f.word.kind() == PageType::Anon);
+        let pages = if which == Mapped::Entire { 512u64 } else { 1 };
+        space.count(anon, pages.wrapping_neg());
+        gather.push(old, which, addr);
+    }
+
     /// One entry less maps this page, or the folio that it heads.
-    pub(super) fn unmap_page(&self, space: &SpaceCore, page: Pfn, which: Mapped) {
+    fn unmap_page(&self, page: Pfn, which: Mapped) {
         let Some(found) = self.pages.map.lookup(page) else {
             return;
         };
         let (word, head) = (found.word, found.head);
         debug_assert!(word.is_folio(), "mapped, and {word:?}");
-        let pages = if which == Mapped::Entire { 512u64 } else { 1 };
-        space.count(word.kind() == PageType::Anon, pages.wrapping_neg());
         let which = match which {
             Mapped::Page(_) => Mapped::Page(page.0 - head.0),
             Mapped::Entire => Mapped::Entire,
@@ -120,7 +134,7 @@ impl<P: Platform> Mm<P> {
                         continue;
                     }
                     let old = slot.entry.replace(Entry::NONE);
-                    gather.push(old, Mapped::Entire, at);
+                    self.gather(space, &mut gather, old, Mapped::Entire, at);
                     self.withdraw_table(slot.table)
                 };
                 if deposit != Pfn::NONE {
@@ -168,7 +182,7 @@ impl<P: Platform> Mm<P> {
                         let old = entry.replace(Entry::NONE);
                         // One on the move is nobody's mapping: who moves the page finds that it is wanted no more.
                         if old.is_present() && !old.is_special() {
-                            gather.push(old, Mapped::Page(0), at);
+                            self.gather(space, gather, old, Mapped::Page(0), at);
                         } else {
                             gather.flush_also(at);
                         }
