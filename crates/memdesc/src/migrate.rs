@@ -86,6 +86,10 @@ impl<P: Platform> Mm<P> {
 
     /// Moves a folio to these bare pages of the caller's, of the same order; he gets the old ones (`migrate_folio`).
     ///
+    /// # Safety
+    ///
+    /// `to` is the head of bare pages that the caller owns. If this succeeds they are the folio's, and the pages in the result his.
+    ///
     /// # Context
     ///
     /// May sleep.
@@ -93,7 +97,7 @@ impl<P: Platform> Mm<P> {
     /// # Errors
     ///
     /// [`AllocError::Busy`]: see there. Everything is as it was then.
-    pub fn migrate_folio(&self, page: Pfn, to: Pfn) -> Result<Pfn, AllocError> {
+    pub unsafe fn migrate_folio(&self, page: Pfn, to: Pfn) -> Result<Pfn, AllocError> {
         let taken = self.folio_get(page).ok_or(AllocError::Busy)?;
         self.migrate_to(taken, to)
     }
@@ -111,7 +115,7 @@ impl<P: Platform> Mm<P> {
         }
         let moved = self.migrate_isolated(folio, head, to);
         let now = if moved { to } else { head };
-        self.folio_add_lru(folio, now);
+        self.lru_insert(folio, now, false);
         self.folio_put(folio, now, Held::REF);
         if moved {
             Ok(head)
@@ -131,6 +135,7 @@ impl<P: Platform> Mm<P> {
     /// [`AllocError::Busy`] if others have it, or it is no larger; no memory for the descriptors. Everything is as it was then.
     pub fn split_folio(&self, taken: &FolioRef<'_, P>, to: usize) -> Result<(), AllocError> {
         let (head, folio) = (taken.head(), &**taken);
+        assert!(self.is_head_of(folio, head), "another memory manager's");
         let _locked = self.folio_lock(folio);
         if self.order_of(head) <= to {
             return Err(AllocError::Busy);
@@ -158,7 +163,7 @@ impl<P: Platform> Mm<P> {
         if !unmapped || !folio.counts().freeze(Held::REF) {
             self.rmap_restore(folio, head, head, family.as_ref());
             if listed {
-                self.folio_add_lru(folio, head);
+                self.lru_insert(folio, head, false);
             }
             self.put(spare);
             return Err(AllocError::Busy);
@@ -169,7 +174,7 @@ impl<P: Platform> Mm<P> {
             new.counts().unfreeze(Held::REF);
             self.rmap_restore(new, part, part, family.as_ref());
             if listed {
-                self.folio_add_lru(new, part);
+                self.lru_insert(new, part, false);
             }
             if part != head {
                 self.folio_clear_and_wake(new, FolioFlags::LOCKED);

@@ -375,7 +375,8 @@ fn settling_loses_nothing() {
         };
         // SAFETY: the folio is ours until it is freed below.
         let folio = unsafe { folio.as_ref() };
-        folio.set_mapping(1 << 20, u64::from(pfn.0));
+        // SAFETY: in no list, mapped by nobody, neither moved nor split.
+        unsafe { folio.set_mapping(1 << 20, u64::from(pfn.0)) };
     }
     for index in (0..pages.live.len()).rev() {
         if pages.live[index].pfn.0.is_multiple_of(2) {

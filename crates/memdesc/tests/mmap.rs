@@ -312,7 +312,8 @@ fn a_folio_moves_and_keeps_its_descriptor() {
         let desc = &raw const *folio;
         drop(folio);
         let to = mm.alloc_pages(GFP_HIGHUSER_MOVABLE, order).unwrap();
-        let old = mm.migrate_folio(page, to).unwrap();
+        // SAFETY: bare pages of ours.
+        let old = unsafe { mm.migrate_folio(page, to) }.unwrap();
         assert!(matches!(mm.lookup(old).2, Memory::Bare));
         // SAFETY: ours since the folio moved.
         unsafe { mm.free_pages(old) };
@@ -326,7 +327,8 @@ fn a_folio_moves_and_keeps_its_descriptor() {
         let file = Mapping::new(&mm, &disk, 100).unwrap();
         let head = file.get(42).unwrap().head();
         let to = mm.alloc_pages(GFP_HIGHUSER_MOVABLE, 0).unwrap();
-        let old = mm.migrate_folio(head, to).unwrap();
+        // SAFETY: bare pages of ours.
+        let old = unsafe { mm.migrate_folio(head, to) }.unwrap();
         // SAFETY: as above.
         unsafe { mm.free_pages(old) };
         assert_eq!((file.find(42).unwrap().head(), old), (to, head));
@@ -348,7 +350,9 @@ fn what_is_pinned_stays_and_is_the_parents() {
         let pin = parent.pin_user_page(at, Access::Write).unwrap();
         assert!(pin.folio().is_pinned());
         let to = mm.alloc_pages(GFP_HIGHUSER_MOVABLE, 0).unwrap();
-        assert_eq!(mm.migrate_folio(pin.pfn(), to), Err(AllocError::Busy));
+        // SAFETY: bare pages of ours.
+        let moved = unsafe { mm.migrate_folio(pin.pfn(), to) };
+        assert_eq!(moved, Err(AllocError::Busy));
         let child = parent.fork(2).unwrap();
         parent.write(at, &[2]).unwrap();
         let (folio, page) = parent.page_at(at).unwrap();
@@ -360,7 +364,8 @@ fn what_is_pinned_stays_and_is_the_parents() {
         drop(folio);
         assert_eq!((byte(&parent, at), byte(&child, at)), (2, 1));
         drop(pin);
-        let old = mm.migrate_folio(page, to).unwrap();
+        // SAFETY: bare pages of ours.
+        let old = unsafe { mm.migrate_folio(page, to) }.unwrap();
         // SAFETY: ours since the folio moved.
         unsafe { mm.free_pages(old) };
         assert_eq!(byte(&parent, at), 2);

@@ -134,7 +134,9 @@ fn a_folio_outlives_its_family() {
         })
         .collect();
     let to = mm.alloc_pages(GFP_HIGHUSER_MOVABLE, folio.order()).unwrap();
-    assert_eq!(mm.migrate_folio(page, to), Err(AllocError::Busy));
+    // SAFETY: bare pages of ours.
+    let moved = unsafe { mm.migrate_folio(page, to) };
+    assert_eq!(moved, Err(AllocError::Busy));
     // SAFETY: still ours.
     unsafe { mm.free_pages(to) };
     mm.split_folio(&folio, 0).unwrap();
@@ -167,7 +169,8 @@ fn rights_are_taken_and_given() {
             let mut page = Pfn(0);
             space.for_each_entry(|_, _, entry| page = entry.pfn());
             let to = mm.alloc_pages(GFP_HIGHUSER_MOVABLE, 0).unwrap();
-            let old = mm.migrate_folio(page, to).unwrap();
+            // SAFETY: bare pages of ours.
+            let old = unsafe { mm.migrate_folio(page, to) }.unwrap();
             // SAFETY: ours since the folio moved.
             unsafe { mm.free_pages(old) };
             assert!(!space.walk_as_machine(at, Access::Read, |_| {}));

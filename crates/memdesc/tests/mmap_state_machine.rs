@@ -392,7 +392,8 @@ fn run(ops: &[Op], rt: bool) {
                         drop(folio);
                         if let Ok(to) = mm.alloc_pages(GFP_HIGHUSER_MOVABLE & !__GFP_RECLAIM, order)
                         {
-                            let moved = mm.migrate_folio(at, to);
+                            // SAFETY: bare pages of ours.
+                            let moved = unsafe { mm.migrate_folio(at, to) };
                             assert_eq!(moved.is_ok(), !pinned, "{op:?} {moved:?}");
                             // SAFETY: the one that is not used any more is ours.
                             unsafe { mm.free_pages(moved.unwrap_or(to)) };

@@ -577,7 +577,8 @@ fn folio_get_finds_the_folio_of_the_page() {
                             let Some(folio) = mm.folio_get(pfn) else {
                                 panic!("our own folio")
                             };
-                            folio.set_mapping(0x1000, u64::from(pfn.0));
+                            // SAFETY: in no list, mapped by nobody, neither moved nor split.
+                            unsafe { folio.set_mapping(0x1000, u64::from(pfn.0)) };
                             mine.push((pfn, order));
                         } else if !mine.is_empty() {
                             let (pfn, _) = mine.swap_remove(rng.below(mine.len()));

@@ -419,7 +419,8 @@ impl<'s, 'm> Worker<'s, 'm> {
         let Ok(to) = mm.alloc_pages(GFP_HIGHUSER_MOVABLE & !__GFP_RECLAIM, order) else {
             return;
         };
-        let moved = mm.migrate_folio(page, to);
+        // SAFETY: bare pages of ours.
+        let moved = unsafe { mm.migrate_folio(page, to) };
         if moved.is_ok() {
             self.shared.count(Count::Moves);
         }

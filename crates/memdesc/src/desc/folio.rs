@@ -115,6 +115,8 @@ impl FolioFlags {
     pub const UNEVICTABLE: FolioFlags = FolioFlags(1 << 9);
     /// Evicted not long ago, and wanted again.
     pub const WORKINGSET: FolioFlags = FolioFlags(1 << 10);
+    /// Taken off its LRU list by somebody who will put it back: its links are his.
+    pub const ISOLATED: FolioFlags = FolioFlags(1 << 11);
     const MASK: u64 = 0xfff;
 
     /// Both.
@@ -227,7 +229,17 @@ impl Folio {
 
     /// Enters the folio into a mapping, a number of the owner's choice below 2^40 (an address of an object of this memory manager,
     /// shifted), at this page index (below 2^52). Of a folio that the caller alone has, or has locked.
-    pub fn set_mapping(&self, mapping: u64, index: u64) {
+    ///
+    /// # Safety
+    ///
+    /// Reclaim, the reverse map and whoever moves or splits the folio follow the number to a mapping or a family of this memory manager. One
+    /// of the kernel's own is for folios that are in no LRU list, that nobody maps, and that are neither moved nor split.
+    pub unsafe fn set_mapping(&self, mapping: u64, index: u64) {
+        self.enter(mapping, index);
+    }
+
+    /// The same, by those who know what the number leads to.
+    pub(crate) fn enter(&self, mapping: u64, index: u64) {
         debug_assert!(mapping >> PLACE_SHIFT == 0);
         self.set_index(index);
         self.set_place(Place::Mapping(mapping));
@@ -260,12 +272,12 @@ impl Folio {
     }
 
     /// Sets a flag; says whether it was set before.
-    pub fn set_flag(&self, flag: FolioFlags) -> bool {
+    pub(crate) fn set_flag(&self, flag: FolioFlags) -> bool {
         self.offset_flags.fetch_or(flag.0, Ordering::AcqRel) & flag.0 != 0
     }
 
     /// Clears a flag; says whether it was set before.
-    pub fn clear_flag(&self, flag: FolioFlags) -> bool {
+    pub(crate) fn clear_flag(&self, flag: FolioFlags) -> bool {
         self.offset_flags.fetch_and(!flag.0, Ordering::AcqRel) & flag.0 != 0
     }
 
@@ -316,7 +328,7 @@ mod tests {
         f.init(Pfn(7));
         assert_eq!(f.place(), Place::Head(Pfn(7)));
         assert!(!f.set_flag(FolioFlags::DIRTY) && f.set_flag(FolioFlags::DIRTY));
-        f.set_mapping((1 << 40) - 1, (1 << 52) - 1);
+        f.enter((1 << 40) - 1, (1 << 52) - 1);
         assert_eq!((f.index(), f.mapping()), ((1 << 52) - 1, (1 << 40) - 1));
         assert!(f.has_flag(FolioFlags::DIRTY) && !f.has_flag(FolioFlags::LOCKED));
         assert!(f.clear_flag(FolioFlags::DIRTY) && !f.has_flag(FolioFlags::DIRTY));
@@ -327,7 +339,7 @@ mod tests {
         let f = folio();
         f.init(Pfn(7));
         f.set_owner(u16::MAX);
-        f.set_mapping(3, 4);
+        f.enter(3, 4);
         assert_eq!((f.owner(), f.mapping(), f.index()), (u16::MAX, 3, 4));
         f.set_owner(1);
         f.set_place(Place::Private(PhysAddr((1 << 44) - 16)));
@@ -342,7 +354,7 @@ mod tests {
     fn the_last_owner_leaves_the_number() {
         let f = folio();
         f.init(Pfn(7));
-        f.set_mapping(3, 4);
+        f.enter(3, 4);
         f.set_owner(9);
         assert!(f.counts().guess());
         assert_eq!(f.put_counts(Held::REF, Pfn(7)), Put::Alive);

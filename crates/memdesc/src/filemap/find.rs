@@ -182,7 +182,7 @@ impl<P: Platform> Mm<P> {
         nodes
             .fill(store_needs(index, order as u32))
             .map_err(|_| AllocError::NoBlock)?;
-        folio.set_mapping(self.mapping_handle(mapping), index);
+        folio.enter(self.mapping_handle(mapping), index);
         let stored = {
             let _lock = self.i_pages(mapping);
             // SAFETY: the lock is held until the end of the block.

@@ -110,14 +110,14 @@ impl<P: Platform> Mm<P> {
         if !split {
             self.put(spare);
             if listed {
-                self.folio_add_lru(folio, head);
+                self.lru_insert(folio, head, false);
             }
             return Err(AllocError::Busy);
         }
         for part in self.parts(head, parts, to) {
             let new = self.folio_of(part);
             // The cache keeps it as long as it is locked.
-            self.folio_add_lru(new, part);
+            self.lru_insert(new, part, false);
             if part != head {
                 self.folio_clear_and_wake(new, FolioFlags::LOCKED);
             }

@@ -159,22 +159,43 @@ impl<P: Platform> Mm<P> {
         self.lruvecs.len()
     }
 
-    /// Enters a folio that the caller has into its list, as the youngest (`folio_add_lru`). Nothing happens if it is in one.
+    /// Enters a folio that the caller has into its list, as the youngest (`folio_add_lru`). Nothing happens if it is in one, or if somebody has
+    /// taken it off and will put it back. `head` is its first page; panics if not.
     ///
     /// # Context
     ///
     /// Any that may take a lock.
     pub fn folio_add_lru(&self, folio: &Folio, head: Pfn) {
-        self.lru_insert(folio, head, false);
+        assert!(self.is_head_of(folio, head), "{head:?} heads another");
+        self.lru_enter(
+            folio,
+            head,
+            false,
+            FolioFlags::LRU.with(FolioFlags::ISOLATED),
+        );
+    }
+
+    /// Is this the folio's first page? Of a folio that the caller has.
+    pub(crate) fn is_head_of(&self, folio: &Folio, head: Pfn) -> bool {
+        let word = match self.pages.map.region(head) {
+            Some(region) => region.word(head).load(),
+            None => return false,
+        };
+        word.is_folio() && core::ptr::eq(self.folio_at(word.desc()), folio)
     }
 
     /// Puts an isolated folio back, as the youngest or as the oldest of its list (`folio_putback_lru`), without the isolator's reference.
     pub(crate) fn lru_insert(&self, folio: &Folio, head: Pfn, oldest: bool) {
+        self.lru_enter(folio, head, oldest, FolioFlags::LRU);
+    }
+
+    fn lru_enter(&self, folio: &Folio, head: Pfn, oldest: bool, unless: FolioFlags) {
         let word = self.pages.map.word(head).load_owned();
         let mut lists = self.lruvec(head);
-        if folio.has_flag(FolioFlags::LRU) {
+        if folio.has_flag(unless) {
             return;
         }
+        folio.clear_flag(FolioFlags::ISOLATED);
         let list = LruList::of(folio, word.kind());
         link(
             &self.pages.map,
@@ -194,6 +215,7 @@ impl<P: Platform> Mm<P> {
         if !folio.clear_flag(FolioFlags::LRU) {
             return false;
         }
+        folio.set_flag(FolioFlags::ISOLATED);
         let word = self.pages.map.word(head).load_owned();
         let list = LruList::of(folio, word.kind());
         unlink(&self.pages.map, &mut lists[list as usize], head, word);
@@ -253,6 +275,7 @@ impl<P: Platform> Mm<P> {
             // In the list and under its lock: its descriptor and pages are still what they are, though perhaps nobody's.
             if folio.counts().try_get(Held::REF) {
                 folio.clear_flag(FolioFlags::LRU);
+                folio.set_flag(FolioFlags::ISOLATED);
                 unlink(map, lru, at, word);
                 taken.push(map, at);
             }
@@ -265,8 +288,9 @@ impl<P: Platform> Mm<P> {
     ///
     /// # Context
     ///
-    /// Any that may take a lock. Of a folio that the caller has.
+    /// Any that may take a lock. Of a folio that the caller has; panics if `head` is not its first page.
     pub fn folio_mark_accessed(&self, folio: &Folio, head: Pfn) {
+        assert!(self.is_head_of(folio, head), "{head:?} heads another");
         if !folio.has_flag(FolioFlags::REFERENCED) {
             folio.set_flag(FolioFlags::REFERENCED);
             return;

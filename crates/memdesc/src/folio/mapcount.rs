@@ -56,6 +56,8 @@ impl<P: Platform> Mm<P> {
     /// How many entries map this page: by itself, and with the whole folio (`folio_precise_page_mapcount`). Of a folio that the
     /// caller has.
     pub fn page_mapcount(&self, pfn: Pfn) -> u32 {
+        // Who has not reads a folio that may be another's, but reads a folio.
+        let _read = self.rcu_read_lock();
         let Some(found) = self.pages.map.lookup(pfn).filter(|f| f.word.is_folio()) else {
             return 0;
         };

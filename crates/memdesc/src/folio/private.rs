@@ -3,7 +3,7 @@
 use core::panic::Location;
 
 use crate::address::Pfn;
-use crate::desc::{Folio, FolioPrivate, Held, Place};
+use crate::desc::{Folio, FolioFlags, FolioPrivate, Held, Place};
 use crate::error::AllocError;
 use crate::gfp::Flags;
 use crate::mm::{BuiltIn, Mm};
@@ -49,6 +49,7 @@ impl<P: Platform> Mm<P> {
         private: u64,
         gfp: Flags,
     ) -> Result<(), AllocError> {
+        assert!(folio.has_flag(FolioFlags::LOCKED), "nobody has it locked");
         let handle = match folio.place() {
             Place::Private(at) => {
                 let old = self.private_at(at);
@@ -78,6 +79,10 @@ impl<P: Platform> Mm<P> {
     /// Takes it away (`folio_detach_private`). `head` is the folio's first page; the caller has the folio locked, and a reference of
     /// his own.
     pub fn folio_detach_private(&self, folio: &Folio, head: Pfn) -> Option<u64> {
+        assert!(
+            self.is_head_of(folio, head) && folio.has_flag(FolioFlags::LOCKED),
+            "{head:?} heads another, or it is not locked"
+        );
         let Place::Private(at) = folio.place() else {
             return None;
         };

@@ -9,12 +9,14 @@
 use core::panic::Location;
 
 use crate::address::Pfn;
-use crate::desc::{DescList, FolioFlags, Held};
+use crate::desc::{DescList, FolioFlags, Held, Place};
 use crate::error::AllocError;
 use crate::gfp;
 use crate::memmap::{DescClass, PageType, Word};
 use crate::mm::{BuiltIn, Mm};
 use crate::platform::{FaultPoint, Platform};
+
+const LISTED: FolioFlags = FolioFlags::LRU.with(FolioFlags::ISOLATED);
 
 impl<P: Platform> Mm<P> {
     /// Descriptors for what a split makes, or none at all.
@@ -81,16 +83,28 @@ impl<P: Platform> Mm<P> {
     ///
     /// # Errors
     ///
-    /// [`AllocError::Busy`] if somebody else has it, or its order is not larger; [`AllocError::NoDescriptor`]. Nothing has changed then.
+    /// [`AllocError::Busy`] if it is no folio, somebody else has it, it is in a list or a mapping, or its order is not larger; [`AllocError::NoDescriptor`]. Nothing has changed then.
     pub fn split_folio_alone(&self, head: Pfn, to: usize) -> Result<(), AllocError> {
-        let word = self.pages.map.word(head).load_owned();
+        let Some(word) = self.pages.map.region(head).map(|r| r.word(head).load()) else {
+            return Err(AllocError::Busy);
+        };
         if !word.is_folio() || word.order() <= to {
             return Err(AllocError::Busy);
         }
         let parts = 1usize << (word.order() - to);
         let mut spare = self.split_descriptors(word.kind(), parts - 1)?;
+        // Frozen in the read section that the word was seen in, and the page's own still: the caller may be mistaken about whose it is.
+        let read = self.rcu_read_lock();
         let folio = self.folio_at(word.desc());
-        if folio.has_flag(FolioFlags::LRU) || !folio.counts().freeze(Held::REF) {
+        let same = || self.pages.map.word(head).load() == word;
+        let mut alone = same() && folio.counts().freeze(Held::REF);
+        if alone && !(same() && matches!(folio.place(), Place::Head(_)) && !folio.has_flag(LISTED))
+        {
+            folio.counts().unfreeze(Held::REF);
+            alone = false;
+        }
+        drop(read);
+        if !alone {
             use crate::page_alloc::alloc::Descriptors;
             self.put(spare);
             return Err(AllocError::Busy);

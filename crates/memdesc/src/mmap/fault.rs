@@ -213,7 +213,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
                     return Ok(None);
                 };
                 let folio = mm.folio_of(head);
-                folio.set_mapping(mm.family_handle(self.core().family), base / PAGE);
+                folio.enter(mm.family_handle(self.core().family), base / PAGE);
                 (head, vma.flags().contains(VmFlags::WRITE))
             }
             Some(mapping) => {
@@ -321,7 +321,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
     ) -> bool {
         let (mm, core) = (self.mm, self.core());
         let folio = mm.folio_of(head);
-        folio.set_mapping(mm.family_handle(core.family), start / PAGE);
+        folio.enter(mm.family_handle(core.family), start / PAGE);
         let entries = &mm.table(slot.table)[index_of(start, 1)..][..1 << order];
         let mapped = {
             let _lock = mm.ptl(slot.table);
@@ -461,7 +461,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
         let (mm, core) = (self.mm, self.core());
         let head = mm.alloc_folio(gfp::GFP_HIGHUSER_MOVABLE, 0, FolioKind::Anon)?;
         let folio = mm.folio_of(head);
-        folio.set_mapping(mm.family_handle(core.family), addr / PAGE);
+        folio.enter(mm.family_handle(core.family), addr / PAGE);
         mm.copy_pages(page, head, 0);
         let mut gather = Gather::new();
         let step = {

@@ -260,7 +260,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
         let mm = self.mm;
         let head = mm.alloc_folio(gfp::GFP_HIGHUSER_MOVABLE, 0, FolioKind::Anon)?;
         let folio = mm.folio_of(head);
-        folio.set_mapping(mm.family_handle(theirs.family), addr / PAGE);
+        folio.enter(mm.family_handle(theirs.family), addr / PAGE);
         let done = {
             let _mine = mm.ptl(table);
             let _theirs = mm.ptl_nested(place);

@@ -39,10 +39,9 @@ impl core::error::Error for InsertError {}
 
 impl<'m, P: Platform> MmStruct<'m, P> {
     /// Maps a page of a folio at an address of an area where nothing is (`vm_insert_page`): the mapping keeps the folio. Everything else is refused by
-    /// the name of its type.
-    ///
-    /// The reverse map finds a folio that belongs to a mapping or a family only at its own address; one that is mapped elsewhere stays where it
-    /// is as long as it is.
+    /// the name of its type. A folio that belongs to a file only where the area maps that page of it, since the reverse map would find it nowhere
+    /// else; an anonymous one only if it belongs to no address space yet: it stays where it is as long as it is mapped. A file's page may be written after a
+    /// fault that makes it dirty, or a copy of it.
     ///
     /// # Context
     ///
@@ -52,19 +51,40 @@ impl<'m, P: Platform> MmStruct<'m, P> {
     ///
     /// See [`InsertError`].
     pub fn insert_page(&self, addr: u64, page: Pfn) -> Result<(), InsertError> {
-        let mm = self.mm;
+        let (mm, core) = (self.mm, self.core());
+        // Whoever has the page may let it go meanwhile.
         let Some(folio) = mm.folio_get(page) else {
             return Err(InsertError::Refused(page, mm.lookup(page).2.name()));
         };
-        self.insert(addr, |slot, prot| {
-            let which = Mapped::Page(page.0 - folio.head().0);
-            if !mm.folio_map(&folio, folio.head(), folio.order(), which) {
-                return false;
-            }
-            self.core().count(!folio.is_file(), 1);
-            slot.entry.store(Entry::leaf(page, false, prot));
-            true
-        })
+        let (anon, nth) = (!folio.is_file(), page.0 - folio.head().0);
+        let at = addr & !(PAGE - 1);
+        let _lock = self.read_lock();
+        let vma = core.find_vma(at).ok_or(InsertError::Busy)?;
+        let slot = self.place(at)?;
+        let _locked = mm.folio_lock(&folio);
+        let handle = mm.folio_mapping(&folio);
+        let mapping = vma.mapping.map(|mapping| {
+            // SAFETY: areas keep their mapping.
+            mm.mapping_handle(unsafe { mapping.as_ref() })
+        });
+        let found_there =
+            mapping == Some(handle) && !anon && vma.index(at) == folio.index() + u64::from(nth);
+        if handle != 0 && !found_there {
+            return Err(InsertError::Busy);
+        }
+        let mut prot = vma.flags().prot();
+        if anon && vma.flags().contains(VmFlags::WRITE) {
+            prot = prot.with(Prot::WRITE);
+        }
+        let _lock = mm.ptl(slot.table);
+        let which = Mapped::Page(nth);
+        if !slot.entry.load().is_none() || !mm.folio_map(&folio, folio.head(), folio.order(), which)
+        {
+            return Err(InsertError::Busy);
+        }
+        core.count(anon, 1);
+        slot.entry.store(Entry::leaf(page, false, prot));
+        Ok(())
     }
 
     /// Maps a page that is no folio: of vmalloc memory (not a kernel stack), of a device, or of a type of the kernel's own (`remap_vmalloc_range`,
@@ -94,36 +114,29 @@ impl<'m, P: Platform> MmStruct<'m, P> {
         if !may {
             return Err(InsertError::Refused(page, name));
         }
-        self.insert(addr, |slot, prot| {
-            slot.entry.store(Entry::special(page, prot));
-            true
-        })
-    }
-
-    /// Finds the place for an entry, and has it filled with the lock of its table held.
-    fn insert(
-        &self,
-        addr: u64,
-        fill: impl FnOnce(&Slot<'_>, Prot) -> bool,
-    ) -> Result<(), InsertError> {
-        let (mm, core) = (self.mm, self.core());
-        let _lock = self.read_lock();
-        let vma = core.find_vma(addr).ok_or(InsertError::Busy)?;
         let at = addr & !(PAGE - 1);
-        let slot = match mm.walk_alloc(core.root, at, 1, Self::gfp(), core.asid) {
-            Ok(slot) => slot,
-            Err(WalkError::Huge) => return Err(InsertError::Busy),
-            Err(WalkError::Alloc(why)) => return Err(InsertError::Alloc(why)),
-        };
+        let _lock = self.read_lock();
+        let vma = self.core().find_vma(at).ok_or(InsertError::Busy)?;
         let mut prot = vma.flags().prot();
         if vma.flags().contains(VmFlags::WRITE) {
             prot = prot.with(Prot::WRITE);
         }
-        let _lock = mm.ptl(slot.table);
-        if slot.entry.load().is_none() && fill(&slot, prot) {
-            Ok(())
-        } else {
-            Err(InsertError::Busy)
+        let slot = self.place(at)?;
+        let _lock = self.mm.ptl(slot.table);
+        if !slot.entry.load().is_none() {
+            return Err(InsertError::Busy);
+        }
+        slot.entry.store(Entry::special(page, prot));
+        Ok(())
+    }
+
+    /// The entry for an address, its table made if need be. With the `mmap_lock`.
+    fn place(&self, at: u64) -> Result<Slot<'m>, InsertError> {
+        let (mm, core) = (self.mm, self.core());
+        match mm.walk_alloc(core.root, at, 1, Self::gfp(), core.asid) {
+            Ok(slot) => Ok(slot),
+            Err(WalkError::Huge) => Err(InsertError::Busy),
+            Err(WalkError::Alloc(why)) => Err(InsertError::Alloc(why)),
         }
     }
 }
