@@ -224,3 +224,33 @@ fn numbers_that_are_too_large_are_refused() {
     let got = space.mmap(None, 4096, RW, Map::File(&strange, 0));
     assert_eq!(got, Err(AllocError::BadSize));
 }
+
+/// A user maps 2 MiB of a file as often as he likes, and has each mapped by pages.
+#[test]
+#[cfg(not(miri))]
+fn two_mebibytes_are_mapped_often() {
+    let mm = Machine::flat(mib(128)).boot();
+    let disk = Disk::default();
+    let file = Mapping::new(&mm, &disk, 512).unwrap();
+    file.will_need(0, 512).unwrap();
+    let space = MmStruct::new(&mm, 1).unwrap();
+    let flags = VmFlags::READ.with(VmFlags::SHARED).with(VmFlags::HUGE);
+    let at = |nth: u64| (nth + 1) << 21;
+    let mut full = 0;
+    for nth in 0..2200 {
+        let map = Map::File(&file, 0);
+        space.mmap(Some(at(nth)), 2 << 20, flags, map).unwrap();
+        space.handle_fault(at(nth), Access::Read).unwrap();
+    }
+    for nth in 0..2200 {
+        space.munmap(at(nth), 4096).unwrap();
+        match space.handle_fault(at(nth) + 4096, Access::Read) {
+            Ok(()) => {}
+            Err(FaultError::Oom(_)) => full += 1,
+            Err(why) => panic!("{why}"),
+        }
+    }
+    let mut seen = vec![0; mm.ledger().given as usize + 1];
+    MmStruct::check_all(&[&space], &mut seen).unwrap();
+    assert!(full > 0, "as often as can be counted");
+}

@@ -21,6 +21,14 @@ pub(crate) enum Mapped {
     Entire,
 }
 
+/// Folios of this order and above may be mapped by one entry.
+const ENTIRE_ORDER: usize = 9;
+/// No folio is mapped as a whole once it has so many mappings; and by page once it has so many. Each is looked at before it is counted, so some more
+/// get through, one for each CPU: up to 64 of them the sum, with each of the first replaced by 512, is below 2^20.
+const ENTIRE_MAX: u32 = 1 << 10;
+const PAGES_MAX: u32 = (1 << 19) - (1 << 16);
+const _: () = assert!((ENTIRE_MAX + 64) * 512 + PAGES_MAX + 64 < 1 << 20);
+
 impl<P: Platform> Mm<P> {
     /// Where the count of this mapping is, if the folio is a large one.
     fn tail_count(&self, head: Pfn, order: usize, which: Mapped) -> Option<(Pfn, TailCount)> {
@@ -34,8 +42,25 @@ impl<P: Platform> Mm<P> {
         })
     }
 
-    /// One more entry maps the folio, or a page of it. `false` if it is mapped a million times already.
+    /// One more entry maps the folio, or a page of it. `false` if it is mapped as often as can be counted; of a folio that may be mapped as a whole,
+    /// long before, so that all such entries can be replaced by entries for its pages.
     pub(crate) fn folio_map(&self, folio: &Folio, head: Pfn, order: usize, which: Mapped) -> bool {
+        let full = order >= ENTIRE_ORDER
+            && match which {
+                Mapped::Entire => folio.mapcount() >= ENTIRE_MAX,
+                Mapped::Page(_) => folio.mapcount() >= PAGES_MAX,
+            };
+        !full && self.folio_map_again(folio, head, order, which)
+    }
+
+    /// The same, in place of another entry, for which there was room.
+    pub(crate) fn folio_map_again(
+        &self,
+        folio: &Folio,
+        head: Pfn,
+        order: usize,
+        which: Mapped,
+    ) -> bool {
         if !folio.counts().try_get(Held::MAP) {
             return false;
         }

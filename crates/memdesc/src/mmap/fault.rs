@@ -242,11 +242,10 @@ impl<'m, P: Platform> MmStruct<'m, P> {
         let step = {
             let _lock = mm.ptl(slot.table);
             let usable = vma.mapping.is_none() || mm.folio_mapping(folio) != 0;
-            if slot.entry.load().is_none()
-                && usable
-                && mm.pages.map.word(head).load_owned().order() == HUGE_ORDER
-                && mm.folio_map(folio, head, HUGE_ORDER, Mapped::Entire)
-            {
+            let fits = mm.pages.map.word(head).load_owned().order() == HUGE_ORDER;
+            if !slot.entry.load().is_none() || !usable || !fits {
+                Some(Step::Again)
+            } else if mm.folio_map(folio, head, HUGE_ORDER, Mapped::Entire) {
                 let mut prot = vma.flags().prot().with(Prot::ACCESSED);
                 if may_write {
                     prot = prot.with(Prot::WRITE);
@@ -260,20 +259,20 @@ impl<'m, P: Platform> MmStruct<'m, P> {
                 mm.deposit_table(slot.table, deposit);
                 self.core().count(vma.mapping.is_none(), 512);
                 slot.entry.store(Entry::leaf(head, true, prot));
-                Step::Done
+                Some(Step::Done)
             } else {
-                Step::Again
+                None
             }
         };
         drop(locked);
         match step {
-            Step::Done if vma.mapping.is_none() => mm.folio_add_lru(folio, head),
-            Step::Done => {}
+            Some(Step::Done) if vma.mapping.is_none() => mm.folio_add_lru(folio, head),
+            Some(Step::Done) => {}
             // SAFETY: nobody ever saw it.
-            Step::Again => unsafe { mm.free_pages(deposit) },
+            Some(Step::Again) | None => unsafe { mm.free_pages(deposit) },
         }
         mm.folio_put(folio, head, Held::REF);
-        Ok(Some(step))
+        Ok(step)
     }
 
     /// Anonymous memory for an address that has none (`do_anonymous_page`): 64 KiB if they are welcome and fit, else a page.
@@ -384,10 +383,11 @@ impl<'m, P: Platform> MmStruct<'m, P> {
             mm.folio_mark_dirty(&folio, folio.head());
         }
         let _lock = mm.ptl(slot.table);
-        if !slot.entry.load().is_none()
-            || !mm.folio_map(&folio, folio.head(), folio.order(), Mapped::Page(nth))
-        {
+        if !slot.entry.load().is_none() {
             return Ok(Step::Again);
+        }
+        if !mm.folio_map(&folio, folio.head(), folio.order(), Mapped::Page(nth)) {
+            return Err(FaultError::Oom(AllocError::Busy));
         }
         let mut prot = vma.flags().prot().with(Prot::ACCESSED);
         if write {

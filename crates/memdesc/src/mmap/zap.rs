@@ -290,7 +290,7 @@ impl<P: Platform> Mm<P> {
             self.pages.platform.flush_tlb(space.asid, base, base + PMD);
             let mut mapped = true;
             for nth in 0..512 {
-                mapped &= self.folio_map(folio, head, word.order(), Mapped::Page(nth));
+                mapped &= self.folio_map_again(folio, head, word.order(), Mapped::Page(nth));
                 let page = Entry::leaf(head.add(nth), false, old.prot());
                 self.table(table)[nth as usize].store(page);
             }
