@@ -254,3 +254,34 @@ fn two_mebibytes_are_mapped_often() {
     MmStruct::check_all(&[&space], &mut seen).unwrap();
     assert!(full > 0, "as often as can be counted");
 }
+
+/// A device that reads a page which two have does not read what one of them writes later.
+#[test]
+fn what_is_pinned_to_be_read_is_no_longer_shared() {
+    let mm = Machine::flat(mib(64)).boot();
+    for (flags, len) in [
+        (RW, 4096),
+        (RW.with(VmFlags::LARGE), 1 << 16),
+        (RW.with(VmFlags::HUGE), 2 << 20),
+    ] {
+        let parent = MmStruct::new(&mm, 1).unwrap();
+        let at = parent.mmap(Some(2 << 20), len, flags, Map::Anon).unwrap();
+        parent.write(at, &[1]).unwrap();
+        let child = parent.fork(2).unwrap();
+        let pin = child.pin_user_page(at, Access::Read).unwrap();
+        child.munmap(at, len).unwrap();
+        parent.write(at, &[2]).unwrap();
+        // SAFETY: pinned.
+        assert_eq!(unsafe { mm.page_address(pin.pfn()).read() }, 1);
+        // Alone, it is pinned as it is, and stays where it is when it is written.
+        drop((pin, child));
+        parent.mprotect(at, len, VmFlags::READ).unwrap();
+        let pin = parent.pin_user_page(at, Access::Read).unwrap();
+        parent.mprotect(at, len, RW).unwrap();
+        let other = mm.folio_get(pin.pfn());
+        parent.write(at, &[3]).unwrap();
+        // SAFETY: pinned.
+        assert_eq!(unsafe { mm.page_address(pin.pfn()).read() }, 3);
+        drop(other);
+    }
+}

@@ -16,12 +16,13 @@ use super::space::MmStruct;
 use super::vma::{VmFlags, Vma};
 use super::zap::{Gather, PAGE, PMD};
 use crate::address::Pfn;
-use crate::desc::Held;
+use crate::desc::{Folio, Held};
 use crate::error::AllocError;
 use crate::filemap::FileError;
 use crate::folio::{FolioRef, Mapped};
 use crate::gfp;
 use crate::memmap::{Found, PageType};
+use crate::mm::Mm;
 use crate::owner::FolioKind;
 use crate::pgtable::{AtomicEntry, Entry, Prot, Slot, WalkError, index_of};
 use crate::platform::Platform;
@@ -419,13 +420,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
             };
             let folio = mm.folio_at(word.desc());
             let noted = Prot::WRITE.with(Prot::DIRTY).with(Prot::ACCESSED);
-            // Ours alone: nobody else maps this page, has the folio, or is about to. Pins are ours then: a fork copies what is pinned.
-            let held = folio.held();
-            let alone = Held { refs: 0, ..held };
-            if word.kind() == PageType::Anon
-                && mm.page_mapcount(page) == 1
-                && folio.counts().is_exactly(alone)
-            {
+            if word.kind() == PageType::Anon && mm.anon_is_ours(folio, page, 0) {
                 return Ok(match slot.entry.add_if(seen, noted) {
                     true => Step::Done,
                     false => Step::Again,
@@ -450,7 +445,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
     }
 
     /// Puts a copy of a page that the caller keeps where `seen` is (`wp_page_copy`).
-    fn copy_to(
+    pub(super) fn copy_to(
         &self,
         vma: &Vma,
         slot: &Slot<'_>,
@@ -470,7 +465,10 @@ impl<'m, P: Platform> MmStruct<'m, P> {
                 let counted = mm.folio_map(folio, head, 0, Mapped::Page(0));
                 assert!(counted, "a new folio has room for its first mapping");
                 core.count(true, 1);
-                let noted = Prot::WRITE.with(Prot::DIRTY).with(Prot::ACCESSED);
+                let mut noted = Prot::DIRTY.with(Prot::ACCESSED);
+                if vma.flags().contains(VmFlags::WRITE) {
+                    noted = noted.with(Prot::WRITE);
+                }
                 let new = Entry::leaf(head, false, vma.flags().prot().with(noted));
                 // First away everywhere, then the new one: no CPU writes to one while another reads the other.
                 let old = slot.entry.replace(Entry::NONE);
@@ -490,6 +488,16 @@ impl<'m, P: Platform> MmStruct<'m, P> {
         }
         mm.folio_put(folio, head, Held::REF);
         Ok(step)
+    }
+}
+
+impl<P: Platform> Mm<P> {
+    /// Is this anonymous page, which an entry of the caller's maps, for nobody else? Nobody else maps it, has the folio, or is about to, but for
+    /// `refs` of the caller's. Or it is pinned: only what is for nobody else is pinned, and a fork copies it. Under the table's lock.
+    pub(super) fn anon_is_ours(&self, folio: &Folio, page: Pfn, refs: u32) -> bool {
+        let held = folio.held();
+        self.page_mapcount(page) == 1
+            && (held.pins != 0 || folio.counts().is_exactly(Held { refs, ..held }))
     }
 }
 

@@ -4,6 +4,9 @@
 //! may be another's by now: so it guesses, looks again at entry and word, and confirms ([`Mm::folio_get`](crate::Mm::folio_get)). A fork that
 //! takes the right to write away and then asks whether the page is pinned either hears of the guess or is seen in the entry.
 //!
+//! An anonymous page is pinned only while it is for nobody else: through an entry that may be written it is, through another it is seen under locks, and
+//! what is shared is copied first (`FAULT_FLAG_UNSHARE`). Else a device would go on reading a page that its other user takes for his own.
+//!
 //! What is pinned is not moved, and not shared by a fork; what is only referenced may not be moved either, but shared.
 
 use super::fault::{Access, FaultError};
@@ -106,6 +109,12 @@ impl<'m, P: Platform> MmStruct<'m, P> {
             }
             // The fault says whether he may, and leaves an entry that lets him.
             self.handle_fault(addr, access)?;
+            if what == Held::PIN
+                && access != Access::Write
+                && let Some(page) = self.pin_read_only(addr, access)?
+            {
+                return Ok(page);
+            }
             self.mm.pages.platform.relax(round);
             round = round.saturating_add(1);
         }
@@ -116,6 +125,63 @@ impl<'m, P: Platform> MmStruct<'m, P> {
         let _read = self.mm.rcu_read_lock();
         let slot = self.mm.walk_to(self.core().root, addr, 1);
         slot.is_some_and(|slot| slot.entry.load().is_special())
+    }
+
+    /// Pins an anonymous page through an entry that may not be written: if it is for nobody else; else it is copied for the next attempt.
+    fn pin_read_only(
+        &self,
+        addr: u64,
+        access: Access,
+    ) -> Result<Option<UserPages<'m, P>>, FaultError> {
+        let (mm, core) = (self.mm, self.core());
+        let _mmap = self.read_lock();
+        let vma = core.find_vma(addr).ok_or(FaultError::Segv)?;
+        let at = addr & !(PAGE - 1);
+        let huge = mm
+            .walk_to(core.root, at, 2)
+            .filter(|slot| mm.settled(slot).is_huge());
+        let Some(slot) = huge.or_else(|| mm.walk_to(core.root, at, 1)) else {
+            return Ok(None);
+        };
+        let seen = slot.entry.load();
+        if !allows(seen, access) || seen.prot().contains(Prot::WRITE) {
+            return Ok(None);
+        }
+        let nth = if seen.is_huge() {
+            (at % super::zap::PMD / PAGE) as u32
+        } else {
+            0
+        };
+        let page = seen.pfn().add(nth);
+        let same = || slot.entry.is_still(seen);
+        let Some((head, folio)) = mm.folio_take(page, Held::REF, same) else {
+            return Ok(None);
+        };
+        // SAFETY: just taken.
+        let folio = unsafe { FolioRef::adopt(mm, head, folio) };
+        let pinned = {
+            // Nobody moves it, so nobody who maps it is missing from the count.
+            let _locked = mm.folio_lock(&folio);
+            let _lock = mm.ptl(slot.table);
+            if !same() {
+                return Ok(None);
+            }
+            mm.anon_is_ours(&folio, page, 1) && folio.counts().try_get(Held::PIN)
+        };
+        if pinned {
+            return Ok(Some(UserPages {
+                mm,
+                head,
+                page,
+                what: Held::PIN,
+            }));
+        }
+        if seen.is_huge() {
+            mm.split_huge(core, at);
+        } else if !folio.is_file() {
+            self.copy_to(vma, &slot, seen, page, at)?;
+        }
+        Ok(None)
     }
 
     /// The lockless walk; `None`: something is missing, or is just changing.
@@ -142,7 +208,17 @@ impl<'m, P: Platform> MmStruct<'m, P> {
         if !allows(seen, access) || seen.is_special() {
             return None;
         }
-        let (head, _) = mm.folio_take(page, what, || entry.is_still(seen))?;
+        let still = || {
+            let ours = what != Held::PIN
+                || seen.prot().contains(Prot::WRITE)
+                || mm
+                    .pages
+                    .map
+                    .lookup(page)
+                    .is_some_and(|f| f.word.kind() == PageType::File);
+            ours && entry.is_still(seen)
+        };
+        let (head, _) = mm.folio_take(page, what, still)?;
         super::fault::mark_used(entry, seen, access == Access::Write);
         Some(UserPages {
             mm,

@@ -221,7 +221,8 @@ impl<P: Platform> Mm<P> {
                     if !seen.is_migration() || seen.pfn() != old.add(which) {
                         continue;
                     }
-                    let counted = self.folio_map_again(folio, head, target.order, Mapped::Page(which));
+                    let counted =
+                        self.folio_map_again(folio, head, target.order, Mapped::Page(which));
                     assert!(counted, "as many as were there before");
                     space.count(anon, 1);
                     entry.store(Entry::leaf(head.add(which), false, seen.prot()));
