@@ -7,7 +7,7 @@ use crate::address::Pfn;
 use crate::compaction::Obstacle;
 use crate::error::AllocError;
 use crate::memmap::heads::blocks;
-use crate::memmap::{DescClass, Found, PageType, Word};
+use crate::memmap::{DescClass, PageType, Word};
 use crate::mm::Mm;
 use crate::page_alloc::alloc::Descriptors;
 use crate::platform::Platform;
@@ -39,19 +39,31 @@ impl<P: Platform> Mm<P> {
     ///
     /// # Errors
     ///
-    /// [`AllocError::Busy`] if a page of it is not off line; no memory for the descriptors. It is as before then.
+    /// [`AllocError::Busy`] if it is not off line as a whole, in the blocks that it went in; no memory for the descriptors. It is as before then.
     pub fn online_pages(&self, start: Pfn, pages: u32) -> Result<(), AllocError> {
-        let all = blocks(start.0, start.0 + pages);
-        for (block, order) in all {
-            let found = self.pages.map.lookup(block);
-            let whole = |f: Found| f.word.kind() == PageType::Offline && f.word.order() == order;
-            if !found.is_some_and(|f| f.head == block && whole(f)) {
-                return Err(AllocError::Busy);
+        let end = start.0.checked_add(pages).ok_or(AllocError::Busy)?;
+        let all = || blocks(start.0, end);
+        // The blocks are the caller's from here on: two who bring back the same do not both get them.
+        let claimed = all()
+            .take_while(|&(block, order)| self.claim(block, order, 0, 1))
+            .count();
+        let spare = if claimed == all().count() {
+            // A descriptor for each block, all of them first.
+            self.get(claimed)
+        } else {
+            Err(AllocError::Busy)
+        };
+        let mut spare = match spare {
+            Ok(spare) => spare,
+            Err(why) => {
+                for (block, order) in all().take(claimed) {
+                    let back = self.claim(block, order, 1, 0);
+                    debug_assert!(back);
+                }
+                return Err(why);
             }
-        }
-        // A descriptor for each block, all of them first.
-        let mut spare = self.get(blocks(start.0, start.0 + pages).count())?;
-        for (block, order) in blocks(start.0, start.0 + pages) {
+        };
+        for (block, order) in all() {
             let Some(desc) = spare.pop(&self.pages.map) else {
                 unreachable!("as many as there are blocks")
             };
@@ -85,6 +97,15 @@ impl<P: Platform> Mm<P> {
             }
             at = Pfn(next);
         }
+    }
+
+    /// Changes the facts of an offline block from one to another, if that is what it is.
+    fn claim(&self, block: Pfn, order: usize, from: u64, to: u64) -> bool {
+        let word = |facts| Word::inline(PageType::Offline, order, facts);
+        self.pages
+            .map
+            .region(block)
+            .is_some_and(|region| region.word(block).claim(word(from), word(to)))
     }
 
     fn retyped(&self, from: PageType, to: PageType, order: usize) {

@@ -392,6 +392,13 @@ impl AtomicWord {
         Word(self.0.load(Ordering::Relaxed))
     }
 
+    /// Makes one word another, if it is that. Of words that several may want to change.
+    pub(crate) fn claim(&self, from: Word, to: Word) -> bool {
+        self.0
+            .compare_exchange(from.0, to.0, Ordering::AcqRel, Ordering::Relaxed)
+            .is_ok()
+    }
+
     /// One more in a tail's count. The folio's own count of mappings has room for it, so has this.
     #[inline]
     pub(crate) fn inc_tail(&self, count: TailCount) {
