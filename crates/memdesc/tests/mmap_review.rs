@@ -285,3 +285,21 @@ fn what_is_pinned_to_be_read_is_no_longer_shared() {
         drop(other);
     }
 }
+
+#[test]
+#[cfg(not(miri))]
+fn pins_that_cannot_be_counted_are_refused() {
+    let mm = Machine::flat(mib(16)).boot();
+    let space = MmStruct::new(&mm, 1).unwrap();
+    let at = space.mmap(None, 4096, RW, Map::Anon).unwrap();
+    for access in [Access::Write, Access::Read] {
+        let most = (1 << 14) - 1;
+        let pins: Vec<_> = (0..most)
+            .map(|_| space.pin_user_page(at, access).unwrap())
+            .collect();
+        let full = Err(FaultError::Oom(AllocError::Busy));
+        assert_eq!(space.pin_user_page(at, access).map(drop), full);
+        drop(pins);
+        space.mprotect(at, 4096, VmFlags::READ).unwrap();
+    }
+}

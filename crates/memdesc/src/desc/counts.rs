@@ -60,6 +60,13 @@ impl Held {
         self.refs + self.maps + self.pins
     }
 
+    /// Can so much more be counted?
+    pub(crate) fn has_room_for(self, what: Held) -> bool {
+        u64::from(self.refs) + u64::from(what.refs) <= REFS_MAX
+            && u64::from(self.maps) + u64::from(what.maps) <= MAPS_MAX
+            && u64::from(self.pins) + u64::from(what.pins) <= PINS_MAX
+    }
+
     const fn pack(self) -> u64 {
         self.refs as u64 | (self.maps as u64) << MAPS | (self.pins as u64) << PINS
     }
@@ -166,10 +173,7 @@ impl Counts {
         let mut old = self.0.load(Ordering::Relaxed);
         loop {
             let held = Held::unpack(old);
-            let full = u64::from(held.refs) + u64::from(what.refs) > REFS_MAX
-                || u64::from(held.maps) + u64::from(what.maps) > MAPS_MAX
-                || u64::from(held.pins) + u64::from(what.pins) > PINS_MAX;
-            if old & ALIVE == 0 || full {
+            if old & ALIVE == 0 || !held.has_room_for(what) {
                 return false;
             }
             let new = old + what.pack() - guesses * GUESS;

@@ -14,6 +14,7 @@ use super::space::MmStruct;
 use super::zap::PAGE;
 use crate::address::Pfn;
 use crate::desc::{Folio, Held};
+use crate::error::AllocError;
 use crate::folio::FolioRef;
 use crate::memmap::PageType;
 use crate::mm::Mm;
@@ -73,7 +74,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
     ///
     /// # Errors
     ///
-    /// Why there is none.
+    /// Why there is none. [`AllocError::Busy`] if there are four million of it, or sixteen thousand pins.
     pub fn get_user_page(&self, addr: u64, access: Access) -> Result<UserPages<'m, P>, FaultError> {
         self.take_page(addr, access, Held::REF)
     }
@@ -115,6 +116,9 @@ impl<'m, P: Platform> MmStruct<'m, P> {
             {
                 return Ok(page);
             }
+            if round > 16 && self.is_full(addr, what) {
+                return Err(FaultError::Oom(AllocError::Busy));
+            }
             self.mm.pages.platform.relax(round);
             round = round.saturating_add(1);
         }
@@ -125,6 +129,21 @@ impl<'m, P: Platform> MmStruct<'m, P> {
         let _read = self.mm.rcu_read_lock();
         let slot = self.mm.walk_to(self.core().root, addr, 1);
         slot.is_some_and(|slot| slot.entry.load().is_special())
+    }
+
+    /// Is the page at this address referenced or pinned as often as can be counted?
+    fn is_full(&self, addr: u64, what: Held) -> bool {
+        let mm = self.mm;
+        let _read = mm.rcu_read_lock();
+        let seen = [2, 1].into_iter().find_map(|level| {
+            let seen = mm.walk_to(self.core().root, addr, level)?.entry.load();
+            (seen.is_present() && (level == 1 || seen.is_huge())).then_some(seen)
+        });
+        let found = seen.and_then(|seen| mm.pages.map.lookup(seen.pfn()));
+        // Type-stable until `_read` goes, if it is another's by now.
+        found.is_some_and(|f| {
+            f.word.is_folio() && !mm.folio_at(f.word.desc()).held().has_room_for(what)
+        })
     }
 
     /// Pins an anonymous page through an entry that may not be written: if it is for nobody else; else it is copied for the next attempt.
@@ -166,7 +185,11 @@ impl<'m, P: Platform> MmStruct<'m, P> {
             if !same() {
                 return Ok(None);
             }
-            mm.anon_is_ours(&folio, page, 1) && folio.counts().try_get(Held::PIN)
+            let ours = mm.anon_is_ours(&folio, page, 1);
+            if ours && !folio.counts().try_get(Held::PIN) {
+                return Err(FaultError::Oom(AllocError::Busy));
+            }
+            ours
         };
         if pinned {
             return Ok(Some(UserPages {
