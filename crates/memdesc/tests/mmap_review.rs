@@ -96,8 +96,9 @@ fn nothing_is_passed_over_while_it_is_split() {
             if let Some((folio, _)) = space.page_at(at) {
                 page.store(u64::from(folio.head().0), Ordering::Relaxed);
             }
-            if round % 4 < 2 {
-                std::thread::yield_now();
+            // The splitter needs a moment, a longer one each time.
+            for _ in 0..round % 500 * 10 {
+                std::hint::spin_loop();
             }
             if round % 2 == 0 {
                 let child = space.fork(2).unwrap();
@@ -116,7 +117,14 @@ fn nothing_is_passed_over_while_it_is_split() {
 #[test]
 fn a_folio_outlives_its_family() {
     let mm = Machine::flat(mib(64)).boot();
+    // Keep the slabs that the family is in.
+    let kept: Vec<_> = (0..100)
+        .map(|_| mm.kmalloc(64, GFP_KERNEL).unwrap())
+        .collect();
     let space = MmStruct::new(&mm, 1).unwrap();
+    let more: Vec<_> = (0..100)
+        .map(|_| mm.kmalloc(64, GFP_KERNEL).unwrap())
+        .collect();
     let at = space
         .mmap(None, 1 << 16, RW.with(VmFlags::LARGE), Map::Anon)
         .unwrap();
@@ -140,6 +148,10 @@ fn a_folio_outlives_its_family() {
     // SAFETY: still ours.
     unsafe { mm.free_pages(to) };
     mm.split_folio(&folio, 0).unwrap();
+    for object in kept.into_iter().chain(more) {
+        // SAFETY: ours.
+        unsafe { mm.kfree(object) };
+    }
     for object in others {
         // SAFETY: ours, as above.
         unsafe {
