@@ -168,6 +168,8 @@ impl<P: Platform> Mm<P> {
             self.put(spare);
             return Err(AllocError::Busy);
         }
+        // One that was too new to be in a list when we looked may be in one by now; nobody else isolates it any more.
+        let listed = self.lru_isolate(folio, head) || listed;
         self.split_frozen(head, to, &mut spare);
         for part in self.parts(head, parts, to) {
             let new = self.folio_of(part);

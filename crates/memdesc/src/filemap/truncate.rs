@@ -96,6 +96,8 @@ impl<P: Platform> Mm<P> {
             let mut tree = unsafe { mapping.pages.locked(&mut nodes) };
             folio.counts().freeze(held) && {
                 let first = folio.index();
+                // One that was too new to be in a list when we looked may be in one by now.
+                self.lru_isolate(folio, head);
                 self.split_frozen(head, to, &mut spare);
                 let entry = |index: u64| entry_of(head.add((index - first) as u32));
                 let done = tree.split(first, order as u32, to as u32, entry);
