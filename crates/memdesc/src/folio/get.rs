@@ -136,7 +136,12 @@ impl<P: Platform> Mm<P> {
         let folio = self.folio_at(word.desc());
         crate::inject::point("folio_get: looked up");
         // If it still leads here now, it does so as long as the guess is there. Else the guess is about another page's folio.
-        let still = || self.pages.map.lookup(pfn) == Some(found) && still();
+        let still = || {
+            crate::inject::point("folio_get: guessed");
+            let still = self.pages.map.lookup(pfn) == Some(found) && still();
+            crate::inject::point("folio_get: looked again");
+            still
+        };
         match folio.counts().take(what, still) {
             Taken::Yes => Some((head, folio)),
             Taken::No => None,

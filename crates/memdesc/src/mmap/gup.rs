@@ -231,6 +231,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
         if !allows(seen, access) || seen.is_special() {
             return None;
         }
+        crate::inject::point("gup: entry seen");
         let still = || {
             let ours = what != Held::PIN
                 || seen.prot().contains(Prot::WRITE)
