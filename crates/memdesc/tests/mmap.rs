@@ -7,7 +7,7 @@ mod common;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use common::Machine;
+use common::{Machine, scaled};
 use memdesc::filemap::{FileError, Mapping, MappingOps};
 use memdesc::gfp::*;
 use memdesc::mmap::*;
@@ -16,6 +16,11 @@ use memdesc_host::Host;
 
 const fn mib(n: u32) -> u32 {
     n << 8
+}
+
+/// How much memory most of the machines have.
+fn memory() -> u32 {
+    mib(scaled(64, 16) as u32)
 }
 
 type Space<'m> = MmStruct<'m, Host>;
@@ -74,7 +79,7 @@ const RW: VmFlags = VmFlags::READ_WRITE;
 
 #[test]
 fn memory_comes_when_it_is_touched_and_is_copied_when_it_is_written() {
-    let mm = Machine::flat(mib(64)).boot();
+    let mm = Machine::flat(memory()).boot();
     {
         let parent = MmStruct::new(&mm, 1).unwrap();
         let at = parent.mmap(None, 64 * 4096, RW, Map::Anon).unwrap();
@@ -111,7 +116,7 @@ fn memory_comes_when_it_is_touched_and_is_copied_when_it_is_written() {
 
 #[test]
 fn two_mebibytes_at_once_and_page_by_page() {
-    let mm = Machine::flat(mib(128)).boot();
+    let mm = Machine::flat(2 * memory()).boot();
     {
         let parent = MmStruct::new(&mm, 1).unwrap();
         let flags = RW.with(VmFlags::HUGE);
@@ -147,7 +152,7 @@ fn two_mebibytes_at_once_and_page_by_page() {
 
 #[test]
 fn large_folios_are_mapped_by_page_and_split_under_their_users() {
-    let mm = Machine::flat(mib(64)).boot();
+    let mm = Machine::flat(memory()).boot();
     {
         let parent = MmStruct::new(&mm, 1).unwrap();
         let flags = RW.with(VmFlags::LARGE);
@@ -191,7 +196,7 @@ fn large_folios_are_mapped_by_page_and_split_under_their_users() {
 
 #[test]
 fn files_are_shared_and_private_written_back_and_truncated() {
-    let mm = Machine::flat(mib(64)).boot();
+    let mm = Machine::flat(memory()).boot();
     let disk = Disk::default();
     {
         let file = Mapping::new(&mm, &disk, 1000).unwrap();
@@ -248,12 +253,12 @@ fn files_are_shared_and_private_written_back_and_truncated() {
 
 #[test]
 fn what_is_read_in_order_is_read_ahead_in_large_folios() {
-    let mm = Machine::flat(mib(64)).boot();
+    let mm = Machine::flat(memory()).boot();
     let disk = Disk::default();
     {
         let file = Mapping::new(&mm, &disk, 4096).unwrap();
         let mut largest = 0;
-        for index in 0..900 {
+        for index in 0..scaled(900, 300) as u64 {
             let mut b = [0];
             file.read(index * 4096, &mut b).unwrap();
             assert_eq!(b[0], index as u8);
@@ -261,7 +266,7 @@ fn what_is_read_in_order_is_read_ahead_in_large_folios() {
         }
         let reads = disk.reads.load(Ordering::Relaxed);
         assert!(
-            largest >= 6 && reads < 100,
+            largest >= scaled(6, 4) && reads < 100,
             "order {largest}, {reads} reads"
         );
         // A large folio mapped by 2 MiB, another that the end of the file cuts.
@@ -298,7 +303,7 @@ fn what_is_read_in_order_is_read_ahead_in_large_folios() {
 
 #[test]
 fn a_folio_moves_and_keeps_its_descriptor() {
-    let mm = Machine::flat(mib(64)).boot();
+    let mm = Machine::flat(memory()).boot();
     let disk = Disk::default();
     {
         let parent = MmStruct::new(&mm, 1).unwrap();
@@ -342,7 +347,7 @@ fn a_folio_moves_and_keeps_its_descriptor() {
 
 #[test]
 fn what_is_pinned_stays_and_is_the_parents() {
-    let mm = Machine::flat(mib(64)).boot();
+    let mm = Machine::flat(memory()).boot();
     {
         let parent = MmStruct::new(&mm, 1).unwrap();
         let at = parent.mmap(None, 1 << 16, RW, Map::Anon).unwrap();
@@ -376,7 +381,7 @@ fn what_is_pinned_stays_and_is_the_parents() {
 
 #[test]
 fn what_a_child_had_read_does_not_change_under_it() {
-    let mm = Machine::flat(mib(64)).boot();
+    let mm = Machine::flat(memory()).boot();
     {
         let parent = MmStruct::new(&mm, 1).unwrap();
         let at = parent.mmap(None, 1 << 16, RW, Map::Anon).unwrap();
@@ -471,7 +476,7 @@ fn tables_go_with_their_last_area() {
 
 #[test]
 fn only_folios_can_be_mapped() {
-    let mm = Machine::flat(mib(64)).boot();
+    let mm = Machine::flat(memory()).boot();
     {
         let space = MmStruct::new(&mm, 1).unwrap();
         let at = space.mmap(None, 1 << 16, RW, Map::Anon).unwrap();
@@ -511,27 +516,28 @@ fn only_folios_can_be_mapped() {
 
 #[test]
 fn a_range_is_cleared_and_goes_off_line() {
-    let mm = Machine::flat(mib(64)).boot();
+    let mm = Machine::flat(memory()).boot();
     let disk = Disk::default();
+    let pages = scaled(2048, 1088) as u64;
     {
         let space = MmStruct::new(&mm, 1).unwrap();
         let file = Mapping::new(&mm, &disk, 2000).unwrap();
         let at = space
-            .mmap(None, 8 << 20, RW.with(VmFlags::LARGE), Map::Anon)
+            .mmap(None, pages * 4096, RW.with(VmFlags::LARGE), Map::Anon)
             .unwrap();
-        for page in 0..2048u64 {
+        for page in 0..pages {
             space
                 .write(at + page * 4096, &[page as u8, (page >> 8) as u8])
                 .unwrap();
         }
-        for page in 0..1000 {
+        for page in 0..scaled(1000, 200) as u64 {
             file.get(page).unwrap();
         }
         // Every other page goes, so that the rest lies in pieces.
-        for page in (0..2048).step_by(32) {
+        for page in (0..pages).step_by(32) {
             space.munmap(at + page * 4096, 16 * 4096).unwrap();
         }
-        let (folio, page) = space.page_at(at + 20 * 4096).unwrap();
+        let (folio, page) = space.page_at(at + (pages - 8) * 4096).unwrap();
         drop(folio);
         let start = Pfn(page.0 & !511);
         mm.alloc_contig_range(start, 512).unwrap();
@@ -550,7 +556,7 @@ fn a_range_is_cleared_and_goes_off_line() {
         assert_eq!(mm.online_pages(start.add(99), 300), Err(AllocError::Busy));
         mm.online_pages(start.add(100), 300).unwrap();
         assert!(mm.ledger().balanced);
-        for page in 0..2048u64 {
+        for page in 0..pages {
             if page % 32 >= 16 {
                 let mut b = [0; 2];
                 space.read(at + page * 4096, &mut b).unwrap();
@@ -574,11 +580,11 @@ fn a_range_is_cleared_and_goes_off_line() {
 
 #[test]
 fn a_large_block_is_had_by_compaction() {
-    let mm = Machine::flat(mib(64)).boot();
+    let mm = Machine::flat(memory()).boot();
     {
         let space = MmStruct::new(&mm, 1).unwrap();
-        let at = space.mmap(None, 48 << 20, RW, Map::Anon).unwrap();
-        let pages = (48 << 20) / 4096;
+        let pages = u64::from(memory()) / 4 * 3;
+        let at = space.mmap(None, pages * 4096, RW, Map::Anon).unwrap();
         for page in 0..pages {
             space.write(at + page * 4096, &[page as u8]).unwrap();
         }
@@ -593,7 +599,7 @@ fn a_large_block_is_had_by_compaction() {
         }
         assert!(mm.event(Event::CompactSuccess) > 0);
         // Two thirds of 24 pageblocks are free, less what the machine keeps.
-        assert!(blocks.len() >= 12, "{} blocks", blocks.len());
+        assert!(blocks.len() >= scaled(12, 1), "{} blocks", blocks.len());
         for block in blocks {
             // SAFETY: ours.
             unsafe { mm.free_pages(block) };
@@ -608,30 +614,33 @@ fn a_large_block_is_had_by_compaction() {
 
 #[test]
 fn file_pages_make_room() {
-    let mm = Machine::flat(mib(64)).boot();
+    let size = scaled(64, 4) as u32;
+    let mm = Machine::flat(mib(size)).boot();
     let disk = Disk::default();
     {
         let file = Mapping::new(&mm, &disk, 100_000).unwrap();
         let space = MmStruct::new(&mm, 1).unwrap();
         // Twice as much as there is memory, some of it dirty.
-        for page in 0..32_768u64 {
+        let pages = 2 * u64::from(mib(size));
+        for page in 0..pages {
             if page % 7 == 0 {
                 file.write(page * 4096, &[page as u8 ^ 0xff]).unwrap();
             } else {
                 file.get(page).unwrap();
             }
         }
-        assert!(mm.event(Event::PgSteal) > 16_000);
-        let at = space.mmap(None, 40 << 20, RW, Map::Anon).unwrap();
-        for page in 0..(40 << 20) / 4096u64 {
+        assert!(mm.event(Event::PgSteal) > pages / 2 - pages / 64);
+        let anon = u64::from(mib(size)) / 8 * 5;
+        let at = space.mmap(None, anon * 4096, RW, Map::Anon).unwrap();
+        for page in 0..anon {
             space.write(at + page * 4096, &[page as u8]).unwrap();
         }
-        for page in (0..32_768u64).step_by(7) {
+        for page in (0..pages).step_by(7) {
             let mut b = [0];
             file.read(page * 4096, &mut b).unwrap();
             assert_eq!(b[0], page as u8 ^ 0xff);
         }
-        for page in 0..(40 << 20) / 4096u64 {
+        for page in 0..anon {
             assert_eq!(byte(&space, at + page * 4096), page as u8);
         }
         check(&mm, &[space]);
@@ -641,7 +650,7 @@ fn file_pages_make_room() {
 
 #[test]
 fn private_data_comes_and_goes() {
-    let mm = Machine::flat(mib(64)).boot();
+    let mm = Machine::flat(memory()).boot();
     let disk = Disk::default();
     {
         let file = Mapping::new(&mm, &disk, 100).unwrap();
