@@ -104,7 +104,7 @@ impl Runner {
         self.command(&name, command);
     }
 
-    /// The unit tests, the way of pages and objects once, and the page state machine in small; `all` runs the other tests too, which takes an hour or more.
+    /// The unit tests, the way of pages and objects once, the page state machine in small, and some of address spaces; `all` runs the other tests too, which takes an hour or more.
     pub(crate) fn miri(&mut self, all: bool) {
         self.step("core under Miri, strict provenance", || {
             if let Err(why) = set_up_miri() {
@@ -117,11 +117,25 @@ impl Runner {
                 command.args(["--test", "smoke", "--test", "buddy_state_machine"]);
             }
             command.args(["--target-dir", "target/miri"]);
-            command.env(
-                "MIRIFLAGS",
-                "-Zmiri-strict-provenance -Zmiri-disable-isolation",
-            );
-            run(&mut command)
+            let mut commands = vec![command];
+            if !all {
+                // The few tests of address spaces that are done in seconds.
+                let mut some = cargo(&["+nightly", "miri", "test", "-p", "memdesc"]);
+                some.args(["--test", "mmap", "--target-dir", "target/miri", "--"]);
+                some.args(["only_folios", "private_data", "a_folio_moves"]);
+                commands.push(some);
+            }
+            for mut command in commands {
+                command.env(
+                    "MIRIFLAGS",
+                    "-Zmiri-strict-provenance -Zmiri-disable-isolation",
+                );
+                match run(&mut command) {
+                    End::Passed => {}
+                    other => return other,
+                }
+            }
+            End::Passed
         });
     }
 

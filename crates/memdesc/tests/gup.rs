@@ -319,7 +319,9 @@ fn whatever_happens_at_each_point_of_the_walk() {
         return;
     }
     let mm = Machine::flat(16 << 8).cpus(4).boot();
-    for point in POINTS {
+    // Under Miri, where it is slow, where it matters most.
+    let points = if cfg!(miri) { &POINTS[1..2] } else { &POINTS };
+    for &point in points {
         for event in EVENTS {
             for (pin, write) in [(false, false), (true, true), (true, false)] {
                 walk_once(&mm, point, event, pin, write);
