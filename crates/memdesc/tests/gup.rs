@@ -84,7 +84,8 @@ fn migrate(mm: &Mm<Host>, space: &Space<'_>, addr: u64) -> bool {
     let Ok(to) = mm.alloc_pages(GFP_HIGHUSER_MOVABLE, order) else {
         return false;
     };
-    match mm.migrate_folio(page, to) {
+    // SAFETY: bare pages of ours.
+    match unsafe { mm.migrate_folio(page, to) } {
         Ok(old) => {
             spoil_and_free(mm, old, order);
             true
@@ -111,12 +112,12 @@ fn fork_and_drop(space: &Space<'_>, at: &[u64]) {
     }
 }
 
-fn check(mm: &Mm<Host>, spaces: &[&Space<'_>]) {
+fn check<'m>(mm: &Mm<Host>, spaces: &[&Space<'m>]) {
     let mut seen = vec![0; mm.ledger().given as usize + 1];
     MmStruct::check_all(spaces, &mut seen).unwrap();
 }
 
-fn check_all(mm: &Mm<Host>, space: &Space<'_>, child: Option<&Space<'_>>) {
+fn check_all<'m>(mm: &Mm<Host>, space: &Space<'m>, child: Option<&Space<'m>>) {
     match child {
         Some(child) => check(mm, &[space, child]),
         None => check(mm, &[space]),
@@ -173,12 +174,12 @@ const POINTS: [&str; 4] = [
 struct Plan {
     point: &'static str,
     event: Event,
-    scene: *const Scene<'static>,
+    scene: *const Scene<'static, 'static>,
 }
 
-struct Scene<'m> {
+struct Scene<'a, 'm> {
     mm: &'m Mm<Host>,
-    space: &'m Space<'m>,
+    space: &'a Space<'m>,
     /// The area, and the address in it that is walked to.
     start: u64,
     len: u64,
@@ -202,7 +203,7 @@ fn hook(label: &'static str) {
     std::thread::scope(|scope| scope.spawn(|| scene.act(plan.event)).join()).unwrap();
 }
 
-impl<'m> Scene<'m> {
+impl Scene<'_, '_> {
     fn act(&self, event: Event) {
         let (mm, space, addr) = (self.mm, self.space, self.addr);
         let pages = (self.len / PAGE) as usize;

@@ -675,3 +675,43 @@ fn private_data_comes_and_goes() {
     }
     ends_balanced(&mm);
 }
+
+#[test]
+fn what_a_child_has_pinned_to_read_does_not_change_under_it() {
+    let mm = Machine::flat(memory()).boot();
+    {
+        let parent = MmStruct::new(&mm, 1).unwrap();
+        let at = parent.mmap(None, 1 << 16, RW, Map::Anon).unwrap();
+        parent.write(at, &[1]).unwrap();
+        let child = parent.fork(2).unwrap();
+        let page = child.pin_user_page(at, Access::Read).unwrap();
+        child.munmap(at, 1 << 16).unwrap();
+        // The parent alone maps the page, and the child's device reads it still.
+        parent.write(at, &[2]).unwrap();
+        // SAFETY: pinned.
+        assert_eq!(unsafe { mm.page_address(page.pfn()).read() }, 1);
+        assert_eq!(byte(&parent, at), 2);
+        check(&mm, &[parent, child]);
+    }
+    ends_balanced(&mm);
+}
+
+#[test]
+fn what_is_pinned_is_what_is_written_whoever_looks_at_it() {
+    let mm = Machine::flat(memory()).boot();
+    {
+        let space = MmStruct::new(&mm, 1).unwrap();
+        let at = space.mmap(None, 1 << 16, RW, Map::Anon).unwrap();
+        space.write(at, &[1]).unwrap();
+        let pin = space.pin_user_page(at, Access::Write).unwrap();
+        space.mprotect(at, 1 << 16, VmFlags::READ).unwrap();
+        space.mprotect(at, 1 << 16, RW).unwrap();
+        // Somebody has it for a moment: compaction, reclaim, another walker.
+        let other = mm.folio_get(pin.pfn()).unwrap();
+        space.write(at, &[2]).unwrap();
+        drop(other);
+        // SAFETY: pinned.
+        assert_eq!(unsafe { mm.page_address(pin.pfn()).read() }, 2);
+    }
+    ends_balanced(&mm);
+}
