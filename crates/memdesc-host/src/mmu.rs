@@ -8,6 +8,7 @@
 //!
 //! Lock order: a view's lock is taken by the handler and by flushes, round one system call and a look at the entry.
 
+use std::ptr::NonNull;
 use std::sync::Once;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 
@@ -234,7 +235,8 @@ impl View {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub struct UserView<'s> {
-    view: Box<View>,
+    /// From a box, and reached by this pointer and its copies in the tables only.
+    view: NonNull<View>,
     _space: std::marker::PhantomData<&'s MmStruct<'s, Host>>,
 }
 
@@ -259,13 +261,21 @@ impl<'s> UserView<'s> {
         let host = space.mm().platform();
         let slot = host.mmu.views.get(space.asid() as usize).ok_or(invalid)?;
         let bytes = usize::try_from(space.top()).map_err(|_| invalid)?;
-        let mut view = Box::new(View {
+        let view = Box::new(View {
             window: Window::new(host, bytes, 2 << 20)?,
             space: (&raw const *space).cast(),
             lock: AtomicBool::new(false),
             filled: AtomicU64::new(0),
         });
-        let this: *mut View = &raw mut *view;
+        let this = Box::into_raw(view);
+        let Some(view) = NonNull::new(this) else {
+            unreachable!("a box is nowhere at null")
+        };
+        // From here on it goes as all views do.
+        let view = UserView {
+            view,
+            _space: std::marker::PhantomData,
+        };
         let none = std::ptr::null_mut();
         slot.compare_exchange(none, this, Ordering::AcqRel, Ordering::Relaxed)
             .map_err(|_| invalid)?;
@@ -275,42 +285,45 @@ impl<'s> UserView<'s> {
                 .is_ok()
         });
         if place.is_none() {
-            slot.store(none, Ordering::Release);
             return Err(std::io::ErrorKind::OutOfMemory.into());
         }
-        Ok(UserView {
-            view,
-            _space: std::marker::PhantomData,
-        })
+        Ok(view)
+    }
+
+    fn view(&self) -> &View {
+        // SAFETY: from a box that goes with this.
+        unsafe { self.view.as_ref() }
     }
 
     /// Where an address of the space is in the process.
     pub fn ptr(&self, addr: u64) -> *mut u8 {
         assert!(
-            addr < self.view.window.len() as u64,
+            addr < self.view().window.len() as u64,
             "outside of the address space"
         );
-        self.view.window.base().wrapping_add(addr as usize)
+        self.view().window.base().wrapping_add(addr as usize)
     }
 }
 
 impl Drop for UserView<'_> {
     fn drop(&mut self) {
-        let this: *mut View = &raw mut *self.view;
+        let this = self.view.as_ptr();
         let none = std::ptr::null_mut();
-        for place in ALL.iter().chain(self.view.host().mmu.views.iter()) {
+        for place in ALL.iter().chain(self.view().host().mmu.views.iter()) {
             let _ = place.compare_exchange(this, none, Ordering::SeqCst, Ordering::Relaxed);
         }
         while SEARCHING.load(Ordering::SeqCst) != 0 {
             std::thread::yield_now();
         }
+        // SAFETY: from a box, in no table any more, and nobody who found it there is still at it.
+        drop(unsafe { Box::from_raw(this) });
     }
 }
 
 impl std::fmt::Debug for UserView<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("UserView")
-            .field("base", &self.view.window.base())
+            .field("base", &self.view().window.base())
             .finish_non_exhaustive()
     }
 }

@@ -161,7 +161,7 @@ impl<P: Platform> Mm<P> {
             // Truncated meanwhile: it goes with the last reference.
             return Verdict::Keep;
         }
-        if folio.has_flag(FolioFlags::WRITEBACK) || matches!(folio.place(), Place::Private(_)) {
+        if folio.has_flag(FolioFlags::WRITEBACK) {
             return Verdict::Keep;
         }
         let used = self.rmap_referenced(folio, head);
@@ -184,6 +184,14 @@ impl<P: Platform> Mm<P> {
             && !(may_write && self.folio_write(mapping, folio, head).is_ok())
         {
             return Verdict::Keep;
+        }
+        if let Place::Private(_) = folio.place() {
+            let private = self.folio_private(folio).unwrap_or(0);
+            // SAFETY: it lives as long as the mapping.
+            if !unsafe { &*mapping.ops() }.release_folio(private) {
+                return Verdict::Keep;
+            }
+            self.detach_private(folio, head);
         }
         if !self.filemap_remove_frozen(mapping, folio, head) {
             return Verdict::Keep;

@@ -658,7 +658,7 @@ fn private_data_comes_and_goes() {
         let mapping = mm.folio_mapping(&folio);
         folio.set_owner(77);
         let locked = mm.folio_lock(&folio);
-        mm.folio_attach_private(&folio, 0xdead_beef, GFP_KERNEL)
+        mm.folio_attach_private(&locked, 0xdead_beef, GFP_KERNEL)
             .unwrap();
         assert_eq!(mm.folio_private(&folio), Some(0xdead_beef));
         assert_eq!(
@@ -712,6 +712,56 @@ fn what_is_pinned_is_what_is_written_whoever_looks_at_it() {
         drop(other);
         // SAFETY: pinned.
         assert_eq!(unsafe { mm.page_address(pin.pfn()).read() }, 2);
+    }
+    ends_balanced(&mm);
+}
+
+/// A filesystem that lets go of what it attached, or not; and what nobody may evict.
+#[test]
+fn private_data_and_locked_memory_keep_folios() {
+    struct Fs(std::sync::atomic::AtomicBool);
+    impl MappingOps for Fs {
+        fn read_folio(&self, _: u64, pages: &mut [u8]) -> Result<(), FileError> {
+            pages.fill(0);
+            Ok(())
+        }
+        fn writepage(&self, _: u64, _: &[u8]) -> Result<(), FileError> {
+            Ok(())
+        }
+        fn release_folio(&self, private: u64) -> bool {
+            assert_eq!(private, 99);
+            self.0.load(Ordering::Relaxed)
+        }
+    }
+    let mm = Machine::flat(mib(64)).boot();
+    let fs = Fs(false.into());
+    {
+        let file = Mapping::new(&mm, &fs, 100).unwrap();
+        for index in [10, 20] {
+            let folio = file.get(index).unwrap();
+            if index == 10 {
+                mm.folio_attach_private(&mm.folio_lock(&folio), 99, GFP_KERNEL)
+                    .unwrap();
+            } else {
+                assert!(mm.folio_set_unevictable(&folio, folio.head(), true));
+            }
+        }
+        file.get(30).unwrap();
+        let request = ReclaimRequest {
+            gfp: GFP_KERNEL,
+            order: 0,
+            attempt: 3,
+        };
+        let there = |index| file.find(index).is_some();
+        mm.try_to_free_pages(&request);
+        assert_eq!([10, 20, 30].map(there), [true, true, false]);
+        assert_eq!(mm.lru_view(0).folios[LruList::Unevictable as usize], 1);
+        fs.0.store(true, Ordering::Relaxed);
+        let folio = file.find(20).unwrap();
+        assert!(mm.folio_set_unevictable(&folio, folio.head(), false));
+        drop(folio);
+        mm.try_to_free_pages(&request);
+        assert_eq!([10, 20].map(there), [false, false]);
     }
     ends_balanced(&mm);
 }

@@ -170,7 +170,7 @@ fn file(mm: &Mm<Host>, disk: &Disk) {
     check(&all, "a file, forked");
     if let Some(folio) = file.find(30) {
         let locked = mm.folio_lock(&folio);
-        let _ = mm.folio_attach_private(&folio, 5, GFP_KERNEL);
+        let _ = mm.folio_attach_private(&locked, 5, GFP_KERNEL);
         drop(locked);
     }
     let _ = file.writeback(0..=u64::MAX);

@@ -210,7 +210,7 @@ impl<P: Platform> Mm<P> {
     /// Takes a folio, which is locked, clean or not wanted any more, and mapped by nobody, out of its mapping, and the cache's reference with it
     /// (`filemap_remove_folio`).
     pub(crate) fn filemap_remove(&self, mapping: &MappingCore, folio: &Folio, head: Pfn) {
-        self.folio_detach_private(folio, head);
+        self.detach_private(folio, head);
         let order = self.pages.map.word(head).load_owned().order();
         self.with_index(mapping, |tree| {
             let erased = tree.erase(folio.index());

@@ -29,6 +29,12 @@ pub trait MappingOps: Sync {
     ///
     /// They could not be written: they stay dirty.
     fn writepage(&self, index: u64, pages: &[u8]) -> Result<(), FileError>;
+
+    /// Memory is short: may what was attached to a folio go ([`Mm::folio_attach_private`])? If so, whatever it stood for is given up here. Called
+    /// with the folio locked and clean; must not sleep for memory (`release_folio`). By default it stays, and its folio with it.
+    fn release_folio(&self, _private: u64) -> bool {
+        false
+    }
 }
 
 /// Why a page of a file could not be had.
@@ -178,7 +184,20 @@ impl<'m, P: Platform> Mapping<'m, P> {
     }
 }
 
+impl MappingCore {
+    /// What stands behind it.
+    pub(crate) fn ops(&self) -> *const dyn MappingOps {
+        self.ops
+    }
+
+    /// Pages of the file.
+    pub(crate) fn pages(&self) -> u64 {
+        self.size.load(Ordering::Relaxed)
+    }
+}
+
 impl<P: Platform> Drop for Mapping<'_, P> {
+    /// The cache goes with the last area that maps the file, and with it what is dirty: write it back first.
     fn drop(&mut self) {
         self.mm.mapping_put(self.core);
     }

@@ -43,6 +43,8 @@ impl<P: Platform> Mm<P> {
                     .is_err()
                 {
                     self.zero_from(folio.head(), (pages - first) as u32, order);
+                    // Whoever has it mapped beyond the end faults, and learns of it.
+                    self.rmap_unmap(&folio, folio.head(), Unmap::Drop, None);
                     at = first + (1 << order);
                 }
                 drop(locked);

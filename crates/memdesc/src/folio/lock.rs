@@ -34,6 +34,13 @@ pub struct FolioLock<'a, P: Platform> {
     folio: &'a Folio,
 }
 
+impl<'a, P: Platform> FolioLock<'a, P> {
+    /// The folio.
+    pub fn folio(&self) -> &'a Folio {
+        self.folio
+    }
+}
+
 impl<P: Platform> core::fmt::Debug for FolioLock<'_, P> {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         f.debug_tuple("FolioLock").field(self.folio).finish()

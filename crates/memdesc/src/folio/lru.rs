@@ -260,6 +260,26 @@ impl<P: Platform> Mm<P> {
         }
     }
 
+    /// Nobody may evict the folio from now on, or they may again (`mlock_folio`): it goes to the list of those, or back. Of a folio that the caller
+    /// has; `head` is its first page; panics if not. `false` if somebody has it off its list at this moment.
+    ///
+    /// # Context
+    ///
+    /// Any that may take a lock.
+    pub fn folio_set_unevictable(&self, folio: &Folio, head: Pfn, locked: bool) -> bool {
+        assert!(self.is_head_of(folio, head), "{head:?} heads another");
+        if !self.lru_isolate(folio, head) {
+            return false;
+        }
+        if locked {
+            folio.set_flag(FolioFlags::UNEVICTABLE);
+        } else {
+            folio.clear_flag(FolioFlags::UNEVICTABLE);
+        }
+        self.lru_insert(folio, head, false);
+        true
+    }
+
     /// Takes up to `most` folios off the old end of a list, with a reference each. Those that are on their way out are passed over.
     pub(crate) fn lru_isolate_oldest(&self, node: usize, list: LruList, most: u32) -> Isolated {
         let map = &self.pages.map;

@@ -2,8 +2,9 @@
 
 use core::panic::Location;
 
+use super::FolioLock;
 use crate::address::Pfn;
-use crate::desc::{Folio, FolioFlags, FolioPrivate, Held, Place};
+use crate::desc::{Folio, FolioPrivate, Held, Place};
 use crate::error::AllocError;
 use crate::gfp::Flags;
 use crate::mm::{BuiltIn, Mm};
@@ -38,18 +39,18 @@ impl<P: Platform> Mm<P> {
     }
 
     /// Attaches 8 bytes to a folio, or changes them (`folio_attach_private`): takes a reference, as in Linux, so that nothing is
-    /// attached to what is freed. The caller has the folio locked, and it belongs to a mapping.
+    /// attached to what is freed. The folio belongs to a mapping.
     ///
     /// # Errors
     ///
     /// No memory. [`AllocError::BadSize`] if it belongs to no mapping.
     pub fn folio_attach_private(
         &self,
-        folio: &Folio,
+        locked: &FolioLock<'_, P>,
         private: u64,
         gfp: Flags,
     ) -> Result<(), AllocError> {
-        assert!(folio.has_flag(FolioFlags::LOCKED), "nobody has it locked");
+        let folio = locked.folio();
         let handle = match folio.place() {
             Place::Private(at) => {
                 let old = self.private_at(at);
@@ -76,13 +77,17 @@ impl<P: Platform> Mm<P> {
         Ok(())
     }
 
-    /// Takes it away (`folio_detach_private`). `head` is the folio's first page; the caller has the folio locked, and a reference of
-    /// his own.
-    pub fn folio_detach_private(&self, folio: &Folio, head: Pfn) -> Option<u64> {
+    /// Takes it away (`folio_detach_private`). `head` is the folio's first page; panics if not.
+    pub fn folio_detach_private(&self, locked: &FolioLock<'_, P>, head: Pfn) -> Option<u64> {
         assert!(
-            self.is_head_of(folio, head) && folio.has_flag(FolioFlags::LOCKED),
-            "{head:?} heads another, or it is not locked"
+            self.is_head_of(locked.folio(), head),
+            "{head:?} heads another"
         );
+        self.detach_private(locked.folio(), head)
+    }
+
+    /// The same, of a folio that the caller has locked.
+    pub(crate) fn detach_private(&self, folio: &Folio, head: Pfn) -> Option<u64> {
         let Place::Private(at) = folio.place() else {
             return None;
         };

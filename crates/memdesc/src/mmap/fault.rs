@@ -16,7 +16,7 @@ use super::space::MmStruct;
 use super::vma::{VmFlags, Vma};
 use super::zap::{Gather, PAGE, PMD};
 use crate::address::Pfn;
-use crate::desc::{Folio, Held};
+use crate::desc::{Folio, FolioFlags, Held};
 use crate::error::AllocError;
 use crate::filemap::FileError;
 use crate::folio::{FolioRef, Mapped};
@@ -224,7 +224,10 @@ impl<'m, P: Platform> MmStruct<'m, P> {
                 let Some(folio) = mm.filemap_find(mapping, index) else {
                     return Ok(None);
                 };
-                let fits = folio.order() == HUGE_ORDER && folio.index() == index;
+                let fits = folio.order() == HUGE_ORDER
+                    && folio.index() == index
+                    && index + 512 <= mapping.pages()
+                    && folio.has_flag(FolioFlags::UPTODATE);
                 if !fits || vma.is_cow() && write {
                     return Ok(None);
                 }

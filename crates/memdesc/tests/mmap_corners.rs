@@ -1,4 +1,4 @@
-//! Address spaces and files where they are weakest: what was found by reading, and shown here before it was mended.
+//! Address spaces and files where they are weakest: each of these was wrong once.
 #![allow(missing_docs)]
 
 mod common;
