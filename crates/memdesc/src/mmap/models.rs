@@ -305,7 +305,7 @@ enum Move {
 /// The folio moves to page 1; page 0 is bare then, and somebody's.
 fn migrate(w: &World, how: Move) {
     let folio = &w.folios[0];
-    w.entry.replace(Entry::migration(Pfn(0), true));
+    w.entry.replace(Entry::migration(Pfn(0), Prot::WRITE));
     assert!(!w.put(folio, Pfn(0), Held::MAP), "who moves it has it");
     let copy = || w.write(1, w.read(0));
     if how == Move::CopiesFirst {
@@ -415,7 +415,7 @@ fn planted_bug_old_word_written_after_it_is_thawed() {
 fn split_under_a_walker(what: Held, looks: Looks, freezes: bool) {
     let other = move |w: &World| {
         let [old, new] = &w.folios;
-        w.entry.replace(Entry::migration(Pfn(1), true));
+        w.entry.replace(Entry::migration(Pfn(1), Prot::WRITE));
         assert!(!w.put(old, Pfn(0), Held::MAP), "who splits it has it");
         let alone = if freezes {
             old.counts().freeze(Held::REF)
