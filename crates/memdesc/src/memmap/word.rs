@@ -172,7 +172,7 @@ impl PageType {
 pub enum DescClass {
     /// A `struct buddy`, 8 bytes.
     Buddy = 0,
-    /// A `folio` of file cache, 24 bytes.
+    /// A `folio` of file cache, 32 bytes.
     File = 1,
     /// A `struct slab`, 48 bytes.
     Slab = 2,
