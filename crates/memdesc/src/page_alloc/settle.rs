@@ -1,6 +1,6 @@
 //! Settling: free blocks that still lie on a folio's or a slab's descriptor get a `struct buddy` of their own.
 //!
-//! Morphing makes a free block keep what its last owner left: 24 bytes or 48 where 8 would do, and a slab of descriptors
+//! Morphing makes a free block keep what its last owner left: 32 bytes or 48 where 8 would do, and a slab of descriptors
 //! stays half empty for its sake. Freeing may not allocate, so nothing can be done about it there; it is done here, in
 //! the background, a bounded number of blocks at a time. A block's neighbours know it by page frame number, so
 //! changing its descriptor is a copy of 8 bytes and one store of its word, under the zone lock.
