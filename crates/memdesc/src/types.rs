@@ -120,8 +120,10 @@
 //! // From any of its pages, by anybody, without a lock:
 //! let folio = mm.folio_get(pages.add(9)).expect("it is a folio's");
 //! assert_eq!((folio.head(), folio.order(), folio.refcount()), (pages, 4, 2));
-//! folio.set_flag(FolioFlags::UPTODATE);
 //! folio.set_owner(42); // charged to
+//! mm.folio_add_lru(&folio, pages);
+//! mm.folio_mark_accessed(&folio, pages);
+//! assert!(folio.has_flag(FolioFlags::REFERENCED));
 //! // SAFETY: our own reference; the other one keeps it.
 //! unsafe { mm.free_pages(pages) };
 //! assert!(matches!(mm.lookup(pages).2, Memory::File(_)));
@@ -148,7 +150,8 @@
 //! // It can be moved: other pages, the same descriptor.
 //! drop(folio);
 //! let to = mm.alloc_pages(GFP_HIGHUSER_MOVABLE, 0)?;
-//! let old = mm.migrate_folio(page, to)?;
+//! // SAFETY: bare pages of ours.
+//! let old = unsafe { mm.migrate_folio(page, to)? };
 //! assert_eq!(space.page_at(at).unwrap().1, to);
 //! // SAFETY: bare pages now, ours.
 //! unsafe { mm.free_pages(old) };
