@@ -35,6 +35,7 @@ fn memory_full_of_files_makes_room() {
 fn address_spaces_for_a_moment() {
     let seen = json(&["address-spaces", "--seconds", "3", "--json"]);
     assert!(seen["disagrees"].is_null(), "{seen}");
+    assert_eq!(seen["references_left"], 0);
     assert_eq!(
         (&seen["wrong"], &seen["lost_pages"]),
         (&0.into(), &0.into())

@@ -99,7 +99,10 @@ fn memory_comes_when_it_is_touched_and_is_copied_when_it_is_written() {
         assert_eq!(mm.pages_of(PageType::Anon), 5);
         let spaces = [parent, child];
         let report = check(&mm, &spaces);
-        assert_eq!((report.pages, report.folios), (8, 5));
+        assert_eq!((report.pages, report.folios, report.referenced), (8, 5, 0));
+        let kept = spaces[0].page_at(at).unwrap();
+        assert_eq!(check(&mm, &spaces).referenced, 1);
+        drop(kept);
         spaces[0].munmap(at + 4096, 4096).unwrap();
         assert_eq!(spaces[0].read(at + 4096, &mut [0]), Err(FaultError::Segv));
         assert_eq!(byte(&spaces[0], at + 2 * 4096), 7);

@@ -455,7 +455,8 @@ fn run(ops: &[Op], rt: bool) {
                 Op::Check => {
                     let mut seen = vec![0; (20 << 8) + 1];
                     let all: Vec<_> = spaces.iter().map(|(_, s)| &**s).collect();
-                    MmStruct::check_all(&all, &mut seen).unwrap();
+                    let report = MmStruct::check_all(&all, &mut seen).unwrap();
+                    assert!(report.referenced <= pins.len() as u64, "{report:?}");
                     for (pin, at, page) in &pins {
                         let s = all.iter().position(|s| s.asid() == *at).unwrap();
                         // SAFETY: pinned.

@@ -505,7 +505,12 @@ struct Outcome {
 
 impl Outcome {
     fn ok(&self) -> bool {
-        self.wrong == 0 && self.disagrees.is_none() && self.balanced && self.lost == 0
+        let referenced = self.mapped.is_some_and(|m| m.referenced > 0);
+        self.wrong == 0
+            && self.disagrees.is_none()
+            && !referenced
+            && self.balanced
+            && self.lost == 0
     }
 }
 
@@ -660,6 +665,12 @@ fn report(outcome: &Outcome) -> String {
             "  at the end {} folios, {} of them mapped by nobody, {} entries of 4 KiB and {} of 2 MiB: every count agrees",
             mapped.folios, mapped.unmapped, mapped.pages, mapped.huge
         ));
+        if mapped.referenced > 0 {
+            line(format!(
+                "  {} folios have references that NOBODY PUT",
+                mapped.referenced
+            ));
+        }
     }
     if let Some(why) = &outcome.disagrees {
         line(format!("  COUNTS DISAGREE with the tables: {why}"));
@@ -697,6 +708,7 @@ fn object(outcome: &Outcome) -> serde_json::Value {
         "folios": outcome.mapped.map(|m| m.folios),
         "entries": outcome.mapped.map(|m| m.pages),
         "huge_entries": outcome.mapped.map(|m| m.huge),
+        "references_left": outcome.mapped.map(|m| m.referenced),
         "disagrees": outcome.disagrees,
         "wrong": outcome.wrong,
         "balanced": outcome.balanced,

@@ -37,6 +37,9 @@ pub struct MapReport {
     pub folios: u64,
     /// Folios that nobody maps.
     pub unmapped: u64,
+    /// Folios with a reference or a pin beside those of their mappings, of the page cache, and of what a filesystem attached: where nobody has one, that is
+    /// a reference that was never put.
+    pub referenced: u64,
 }
 
 impl<'m, P: Platform> MmStruct<'m, P> {
@@ -131,8 +134,12 @@ impl<'m, P: Platform> MmStruct<'m, P> {
                 error = Some(MapError::Folio(head, sum, folio.mapcount()));
             }
             report.unmapped += u64::from(sum == 0);
+            // The cache has one reference, and so has what is attached.
+            let cached = word.kind() == PageType::File && mm.folio_mapping(folio) != 0;
+            let own = u32::from(cached) + u32::from(mm.folio_private(folio).is_some());
+            let held = folio.held();
+            report.referenced += u64::from(held.refs != own || held.pins != 0);
         });
-        let _ = PageType::COUNT;
         error.map_or(Ok(report), Err)
     }
 }
