@@ -31,7 +31,7 @@ use crate::slab::kmalloc::{CLASSES, Kind};
 use crate::slab::sheaf::Sheaves;
 use crate::slab::{CacheCore, CacheFlags};
 use crate::stats::CpuStats;
-use crate::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use crate::sync::{PfnStack, SpinLock};
 use crate::vmalloc::{StackCache, Vmalloc};
 use crate::xarray::Node;
@@ -194,6 +194,7 @@ impl<P: Platform> Mm<P> {
             lruvecs: parts.lruvecs,
             folio_waits: WaitTable::new(),
             dying: PfnStack::new(),
+            compact_at: AtomicU32::new(0),
             rcu_pages: RcuPages::new(),
             discards: Discards::new(),
             vmalloc,

@@ -5,7 +5,7 @@
 //!
 //! Source: `alloc_contig_range`, `compact_zone`, `isolate_migratepages_range` of Linux.
 
-use core::ops::ControlFlow;
+use core::ops::{ControlFlow, Range};
 
 use crate::address::{MAX_ORDER, PAGEBLOCK_ORDER, Pfn};
 use crate::desc::DescList;
@@ -18,6 +18,7 @@ use crate::page_alloc::MigrateType;
 use crate::page_alloc::alloc::Descriptors;
 use crate::platform::Platform;
 use crate::stats::Event;
+use crate::sync::atomic::Ordering;
 
 /// Rounds over a range before it is given up.
 const ROUNDS: u32 = 8;
@@ -283,24 +284,32 @@ impl<P: Platform> Mm<P> {
     /// May sleep.
     pub fn compact(&self, order: usize) -> usize {
         let order = order.min(MAX_ORDER);
+        // On from where the last one was made, and round once: what lies before was looked at not long ago.
+        let from = self.compact_at.load(Ordering::Relaxed);
+        usize::from(self.compact_in(from..u32::MAX, order) || self.compact_in(0..from, order))
+    }
+
+    fn compact_in(&self, range: Range<u32>, order: usize) -> bool {
+        let size = 1u32 << order;
         for region in self.pages.map.regions() {
-            let size = 1u32 << order;
-            let mut at = region.start.next_multiple_of(size);
-            while at + size <= region.end {
+            let first = region.start.max(range.start);
+            let mut at = first.checked_next_multiple_of(size).unwrap_or(u32::MAX);
+            while at < range.end && region.end.saturating_sub(at) >= size {
                 if self.worth_compacting(Pfn(at), order)
                     && self.alloc_contig_range(Pfn(at), size).is_ok()
                 {
                     // SAFETY: ours, just gathered, one block since it is aligned.
                     unsafe { self.free_pages(Pfn(at)) };
                     self.drain_all();
+                    self.compact_at.store(at + size, Ordering::Relaxed);
                     let pin = self.pages.pin();
                     self.pages.stats(&pin).add(&pin, Event::CompactSuccess, 1);
-                    return 1;
+                    return true;
                 }
                 at += size;
             }
         }
-        0
+        false
     }
 
     /// Is this range neither free as a whole nor with anything that cannot be moved, and is less than half of it in use?

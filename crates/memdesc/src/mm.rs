@@ -19,7 +19,7 @@ use crate::shrinker::Shrinkers;
 use crate::slab::CacheCore;
 use crate::slab::kmalloc::{CLASSES, Kind};
 use crate::stats::Event;
-use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use crate::sync::{PfnStack, SpinGuard, SpinLock};
 use crate::vmalloc::Vmalloc;
 
@@ -72,6 +72,8 @@ pub struct Mm<P: Platform> {
     pub(crate) folio_waits: WaitTable,
     /// Folios that nobody has, and that could not leave their list in the context that let go of them last.
     pub(crate) dying: PfnStack,
+    /// Where compaction goes on.
+    pub(crate) compact_at: AtomicU32,
     /// Page tables that wait for a grace period.
     pub(crate) rcu_pages: RcuPages,
     /// Slabs that wait for a grace period.
