@@ -81,7 +81,9 @@ kinds! {
     Offline = "offline",
     /// Bad memory, or a guard.
     Poisoned = "poisoned",
-    /// The kernel's own type.
+    /// A driver's pages that users may map.
+    Driver = "driver",
+    /// The kernel's own types.
     Yours = "yours",
     /// On its way from one state to another: no word spoke for it when it was looked at. 0 at a quiet moment.
     Unsettled = "unsettled",
@@ -116,6 +118,7 @@ impl CensusKind {
             PageType::Reserved => CensusKind::Kernel,
             PageType::Offline => CensusKind::Offline,
             PageType::Poisoned => CensusKind::Poisoned,
+            PageType::Driver => CensusKind::Driver,
             PageType::Yours => CensusKind::Yours,
         }
     }

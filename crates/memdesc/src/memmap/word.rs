@@ -1,16 +1,18 @@
 //! The memdesc: all that the memory map holds for a page, in 8 bytes.
 //!
 //! ```text
-//!  63   62..60  59..57        56..53  52..4                       3..0
-//! ┌────┬───────┬─────────────┬───────┬───────────────────────────┬──────┐
-//! │ P  │ class │ migratetype │ order │ descriptor: phys >> 3      │ type │
-//! └────┴───────┴─────────────┴───────┴───────────────────────────┴──────┘
+//!  63   62..60  59..57        56..53  52..48   47..46  45..5                  4..0
+//! ┌────┬───────┬─────────────┬───────┬────────┬───────┬──────────────────────┬──────┐
+//! │ P  │ class │ migratetype │ order │ number │ free  │ descriptor: phys >> 3 │ type │
+//! └────┴───────┴─────────────┴───────┴────────┴───────┴──────────────────────┴──────┘
 //! ```
 //!
 //! | field | meaning | who may change it |
 //! |---|---|---|
 //! | type | [`PageType`]; 0 is "nothing starts here" | with the block free: the zone lock's holder, or the owner of the per-CPU list it is in. With the block handed out: its owner |
-//! | descriptor | physical address of the descriptor, 8-byte aligned; for types without one, the facts themselves | as the type |
+//! | descriptor | physical address of the descriptor, 8-byte aligned; for types without one bits 52 to 5 are the facts themselves | as the type |
+//! | free | of a free block: what is known of its contents, [`Contents`] | as the type |
+//! | number | of the kernel's own types, which one | as the type |
 //! | order | of the block or allocation this page belongs to | as the type |
 //! | migratetype | of the free list a free block is in | as the type |
 //! | class | [`DescClass`]: which cache the descriptor's memory came from | whoever sets the descriptor |
@@ -37,9 +39,16 @@ use crate::sync::atomic::{AtomicU64, Ordering};
 /// Allocations up to this order have every word written: 8 words, one cache line.
 pub const TAIL_WORDS_ORDER: usize = 3;
 
-const TYPE_BITS: u32 = 4;
-const DESC_SHIFT: u32 = 4;
-const DESC_BITS: u32 = 49;
+const TYPE_BITS: u32 = 5;
+const DESC_SHIFT: u32 = 5;
+/// A page frame number has 32 bits, an address in a page 12, and descriptors are 8-byte aligned.
+const DESC_BITS: u32 = 41;
+const FREE_SHIFT: u32 = 46;
+const FREE_BITS: u32 = 2;
+const NUMBER_SHIFT: u32 = 48;
+const NUMBER_BITS: u32 = 5;
+/// The facts of a type without a descriptor take the place of all three.
+const FACT_BITS: u32 = DESC_BITS + FREE_BITS + NUMBER_BITS;
 const ORDER_SHIFT: u32 = 53;
 const MIGRATE_SHIFT: u32 = 57;
 const CLASS_SHIFT: u32 = 60;
@@ -47,13 +56,24 @@ const P_BIT: u64 = 1 << 63;
 
 const TYPE_MASK: u64 = (1 << TYPE_BITS) - 1;
 const DESC_MASK: u64 = ((1 << DESC_BITS) - 1) << DESC_SHIFT;
+const FREE_MASK: u64 = ((1 << FREE_BITS) - 1) << FREE_SHIFT;
+const NUMBER_MASK: u64 = ((1 << NUMBER_BITS) - 1) << NUMBER_SHIFT;
+const FACT_MASK: u64 = DESC_MASK | FREE_MASK | NUMBER_MASK;
 const ORDER_MASK: u64 = 0xf << ORDER_SHIFT;
 const MIGRATE_MASK: u64 = 0x7 << MIGRATE_SHIFT;
 const CLASS_MASK: u64 = 0x7 << CLASS_SHIFT;
 
-const _: () = assert!(DESC_SHIFT + DESC_BITS == ORDER_SHIFT);
+const _: () = assert!(DESC_SHIFT + FACT_BITS == ORDER_SHIFT);
 const _: () = assert!(
-    TYPE_MASK ^ DESC_MASK ^ ORDER_MASK ^ MIGRATE_MASK ^ CLASS_MASK ^ P_BIT == u64::MAX,
+    TYPE_MASK
+        ^ DESC_MASK
+        ^ FREE_MASK
+        ^ NUMBER_MASK
+        ^ ORDER_MASK
+        ^ MIGRATE_MASK
+        ^ CLASS_MASK
+        ^ P_BIT
+        == u64::MAX,
     "the fields cover the word without overlap"
 );
 
@@ -91,15 +111,58 @@ pub enum PageType {
     Offline = 13,
     /// Inline: bad memory, or a guard.
     Poisoned = 14,
-    /// The kernel's own type.
+    /// A type of the kernel's own: which, says the word's number.
     Yours = 15,
+    /// A driver's pages that users may map; a `folio` in no mapping.
+    Driver = 16,
+}
+
+/// By the low bits of a word. Those that no type has say nothing.
+const KINDS: [PageType; 1 << TYPE_BITS] = {
+    let mut kinds = [PageType::None; 1 << TYPE_BITS];
+    let mut i = 0;
+    while i < PageType::COUNT {
+        kinds[i] = PageType::ALL[i];
+        i += 1;
+    }
+    kinds
+};
+
+/// What is known of what a free block holds.
+///
+/// Of two that merge what is known of both; of a part what is known of the whole.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Contents(u64);
+
+impl Contents {
+    /// Nothing.
+    pub(crate) const UNKNOWN: Contents = Contents(0);
+    /// What the free-page services left in it: the pattern of free memory.
+    pub(crate) const CLEAN: Contents = Contents(1 << FREE_SHIFT);
+    /// It was reported, and has not been touched since: nothing may be expected of what it holds.
+    pub(crate) const REPORTED: Contents = Contents(2 << FREE_SHIFT);
+
+    /// Is this known?
+    pub(crate) const fn contains(self, other: Contents) -> bool {
+        self.0 & other.0 == other.0
+    }
+
+    /// Both.
+    pub(crate) const fn with(self, other: Contents) -> Contents {
+        Contents(self.0 | other.0)
+    }
+
+    /// What is known of both.
+    pub(crate) const fn and(self, other: Contents) -> Contents {
+        Contents(self.0 & other.0)
+    }
 }
 
 impl PageType {
     /// How many there are.
-    pub const COUNT: usize = 16;
+    pub const COUNT: usize = 17;
     /// All of them, by number.
-    pub const ALL: [PageType; 16] = [
+    pub const ALL: [PageType; 17] = [
         PageType::None,
         PageType::Free,
         PageType::Bare,
@@ -116,6 +179,7 @@ impl PageType {
         PageType::Offline,
         PageType::Poisoned,
         PageType::Yours,
+        PageType::Driver,
     ];
 
     /// Does the word lead to a descriptor (or a kept `buddy`), rather than hold facts inline?
@@ -159,6 +223,7 @@ impl PageType {
             PageType::Offline => "offline",
             PageType::Poisoned => "poisoned",
             PageType::Yours => "yours",
+            PageType::Driver => "driver",
         }
     }
 }
@@ -194,10 +259,10 @@ impl Word {
     /// Nothing starts here.
     pub const ZERO: Word = Word(0);
 
-    /// A word that leads to a descriptor at `desc`, which is 8-byte aligned and below 2^52.
+    /// A word that leads to a descriptor at `desc`, which is 8-byte aligned and below 2^44.
     #[inline]
     pub const fn described(kind: PageType, order: usize, desc: PhysAddr, class: DescClass) -> Word {
-        debug_assert!(desc.0 & 7 == 0 && desc.0 >> 52 == 0 && order < 16);
+        debug_assert!(desc.0 & 7 == 0 && desc.0 >> 44 == 0 && order < 16);
         Word(
             kind as u64
                 | (desc.0 >> 3) << DESC_SHIFT
@@ -206,10 +271,10 @@ impl Word {
         )
     }
 
-    /// A word that holds its facts itself: up to 49 bits of them.
+    /// A word that holds its facts itself: up to 48 bits of them.
     #[inline]
     pub const fn inline(kind: PageType, order: usize, facts: u64) -> Word {
-        debug_assert!(facts >> DESC_BITS == 0 && order < 16);
+        debug_assert!(facts >> FACT_BITS == 0 && order < 16);
         Word(kind as u64 | facts << DESC_SHIFT | (order as u64) << ORDER_SHIFT)
     }
 
@@ -228,7 +293,7 @@ impl Word {
     /// The type.
     #[inline]
     pub const fn kind(self) -> PageType {
-        PageType::ALL[(self.0 & TYPE_MASK) as usize]
+        KINDS[(self.0 & TYPE_MASK) as usize]
     }
 
     /// The order of the block this word speaks for.
@@ -246,7 +311,7 @@ impl Word {
     /// The inline facts.
     #[inline]
     pub const fn facts(self) -> u64 {
-        (self.0 & DESC_MASK) >> DESC_SHIFT
+        (self.0 & FACT_MASK) >> DESC_SHIFT
     }
 
     /// The free list a free block is in.
@@ -289,11 +354,36 @@ impl Word {
         self.0 & (TYPE_MASK | P_BIT) == PageType::Free as u64 | P_BIT
     }
 
+    /// Of a free block: what is known of its contents.
+    #[inline]
+    pub(crate) const fn contents(self) -> Contents {
+        Contents(self.0 & FREE_MASK)
+    }
+
+    /// The same free block, or one on its way to be free, of whose contents this is known.
+    #[inline]
+    pub(crate) const fn with_contents(self, contents: Contents) -> Word {
+        Word(self.0 & !FREE_MASK | contents.0)
+    }
+
+    /// Which of the kernel's own types it is.
+    #[inline]
+    pub const fn number(self) -> u8 {
+        ((self.0 & NUMBER_MASK) >> NUMBER_SHIFT) as u8
+    }
+
+    /// The same, of this type of the kernel's own.
+    #[inline]
+    pub(crate) const fn with_number(self, number: u8) -> Word {
+        debug_assert!(number >> NUMBER_BITS == 0);
+        Word(self.0 & !NUMBER_MASK | (number as u64) << NUMBER_SHIFT)
+    }
+
     /// The same descriptor, now of a free block in a zone's list.
     #[inline]
     pub(crate) const fn to_free(self, order: usize, mt: MigrateType) -> Word {
         Word(
-            self.0 & (DESC_MASK | CLASS_MASK)
+            self.0 & (DESC_MASK | CLASS_MASK | FREE_MASK)
                 | PageType::Free as u64
                 | (order as u64) << ORDER_SHIFT
                 | (mt as u64) << MIGRATE_SHIFT,
@@ -304,7 +394,7 @@ impl Word {
     #[inline]
     pub(crate) const fn to_pcp(self, mt: MigrateType) -> Word {
         Word(
-            self.0 & (DESC_MASK | CLASS_MASK | ORDER_MASK)
+            self.0 & (DESC_MASK | CLASS_MASK | ORDER_MASK | FREE_MASK)
                 | PageType::Free as u64
                 | (mt as u64) << MIGRATE_SHIFT
                 | P_BIT,
@@ -323,14 +413,14 @@ impl Word {
 #[repr(u32)]
 pub(crate) enum TailCount {
     /// How often this page is mapped by itself.
-    Page = 4,
+    Page = 5,
     /// In the first tail's word: how often the head's page is.
-    Head = 24,
+    Head = 25,
     /// In the first tail's word: how often the folio is mapped as a whole.
-    Entire = 44,
+    Entire = 45,
 }
 
-/// 20 bits each.
+/// 20 bits each; 19 of the last.
 const TAIL_COUNT_MASK: u64 = (1 << 20) - 1;
 
 impl TailCount {
@@ -443,7 +533,7 @@ mod tests {
                     DescClass::Slab,
                     DescClass::Yours,
                 ] {
-                    for desc in [8, 0x1000, (1 << 52) - 8] {
+                    for desc in [8, 0x1000, (1 << 44) - 8] {
                         let w = Word::described(kind, order, PhysAddr(desc), class);
                         assert_eq!(
                             (w.kind(), w.order(), w.desc().0, w.class()),

@@ -171,7 +171,7 @@ impl<P: Platform> PageAllocator<P> {
             Some(block) => block,
             None => self.alloc_zone(kind, gfp, order, node, descs)?,
         };
-        self.platform.pages_allocated(block.pfn, order);
+        self.prep_alloc(block.pfn, order, block.word);
         Ok(block)
     }
 

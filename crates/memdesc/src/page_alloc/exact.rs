@@ -92,7 +92,7 @@ impl<P: Platform> PageAllocator<P> {
             }
             if let Some(result) = result {
                 if let Ok(block) = result {
-                    self.platform.pages_allocated(block.pfn, order);
+                    self.prep_alloc(block.pfn, order, block.word);
                     let pin = self.pin();
                     self.stats(&pin).add(&pin, Event::AllocAt, 1);
                     self.stats(&pin).block_out(&pin, PageType::Bare, order);
@@ -109,7 +109,7 @@ impl<P: Platform> PageAllocator<P> {
         for mt in [MigrateType::Unmovable, MigrateType::Reclaimable] {
             for index in self.zonelists[node][ZoneType::Normal as usize].iter() {
                 if let Some(block) = self.pcp(&pin, index).pop(&pin, &self.map, 0, mt) {
-                    self.platform.pages_allocated(block.pfn, 0);
+                    self.prep_alloc(block.pfn, 0, block.word);
                     return Some(block);
                 }
             }
@@ -128,7 +128,7 @@ impl<P: Platform> PageAllocator<P> {
                     let mut zone = self.lock(index);
                     if let Some(found) = take_smallest_in(&mut zone, attempt) {
                         drop(zone);
-                        self.platform.pages_allocated(found.pfn, found.order);
+                        self.prep_alloc(found.pfn, found.order, found.word.unwrap_or(Word::ZERO));
                         return Ok(found);
                     }
                 }

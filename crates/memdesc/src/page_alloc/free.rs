@@ -32,7 +32,7 @@ impl<P: Platform> PageAllocator<P> {
     ) {
         might_lock(&self.platform, &classes::ZONE);
         let order = word.order();
-        self.platform.pages_freed(pfn, order);
+        let word = self.prep_free(pfn, word);
         let Some(region) = self.map.region(pfn) else {
             unreachable!("{pfn:?} was RAM before")
         };

@@ -68,7 +68,7 @@ impl<P: Platform> PageAllocator<P> {
         stats.add_any(Event::tried(first, &result), 1);
         if let Ok(block) = &result {
             stats.block_out_any(kind, order);
-            self.platform.pages_allocated(block.pfn, order);
+            self.prep_alloc(block.pfn, order, block.word);
         }
         result
     }
@@ -161,7 +161,7 @@ impl<P: Platform> PageAllocator<P> {
         let pin = Pin::try_new(&self.platform);
         let stats = self.any_stats(pin.as_ref());
         stats.block_back_any(kind, order);
-        self.platform.pages_freed(pfn, order);
+        let word = self.prep_free(pfn, word);
         let Some(region) = self.map.region(pfn) else {
             unreachable!("{pfn:?} was RAM before")
         };
