@@ -65,6 +65,7 @@ pub struct Host {
 #[derive(Default)]
 pub struct HostBuilder {
     ranges: Vec<MemRange>,
+    devices: Vec<MemRange>,
     cpus: usize,
     floating: usize,
     guard_free: bool,
@@ -86,6 +87,13 @@ impl HostBuilder {
     #[must_use]
     pub fn memory(mut self, ranges: &[MemRange]) -> Self {
         self.ranges = ranges.to_vec();
+        self
+    }
+
+    /// A device with this memory, behind the physical memory or between its ranges: for [`memdesc::Mm::memremap_pages`].
+    #[must_use]
+    pub fn device(mut self, range: MemRange) -> Self {
+        self.devices.push(range);
         self
     }
 
@@ -174,7 +182,7 @@ impl HostBuilder {
             Some((ns, f)) => (ns, Some(f)),
             None => (memdesc::rcu::engine::Engine::STALL_NS, None),
         };
-        let arena = Arena::new(&self.ranges)?;
+        let arena = Arena::new(&[self.ranges, self.devices].concat())?;
         let vmalloc = match self.vmalloc.unwrap_or(VMALLOC_BYTES) {
             bytes if bytes > 0 && !cfg!(miri) => {
                 let window = Window::on(arena.memory().clone(), bytes, VMALLOC_ALIGN);

@@ -9,6 +9,7 @@ use core::ptr::NonNull;
 use crate::address::{MAX_PFN, PAGE_SHIFT, PAGE_SIZE, Pfn, PhysAddr};
 use crate::config::{Config, MAX_CPUS, MAX_NODES, MAX_SHRINKERS, MemRange};
 use crate::desc::{Folio, FolioPrivate, PtDesc, Slab, VmArea};
+use crate::device::DeviceCost;
 use crate::error::InitError;
 use crate::folio::{Lruvec, WaitTable};
 use crate::gfp::{self, Flags};
@@ -16,6 +17,8 @@ use crate::memmap::map::SECTION_SHIFT;
 use crate::memmap::word::AtomicWord;
 use crate::memmap::{BootSlice, MemMap, PageType, Region};
 use crate::mm::{BuiltIn, CacheList, Mm};
+use crate::netpool::{PoolCore, Pools};
+use crate::own::OwnTypes;
 use crate::page_alloc::ZoneType;
 use crate::page_alloc::alloc::{PageAllocator, ZoneList};
 use crate::page_alloc::pcp::PerCpuPages;
@@ -198,6 +201,9 @@ impl<P: Platform> Mm<P> {
             rcu_pages: RcuPages::new(),
             discards: Discards::new(),
             vmalloc,
+            pools: Pools::new(),
+            own_types: OwnTypes::new(),
+            device_cost: DeviceCost::new(),
             boot: parts.layout,
             bootstrap_depth: AtomicU64::new(0),
             bootstrap_pages: AtomicU64::new(0),
@@ -584,6 +590,14 @@ fn built_in(index: usize, config: &Config, name: &mut Name) -> Spec {
         i if i == BuiltIn::VmArea as usize => (
             "vmap_area",
             plain(size_of::<VmArea>(), 8, Role::Descriptors),
+        ),
+        i if i == BuiltIn::PagePool as usize => (
+            "page_pool",
+            plain(
+                size_of::<PoolCore>(),
+                align_of::<PoolCore>(),
+                Role::Descriptors,
+            ),
         ),
         _ => (
             "kmem_cache",

@@ -169,7 +169,11 @@ impl<P: Platform> Mm<P> {
         ledger.by_type[PageType::Bare as usize] =
             ledger.by_type[PageType::Bare as usize].wrapping_sub(pointers);
         // Lists of the blocks of vmalloc areas: in slabs, or in pages that users do not have.
-        let lists = |i: usize| self.vmalloc.lists[i].load(Ordering::Relaxed);
+        // And the words of device memory.
+        let lists = |i: usize| {
+            let words = self.device_cost.words[i].load(Ordering::Relaxed);
+            self.vmalloc.lists[i].load(Ordering::Relaxed) + words
+        };
         ledger.other_metadata_bytes += lists(0);
         for (kind, pages) in [
             (PageType::LargeKmalloc, lists(1)),

@@ -26,6 +26,8 @@ mod desc {
     pub(crate) use folio::{Folio, FolioFlags};
 }
 #[cfg(not(loom))]
+mod device;
+#[cfg(not(loom))]
 mod error;
 #[cfg(not(loom))]
 pub mod gfp;
@@ -67,6 +69,10 @@ mod mmap {
     #[cfg(test)]
     mod models;
 }
+#[cfg(not(loom))]
+mod netpool;
+#[cfg(not(loom))]
+mod own;
 #[cfg(not(loom))]
 mod owner;
 #[cfg(not(loom))]
@@ -110,12 +116,15 @@ pub use {
     compaction::Obstacle,
     config::{Config, MemRange},
     desc::{Folio, FolioFlags, Held, PtDesc, Slab, VmArea, VmAreaKind},
+    device::{DeviceError, DevicePages},
     error::{AllocError, InitError},
     folio::{FolioLock, FolioRef, LruList, LruView},
     gfp::Flags,
     ledger::{Fragmentation, Ledger, Walk, ZoneView},
     memmap::{DescClass, Found, PageType, TAIL_WORDS_ORDER, Word},
     mm::Mm,
+    netpool::{MAX_PAGE_POOLS, PagePool, PagePoolOps, PagePoolParams, PagePoolStats},
+    own::{MAX_OWN_TYPES, OwnPages, OwnRef, OwnType},
     owner::{DescPtr, FolioKind, Memory},
     page_alloc::{MigrateType, PcpView, ZoneType},
     platform::{Context, FaultPoint, Platform, ReclaimRequest},

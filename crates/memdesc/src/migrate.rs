@@ -135,6 +135,9 @@ impl<P: Platform> Mm<P> {
     /// [`AllocError::Busy`] if others have it, or it is no larger; no memory for the descriptors. Everything is as it was then.
     pub fn split_folio(&self, taken: &FolioRef<'_, P>, to: usize) -> Result<(), AllocError> {
         let (head, folio) = (taken.head(), &**taken);
+        if !taken.is_file() && !taken.is_anon() {
+            return Err(AllocError::Busy);
+        }
         assert!(self.is_head_of(folio, head), "another memory manager's");
         let _locked = self.folio_lock(folio);
         if self.order_of(head) <= to {

@@ -5,9 +5,12 @@ use core::ptr::NonNull;
 
 use crate::boot::BootLayout;
 use crate::desc::DescList;
+use crate::device::DeviceCost;
 use crate::folio::{Lruvec, WaitTable};
 use crate::lockdep::classes;
 use crate::memmap::{BootSlice, PageType};
+use crate::netpool::Pools;
+use crate::own::OwnTypes;
 use crate::page_alloc::alloc::{Descriptors, PageAllocator};
 use crate::pgtable::RcuPages;
 use crate::platform::{Holder, Platform};
@@ -36,7 +39,8 @@ pub(crate) enum BuiltIn {
     Cache = 6,
     XaNode = 7,
     VmArea = 8,
-    Kmalloc = 9,
+    PagePool = 9,
+    Kmalloc = 10,
 }
 
 impl BuiltIn {
@@ -79,6 +83,9 @@ pub struct Mm<P: Platform> {
     /// Slabs that wait for a grace period.
     pub(crate) discards: Discards,
     pub(crate) vmalloc: Vmalloc,
+    pub(crate) pools: Pools,
+    pub(crate) own_types: OwnTypes,
+    pub(crate) device_cost: DeviceCost,
     pub(crate) boot: BootLayout,
     /// The deepest bootstrap chain so far, and the most pages one took.
     pub(crate) bootstrap_depth: AtomicU64,
@@ -199,6 +206,7 @@ impl<P: Platform> Mm<P> {
             self.kvfree_rcu_barrier();
         }
         self.rcu_pages_all();
+        self.page_pools_shrink();
         self.vmalloc_shrink(self.may_wait());
         // Ordinary caches first: their slabs' descriptors come free with them. Descriptors of folios and page tables next,
         // those of slabs and free blocks last, since all the others give those back.
@@ -216,6 +224,7 @@ impl<P: Platform> Mm<P> {
             BuiltIn::PtDesc,
             BuiltIn::Private,
             BuiltIn::VmArea,
+            BuiltIn::PagePool,
             BuiltIn::Buddy,
             BuiltIn::Slab,
         ] {

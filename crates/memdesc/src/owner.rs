@@ -31,6 +31,8 @@ pub enum FolioKind {
     File,
     /// Anonymous.
     Anon,
+    /// A driver's, for users to map: in no mapping, in no list.
+    Driver,
 }
 
 /// Where a lookup leads: a descriptor that may be gone by the time it is looked at.
@@ -102,6 +104,12 @@ pub enum Memory {
     File(DescPtr<Folio>),
     /// Anonymous memory.
     Anon(DescPtr<Folio>),
+    /// A driver's pages that users may map.
+    Driver(DescPtr<Folio>),
+    /// Of a network pool.
+    NetPool(DescPtr<Folio>),
+    /// Device memory; with a descriptor if the device has given it a purpose.
+    Device(Option<DescPtr<Folio>>),
     /// Part of a vmalloc area.
     Vmalloc(DescPtr<VmArea>),
     /// Reserved.
@@ -128,6 +136,9 @@ impl Memory {
             Memory::PageTable(_) => "page_table",
             Memory::File(_) => "file",
             Memory::Anon(_) => "anon",
+            Memory::Driver(_) => "driver",
+            Memory::NetPool(_) => "net_pool",
+            Memory::Device(_) => "device",
             Memory::Reserved(_) => "reserved",
             Memory::Offline => "offline",
             Memory::Poisoned => "poisoned",
@@ -186,7 +197,7 @@ impl<P: Platform> Mm<P> {
     /// # Errors
     ///
     /// As [`alloc_pages`](Self::alloc_pages); the descriptor then is still the caller's. [`AllocError::BadSize`] for a type that
-    /// has no descriptor or is the allocator's own.
+    /// has a descriptor of its own.
     pub unsafe fn alloc_pages_desc(
         &self,
         gfp: Flags,
@@ -194,8 +205,7 @@ impl<P: Platform> Mm<P> {
         kind: PageType,
         desc: NonNull<u8>,
     ) -> Result<Pfn, AllocError> {
-        use PageType::{Bare, Free, LargeKmalloc, Slab, Vmalloc};
-        if !kind.has_descriptor() || matches!(kind, Free | Bare | Slab | LargeKmalloc | Vmalloc) {
+        if !matches!(kind, PageType::Yours | PageType::Zsmalloc) {
             return Err(AllocError::BadSize);
         }
         let block = self.pages.alloc_block(kind, gfp, order, None, self)?;
@@ -224,6 +234,7 @@ impl<P: Platform> Mm<P> {
         let (kind, class) = match kind {
             FolioKind::File => (PageType::File, DescClass::File),
             FolioKind::Anon => (PageType::Anon, DescClass::Anon),
+            FolioKind::Driver => (PageType::Driver, DescClass::File),
         };
         let block = self.pages.alloc_block(kind, gfp, order, None, self)?;
         let word = self.own_block(block, class, kind, Some(gfp))?;
@@ -321,7 +332,7 @@ impl<P: Platform> Mm<P> {
         }
         let class = match kind {
             PageType::Anon => DescClass::Anon,
-            PageType::File => DescClass::File,
+            PageType::File | PageType::Driver => DescClass::File,
             PageType::PageTable => DescClass::PtDesc,
             PageType::LargeKmalloc | PageType::Bare => DescClass::Buddy,
             _ => return Err(AllocError::BadSize),
@@ -330,7 +341,7 @@ impl<P: Platform> Mm<P> {
             Some(desc) => Word::described(kind, word.order(), desc, class),
             None => word.to_owned(kind),
         };
-        if new.is_folio() {
+        if new.is_counted() {
             self.folio_at(new.desc()).init(pfn);
             let region = self.pages.map.region(pfn);
             region.inspect(|r| r.clear_tails(pfn, new.order()));
@@ -368,6 +379,9 @@ impl<P: Platform> Mm<P> {
             if word.is_folio() && self.folio_at(word.desc()).has_flag(FolioFlags::LRU) {
                 self.lru_forget(pfn);
             }
+            if word.kind() == PageType::Yours {
+                self.own_freed(word);
+            }
             self.take_back(path, pfn, word);
         }
     }
@@ -379,7 +393,7 @@ impl<P: Platform> Mm<P> {
         pfn: Pfn,
         caller: &'static core::panic::Location<'static>,
     ) -> Option<Word> {
-        let word = match self.pages.map.region(pfn) {
+        let word = match self.pages.map.any_region(pfn) {
             Some(region) => region.word(pfn).load_owned(),
             None => Word::ZERO,
         };
@@ -388,7 +402,7 @@ impl<P: Platform> Mm<P> {
             self.report_page(pfn, word, caller);
             return None;
         }
-        if word.is_folio() {
+        if word.is_counted() {
             let folio = self.folio_at(word.desc());
             if folio.put_counts(Held::REF, pfn) == Put::Alive {
                 // Somebody else has it; who puts the last one frees.
@@ -399,12 +413,17 @@ impl<P: Platform> Mm<P> {
     }
 
     #[cold]
-    fn report_page(&self, pfn: Pfn, word: Word, caller: &'static core::panic::Location<'static>) {
+    pub(crate) fn report_page(
+        &self,
+        pfn: Pfn,
+        word: Word,
+        caller: &'static core::panic::Location<'static>,
+    ) {
         // The tails of larger blocks have no word of their own.
         let found = self.pages.map.lookup(pfn);
         let word = found.map_or(word, |f| f.word);
         let what = match word.kind() {
-            _ if self.pages.map.region(pfn).is_none() => Corruption::NotRam,
+            _ if self.pages.map.any_region(pfn).is_none() => Corruption::NotRam,
             PageType::Free | PageType::None => Corruption::DoubleFree,
             _ if found.is_some_and(|f| f.head != pfn) => Corruption::NotAHead,
             _ => Corruption::WrongType,
@@ -427,7 +446,7 @@ impl<P: Platform> Mm<P> {
     /// Without a lock or a reference the answer may be stale when it comes back; see [`folio_get`](Self::folio_get).
     pub fn lookup(&self, pfn: Pfn) -> (Pfn, usize, Memory) {
         let Some(region) = self.pages.map.region(pfn) else {
-            return (pfn, 0, Memory::Hole);
+            return self.lookup_device(pfn);
         };
         let Some(Found { head, word }) = self.pages.map.lookup(pfn) else {
             let (start, end) = region.untouched();
@@ -450,6 +469,8 @@ impl<P: Platform> Mm<P> {
             PageType::PageTable => Memory::PageTable(self.desc_ptr(word)),
             PageType::File => Memory::File(self.desc_ptr(word)),
             PageType::Anon => Memory::Anon(self.desc_ptr(word)),
+            PageType::Driver if word.is_counted() => Memory::Driver(self.desc_ptr(word)),
+            PageType::NetPool if word.is_counted() => Memory::NetPool(self.desc_ptr(word)),
             PageType::Vmalloc => match self.vm_area_of(word) {
                 Some(area) => Memory::Vmalloc(area),
                 None => Memory::Free { in_pcp: false },
@@ -463,6 +484,20 @@ impl<P: Platform> Mm<P> {
             kind => Memory::Yours(kind, self.desc_ptr(word)),
         };
         (head, word.order(), memory)
+    }
+
+    #[cold]
+    fn lookup_device(&self, pfn: Pfn) -> (Pfn, usize, Memory) {
+        if self.pages.map.device(pfn).is_none() {
+            return (pfn, 0, Memory::Hole);
+        }
+        match self.pages.map.lookup(pfn) {
+            Some(Found { head, word }) => {
+                let desc = self.desc_ptr(word);
+                (head, word.order(), Memory::Device(Some(desc)))
+            }
+            None => (pfn, 0, Memory::Device(None)),
+        }
     }
 
     fn desc_ptr<T>(&self, word: Word) -> DescPtr<T> {

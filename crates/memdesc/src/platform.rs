@@ -200,6 +200,9 @@ pub unsafe trait Platform: Sync {
     #[inline]
     fn pages_freed(&self, _pfn: Pfn, _order: usize) {}
 
+    /// Nobody has these pages of a device any more: they are the device's again (`dev_pagemap_ops.page_free`). From any context.
+    fn device_page_free(&self, _pfn: Pfn, _order: usize) {}
+
     /// Should the allocation at this point fail? For tests. From any context.
     #[inline]
     fn should_fail(&self, _point: FaultPoint) -> bool {

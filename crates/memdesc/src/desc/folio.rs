@@ -146,6 +146,13 @@ impl Folio {
         self.counts.init(Held::REF);
     }
 
+    /// The same, but nobody has it yet.
+    pub(crate) fn init_idle(&self, head: Pfn) {
+        self.place
+            .store(Place::Head(head).pack(), Ordering::Relaxed);
+        self.offset_flags.store(0, Ordering::Relaxed);
+    }
+
     /// Sets up what another folio was split into, before anybody can find it. No reference yet: [`Counts::unfreeze`].
     pub(crate) fn init_part(&self, of: &Folio, pages: u64, head: Pfn) {
         let place = match of.place() {

@@ -12,7 +12,7 @@ use core::ptr::NonNull;
 
 use crate::address::Pfn;
 use crate::desc::{Folio, FolioFlags, Held, Put, Taken};
-use crate::memmap::Found;
+use crate::memmap::{Found, PageType, Word};
 use crate::mm::Mm;
 use crate::platform::Platform;
 
@@ -63,9 +63,14 @@ impl<'m, P: Platform> FolioRef<'m, P> {
         self.mm.pages.map.word(self.head).load_owned().order()
     }
 
-    /// Is it a file's, rather than anonymous?
+    /// Is it anonymous?
+    pub fn is_anon(&self) -> bool {
+        self.mm.pages.map.word(self.head).load_owned().kind() == PageType::Anon
+    }
+
+    /// Is it a file's? (A driver's, a network pool's and a device's pages are neither.)
     pub fn is_file(&self) -> bool {
-        self.mm.pages.map.word(self.head).load_owned().kind() == crate::memmap::PageType::File
+        self.mm.pages.map.word(self.head).load_owned().kind() == PageType::File
     }
 }
 
@@ -129,7 +134,7 @@ impl<P: Platform> Mm<P> {
     ) -> Option<(Pfn, &Folio)> {
         let _read = self.rcu_read_lock();
         let found @ Found { head, word } = self.pages.map.lookup(pfn)?;
-        if !word.is_folio() {
+        if !word.is_counted() {
             return None;
         }
         // Type-stable until `_read` goes: a folio, though perhaps no longer this page's.
@@ -148,8 +153,8 @@ impl<P: Platform> Mm<P> {
             Taken::Last => {
                 // Perhaps in an interrupt.
                 let head = folio.going();
-                if self.lru_try_forget(head) {
-                    let word = self.pages.map.word(head).load_owned();
+                let word = self.pages.map.word(head).load_owned();
+                if self.goes_back(head, word) && self.lru_try_forget(head) {
                     self.pages.free_block_nolock(word.kind(), head, word);
                 }
                 None
@@ -170,11 +175,28 @@ impl<P: Platform> Mm<P> {
     #[inline(never)]
     pub(crate) fn folio_release(&self, head: Pfn) {
         let word = self.pages.map.word(head).load_owned();
+        if !self.goes_back(head, word) {
+            return;
+        }
         let folio = self.folio_at(word.desc());
         if folio.has_flag(FolioFlags::LRU) {
             self.lru_forget(head);
         }
         debug_assert!(self.tails_are_unmapped(head, word.order()));
         self.take_back(self.pages.free_path(), head, word);
+    }
+
+    /// Nobody has these pages any more. Do they go back to the page allocator? Those of a pool go there, those of a device are not ours. From any context.
+    pub(crate) fn goes_back(&self, head: Pfn, word: Word) -> bool {
+        match word.kind() {
+            PageType::NetPool => self.page_pool_return(head, word),
+            PageType::Device => self.device_return(head, word),
+            PageType::Yours => {
+                self.own_freed(word);
+                return true;
+            }
+            _ => return true,
+        }
+        false
     }
 }

@@ -83,7 +83,7 @@ impl<P: Platform> Mm<P> {
     pub fn page_mapcount(&self, pfn: Pfn) -> u32 {
         // Who has not reads a folio that may be another's, but reads a folio.
         let _read = self.rcu_read_lock();
-        let Some(found) = self.pages.map.lookup(pfn).filter(|f| f.word.is_folio()) else {
+        let Some(found) = self.pages.map.lookup(pfn).filter(|f| f.word.is_counted()) else {
             return 0;
         };
         let head = found.head;
@@ -102,7 +102,7 @@ impl<P: Platform> Mm<P> {
     /// How many entries map the folio as a whole (`folio_entire_mapcount`). Of a folio that the caller has.
     pub fn folio_entire_mapcount(&self, head: Pfn) -> u32 {
         match self.pages.map.lookup(head) {
-            Some(found) if found.word.is_folio() && found.word.order() > 0 => {
+            Some(found) if found.word.is_counted() && found.word.order() > 0 => {
                 TailCount::Entire.of(self.pages.map.word(found.head.add(1)).load())
             }
             _ => 0,

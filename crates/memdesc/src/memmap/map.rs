@@ -1,4 +1,4 @@
-//! pfn → word. Regions of RAM, each with its words; nothing for holes.
+//! pfn → word. Regions of RAM, and of device memory that was brought in later, each with its words; nothing for holes.
 //!
 //! A *region* is a run of page frames without a hole, all of one zone. A table of *sections* (128 MiB each)
 //! leads to the first region that touches the section, so a lookup is two loads before the word. Callers
@@ -13,7 +13,7 @@ use super::word::{AtomicWord, PageType, TAIL_WORDS_ORDER, Word};
 use crate::address::{PAGEBLOCK_ORDER, Pfn, PhysAddr};
 use crate::page_alloc::MigrateType;
 use crate::platform::phys_to_virt;
-use crate::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use crate::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, Ordering};
 
 /// log2 of the pages in a section: 128 MiB, as in Linux.
 pub(crate) const SECTION_SHIFT: u32 = 15;
@@ -65,6 +65,9 @@ pub(crate) struct Region {
     pub(crate) untouched_start: AtomicU32,
     /// See `untouched_start`.
     pub(crate) untouched_end: AtomicU32,
+    /// Of device memory: pages that have a descriptor, and whether the device is there.
+    pub(crate) in_use: AtomicU32,
+    pub(crate) present: AtomicU32,
     words: NonNull<AtomicWord>,
     blocks: NonNull<AtomicU8>,
 }
@@ -92,6 +95,8 @@ impl Region {
             zone,
             untouched_start: AtomicU32::new(start),
             untouched_end: AtomicU32::new(end),
+            in_use: AtomicU32::new(0),
+            present: AtomicU32::new(1),
             words,
             blocks,
         }
@@ -170,12 +175,17 @@ impl Region {
     }
 }
 
+/// At most so many ranges of device memory.
+pub(crate) const MAX_DEVICES: usize = 16;
+
 /// The memory map.
 #[derive(Debug)]
 pub(crate) struct MemMap {
     direct_map: *mut u8,
     sections: BootSlice<u16>,
     regions: BootSlice<Region>,
+    /// Regions that are no RAM, in the order in which they came; never taken away, so that a word may be looked up without a lock.
+    devices: [AtomicPtr<Region>; MAX_DEVICES],
 }
 
 // SAFETY: the direct map's base is only a number to add to; what is reached through it has its own rules.
@@ -194,6 +204,7 @@ impl MemMap {
             direct_map,
             sections,
             regions,
+            devices: [const { AtomicPtr::new(core::ptr::null_mut()) }; MAX_DEVICES],
         }
     }
 
@@ -233,10 +244,49 @@ impl MemMap {
         }
     }
 
-    /// The word of a page that is known to be RAM.
+    /// Regions of device memory.
+    pub(crate) fn devices(&self) -> impl Iterator<Item = &Region> {
+        self.devices.iter().map_while(|slot| {
+            // Acquire pairs with the Release in `add_device`.
+            // SAFETY: null, or a region that stays for as long as the map.
+            unsafe { slot.load(Ordering::Acquire).as_ref() }
+        })
+    }
+
+    /// Adds a region of device memory; `false` if there is no room for it.
+    ///
+    /// # Safety
+    ///
+    /// The region stays where it is as long as the map is used. Nobody adds one at the same time, and it overlaps no other.
+    pub(crate) unsafe fn add_device(&self, region: NonNull<Region>) -> bool {
+        let free = |slot: &&AtomicPtr<Region>| slot.load(Ordering::Relaxed).is_null();
+        match self.devices.iter().find(free) {
+            Some(slot) => {
+                slot.store(region.as_ptr(), Ordering::Release);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// The region of a page, of RAM or of a device.
+    #[inline]
+    pub(crate) fn any_region(&self, pfn: Pfn) -> Option<&Region> {
+        match self.region(pfn) {
+            Some(region) => Some(region),
+            None => self.device(pfn),
+        }
+    }
+
+    #[cold]
+    pub(crate) fn device(&self, pfn: Pfn) -> Option<&Region> {
+        self.devices().find(|region| region.contains(pfn))
+    }
+
+    /// The word of a page that is known to have one.
     #[inline]
     pub(crate) fn word(&self, pfn: Pfn) -> &AtomicWord {
-        match self.region(pfn) {
+        match self.any_region(pfn) {
             Some(region) => region.word(pfn),
             None => not_ram(pfn),
         }
@@ -248,7 +298,7 @@ impl MemMap {
     /// back, unless the caller owns the page or holds a reference that keeps it.
     #[inline]
     pub(crate) fn lookup(&self, pfn: Pfn) -> Option<Found> {
-        let region = self.region(pfn)?;
+        let region = self.any_region(pfn)?;
         let word = region.word(pfn).load();
         if !word.is_tail() {
             return Some(Found {
@@ -276,7 +326,7 @@ impl MemMap {
     /// Hands a block out: its word, and for small orders its tails' words too.
     #[inline]
     pub(crate) fn publish_block(&self, pfn: Pfn, word: Word) {
-        let region = self.region(pfn).unwrap_or_else(|| not_ram(pfn));
+        let region = self.any_region(pfn).unwrap_or_else(|| not_ram(pfn));
         region.word(pfn).publish(word);
         let order = word.order();
         if order != 0 && order <= TAIL_WORDS_ORDER {

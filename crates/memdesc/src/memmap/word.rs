@@ -56,6 +56,9 @@ const P_BIT: u64 = 1 << 63;
 
 const TYPE_MASK: u64 = (1 << TYPE_BITS) - 1;
 const DESC_MASK: u64 = ((1 << DESC_BITS) - 1) << DESC_SHIFT;
+/// The kernel's own types with this bit in their number have descriptors that begin with a folio's.
+pub(crate) const COUNTED: u8 = 1 << (NUMBER_BITS - 1);
+
 const FREE_MASK: u64 = ((1 << FREE_BITS) - 1) << FREE_SHIFT;
 const NUMBER_MASK: u64 = ((1 << NUMBER_BITS) - 1) << NUMBER_SHIFT;
 const FACT_MASK: u64 = DESC_MASK | FREE_MASK | NUMBER_MASK;
@@ -194,8 +197,8 @@ impl PageType {
     /// Is it a type whose owner gives its pages back by `free_pages`?
     #[inline]
     pub const fn is_owned_block(self) -> bool {
-        use PageType::{Device, Free, Slab, Vmalloc};
-        self.has_descriptor() && !matches!(self, Free | Slab | Vmalloc | Device)
+        use PageType::{Device, Free, NetPool, Slab, Vmalloc};
+        self.has_descriptor() && !matches!(self, Free | Slab | Vmalloc | Device | NetPool)
     }
 
     /// Can the owner move or reclaim such pages? Decides whether a pageblock is worth stealing.
@@ -338,6 +341,20 @@ impl Word {
     pub(crate) fn is_folio(self) -> bool {
         matches!(self.kind(), PageType::File | PageType::Anon)
             && matches!(self.class(), DescClass::File | DescClass::Anon)
+    }
+
+    /// Does it lead to what is counted as a folio is, so that users may map it? A folio, or pages of a driver, a network pool or a device under a folio's
+    /// descriptor, or those of the kernel's own types that begin with one.
+    #[inline]
+    pub(crate) fn is_counted(self) -> bool {
+        match self.kind() {
+            PageType::File | PageType::Anon => self.is_folio(),
+            PageType::Driver | PageType::NetPool | PageType::Device => {
+                self.class() == DescClass::File
+            }
+            PageType::Yours => self.number() & COUNTED != 0,
+            _ => false,
+        }
     }
 
     /// Free and in a zone's free list (not in a per-CPU list): may be merged with.

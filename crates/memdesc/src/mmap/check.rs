@@ -88,7 +88,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
                     return;
                 }
                 let found = mm.pages.map.lookup(page);
-                if !found.is_some_and(|f| f.word.is_folio()) {
+                if !found.is_some_and(|f| f.word.is_counted()) {
                     error = error.or(Some(MapError::NoFolio(addr, page)));
                     return;
                 }
@@ -113,7 +113,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
             return Err(error);
         }
         mm.for_each_block(|head, pages, word| {
-            if !word.is_folio() || error.is_some() {
+            if !word.is_counted() || error.is_some() {
                 return;
             }
             report.folios += 1;

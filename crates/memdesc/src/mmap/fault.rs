@@ -429,8 +429,11 @@ impl<'m, P: Platform> MmStruct<'m, P> {
                     false => Step::Again,
                 });
             }
-            if word.kind() == PageType::File && !vma.is_cow() {
-                mm.folio_mark_dirty(folio, head);
+            let theirs = !word.is_folio();
+            if theirs || word.kind() == PageType::File && !vma.is_cow() {
+                if !theirs {
+                    mm.folio_mark_dirty(folio, head);
+                }
                 return Ok(match slot.entry.add_if(seen, noted) {
                     true => Step::Done,
                     false => Step::Again,

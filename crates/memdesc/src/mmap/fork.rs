@@ -232,11 +232,23 @@ impl<'m, P: Platform> MmStruct<'m, P> {
                     unreachable!("mapped, so it is memory")
                 };
                 let folio = self.mm.folio_at(found.word.desc());
-                // Pages of a file that were only read come with a fault again.
-                if found.word.kind() == PageType::Anon {
-                    let nth = seen.pfn().0 - found.head.0;
+                let nth = seen.pfn().0 - found.head.0;
+                let place = &to[index_of(*at, 1)];
+                // A driver's: both have it. Pages of a file that were only read come with a fault again.
+                if !found.word.is_folio() {
+                    let which = Mapped::Page(nth);
+                    if !self
+                        .mm
+                        .folio_map(folio, found.head, found.word.order(), which)
+                    {
+                        return Copied::Full;
+                    }
+                    let notes = Prot::DIRTY.with(Prot::ACCESSED);
+                    let prot = seen.prot().without(notes);
+                    place.store(Entry::leaf(seen.pfn(), false, prot));
+                    theirs.count(false, 1);
+                } else if found.word.kind() == PageType::Anon {
                     let what = (found.head, found.word.order(), found.word.kind());
-                    let place = &to[index_of(*at, 1)];
                     match self.share(mine, seen, place, folio, what, Mapped::Page(nth)) {
                         (Copied::Yes, anon) => theirs.count(anon, 1),
                         (other, _) => return other,

@@ -142,7 +142,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
         let found = seen.and_then(|seen| mm.pages.map.lookup(seen.pfn()));
         // Type-stable until `_read` goes, if it is another's by now.
         found.is_some_and(|f| {
-            f.word.is_folio() && !mm.folio_at(f.word.desc()).held().has_room_for(what)
+            f.word.is_counted() && !mm.folio_at(f.word.desc()).held().has_room_for(what)
         })
     }
 
@@ -201,7 +201,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
         }
         if seen.is_huge() {
             mm.split_huge(core, at);
-        } else if !folio.is_file() {
+        } else if folio.is_anon() {
             self.copy_to(vma, &slot, seen, page, at)?;
         }
         Ok(None)
@@ -239,7 +239,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
                     .pages
                     .map
                     .lookup(page)
-                    .is_some_and(|f| f.word.kind() == PageType::File);
+                    .is_some_and(|f| f.word.kind() != PageType::Anon);
             ours && entry.is_still(seen)
         };
         let (head, _) = mm.folio_take(page, what, still)?;

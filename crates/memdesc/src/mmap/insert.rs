@@ -1,4 +1,4 @@
-//! Pages that a driver puts into an address space itself: folios, which are counted, and others that may be mapped, which are not.
+//! Pages that a driver puts into an address space itself: those that are counted, folios and others under such a descriptor, and those that are not.
 //!
 //! Source: `vm_insert_page`, `remap_vmalloc_range`, `vmf_insert_pfn` of Linux.
 
@@ -38,8 +38,9 @@ impl core::fmt::Display for InsertError {
 impl core::error::Error for InsertError {}
 
 impl<'m, P: Platform> MmStruct<'m, P> {
-    /// Maps a page of a folio at an address of an area where nothing is (`vm_insert_page`): the mapping keeps the folio. Everything else is refused by
-    /// the name of its type. A folio that belongs to a file only where the area maps that page of it, since the reverse map would find it nowhere
+    /// Maps a page of a folio, or of a driver, a network pool, a device or a type of the kernel's own that is counted, at an address of an area where nothing
+    /// is (`vm_insert_page`): the mapping keeps it. Everything else is refused by
+    /// the name of its type. What is no folio is shared by all who map it, also after a fork. A folio that belongs to a file only where the area maps that page of it, since the reverse map would find it nowhere
     /// else; an anonymous one only if it belongs to no address space yet: it stays where it is as long as it is mapped. A file's page may be written after a
     /// fault that makes it dirty, or a copy of it.
     ///
@@ -54,15 +55,16 @@ impl<'m, P: Platform> MmStruct<'m, P> {
         let (mm, core) = (self.mm, self.core());
         // Whoever has the page may let it go meanwhile.
         let Some(folio) = mm.folio_get(page) else {
-            return Err(InsertError::Refused(page, mm.lookup(page).2.name()));
+            return Err(InsertError::Refused(page, mm.type_name(page)));
         };
-        let (anon, nth) = (!folio.is_file(), page.0 - folio.head().0);
+        let shared = !folio.is_anon() && !folio.is_file();
+        let (anon, nth) = (folio.is_anon(), page.0 - folio.head().0);
         let at = addr & !(PAGE - 1);
         let _lock = self.read_lock();
         let vma = core.find_vma(at).ok_or(InsertError::Busy)?;
         let slot = self.place(at)?;
         let _locked = mm.folio_lock(&folio);
-        let handle = mm.folio_mapping(&folio);
+        let handle = if shared { 0 } else { mm.folio_mapping(&folio) };
         let mapping = vma.mapping.map(|mapping| {
             // SAFETY: areas keep their mapping.
             mm.mapping_handle(unsafe { mapping.as_ref() })
@@ -73,7 +75,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
             return Err(InsertError::Busy);
         }
         let mut prot = vma.flags().prot();
-        if anon && vma.flags().contains(VmFlags::WRITE) {
+        if (anon || shared) && vma.flags().contains(VmFlags::WRITE) {
             prot = prot.with(Prot::WRITE);
         }
         let _lock = mm.ptl(slot.table);
@@ -87,7 +89,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
         Ok(())
     }
 
-    /// Maps a page that is no folio: of vmalloc memory (not a kernel stack), of a device, or of a type of the kernel's own (`remap_vmalloc_range`,
+    /// Maps a page that is no folio: of vmalloc memory (not a kernel stack), or of a type of the kernel's own that says so (`remap_vmalloc_range`,
     /// `vmf_insert_pfn`). Nothing is counted. A fork gives the child the same page, whoever writes.
     ///
     /// # Safety
@@ -100,7 +102,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
     ///
     /// # Errors
     ///
-    /// See [`InsertError`]. Folios are refused too: they are counted.
+    /// See [`InsertError`]. What is counted is refused too.
     pub unsafe fn insert_pfn(&self, addr: u64, page: Pfn) -> Result<(), InsertError> {
         let memory = self.mm.lookup(page).2;
         let (may, name) = match memory {
@@ -109,7 +111,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
                 let kind = unsafe { area.as_ref() }.kind();
                 (kind.may_be_mapped(), kind.name())
             }
-            other => (matches!(other, Memory::Yours(..)), other.name()),
+            _ => (self.mm.own_may_be_mapped(page), self.mm.type_name(page)),
         };
         if !may {
             return Err(InsertError::Refused(page, name));

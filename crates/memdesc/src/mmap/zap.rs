@@ -91,7 +91,7 @@ impl<P: Platform> Mm<P> {
             return;
         };
         let (word, head) = (found.word, found.head);
-        debug_assert!(word.is_folio(), "mapped, and {word:?}");
+        debug_assert!(word.is_counted(), "mapped, and {word:?}");
         let which = match which {
             Mapped::Page(_) => Mapped::Page(page.0 - head.0),
             Mapped::Entire => Mapped::Entire,

@@ -12,7 +12,7 @@ use core::ptr::NonNull;
 use super::cache::{CacheCore, Lists};
 use super::kmalloc::{CLASSES, Kind, Where, class_of, large_order};
 use super::object::{Caller, ZONE_FLAGS};
-use crate::address::Pfn;
+use crate::address::{Pfn, PhysAddr};
 use crate::desc::{DescList, Slab};
 use crate::error::AllocError;
 use crate::gfp::Flags;
@@ -166,8 +166,13 @@ impl<P: Platform> Mm<P> {
 
     /// Gives the descriptor of a word back.
     pub(crate) fn try_put_desc(&self, word: Word) {
+        self.try_put_desc_at(word.desc());
+    }
+
+    /// Gives a descriptor back, from any context.
+    pub(crate) fn try_put_desc_at(&self, desc: PhysAddr) {
         let mut list = DescList::new();
-        list.push(&self.pages.map, word.desc());
+        list.push(&self.pages.map, desc);
         self.descs_put_nolock(list);
     }
 
@@ -419,6 +424,9 @@ impl<P: Platform> Mm<P> {
         if let Some(word) = self.check_owned(pfn, Location::caller()) {
             if word.is_folio() && !self.lru_try_forget(pfn) {
                 return;
+            }
+            if word.kind() == PageType::Yours {
+                self.own_freed(word);
             }
             self.pages.free_block_nolock(word.kind(), pfn, word);
         }

@@ -589,8 +589,10 @@ impl<P: Platform> Descriptors for Mm<P> {
     }
 
     fn reclaim(&self, request: &ReclaimRequest) -> usize {
-        let mut freed =
-            self.free_all_deferred() + self.shrink_slab(request) + self.shrink_lru(request);
+        let mut freed = self.free_all_deferred()
+            + self.page_pools_shrink()
+            + self.shrink_slab(request)
+            + self.shrink_lru(request);
         // There may be enough, but in pieces.
         if request.order > 0 && (freed == 0 || request.attempt > 0) {
             freed += self.compact(request.order) << request.order;

@@ -79,13 +79,19 @@ impl<P: Platform> Mm<P> {
 
     /// Where the ledger counts a list, and as how much.
     fn list_counter(&self, list: NonNull<u8>, bytes: usize) -> (&AtomicU64, u64) {
-        let lists = &self.vmalloc.lists;
-        if self.is_vmalloc_addr(list.as_ptr()) {
-            return (&lists[2], bytes.div_ceil(PAGE_SIZE) as u64);
+        let (which, n) = self.kvmalloc_cost(list, bytes);
+        (&self.vmalloc.lists[which], n)
+    }
+
+    /// What memory of [`kvmalloc`](Self::kvmalloc) costs that users do not have: 0 and bytes of slab objects, 1 and pages of large kmalloc, or 2 and pages of
+    /// vmalloc.
+    pub(crate) fn kvmalloc_cost(&self, ptr: NonNull<u8>, bytes: usize) -> (usize, u64) {
+        if self.is_vmalloc_addr(ptr.as_ptr()) {
+            return (2, bytes.div_ceil(PAGE_SIZE) as u64);
         }
         match class_of(bytes) {
-            Some(class) => (&lists[0], CLASSES[class] as u64),
-            None => (&lists[1], large_order(bytes).map_or(0, |order| 1 << order)),
+            Some(class) => (0, CLASSES[class] as u64),
+            None => (1, large_order(bytes).map_or(0, |order| 1 << order)),
         }
     }
 
