@@ -71,6 +71,12 @@ mod mmap {
 }
 #[cfg(not(loom))]
 mod netpool;
+#[cfg(loom)]
+mod netpool {
+    mod life;
+    #[cfg(test)]
+    mod models;
+}
 #[cfg(not(loom))]
 mod own;
 #[cfg(not(loom))]

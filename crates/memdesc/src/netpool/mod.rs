@@ -15,19 +15,20 @@
 //! | references | who has it, and one for each fragment (`pp_ref_count`) | 0: a stale reader gets nothing |
 //! | index | the pool's number (16 bits), the device's page number for it (36 bits) | the same: pages stay mapped for the device |
 //!
-//! **The pool's end.** A pool is a count of its pages and of its queue; who takes the last away frees it, in any context. Who puts a page pushes, then looks
-//! whether the pool is dying; who ends the pool says so, then takes the stack: one of the two sees the other (SeqCst fences; `models.rs` of this room leaves them
-//! out and finds the page that is lost). Pools are type-stable, so a late look at one that is gone harms nobody.
+//! A pool may end before its pages do: see [`life`].
 //!
 //! No lock is taken here.
 //!
 //! Source: `net/core/page_pool.c` of Linux.
+
+mod life;
 
 use core::cell::UnsafeCell;
 use core::fmt;
 use core::panic::Location;
 use core::ptr::NonNull;
 
+use self::life::Life;
 use crate::address::Pfn;
 use crate::desc::{Folio, Held, Put};
 use crate::error::AllocError;
@@ -37,7 +38,7 @@ use crate::mm::{BuiltIn, Mm};
 use crate::platform::{Context, Platform};
 use crate::report::{Corruption, Report};
 use crate::sync::PfnStack;
-use crate::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering, fence};
+use crate::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
 /// At most so many pools.
 pub const MAX_PAGE_POOLS: usize = 256;
@@ -106,9 +107,7 @@ pub(crate) struct PoolCore {
     stack: PfnStack,
     /// Idle pages: on the stack and in the queue's list.
     idle: AtomicU32,
-    /// Pages, and 1 for the queue. Who takes the last away frees the pool.
-    users: AtomicU32,
-    dying: AtomicU32,
+    life: Life,
     bound: AtomicU32,
     id: AtomicU32,
     recycle_ring: AtomicU64,
@@ -213,8 +212,7 @@ impl<P: Platform> Mm<P> {
         }
         pool.idle.store(0, Ordering::Relaxed);
         pool.bound.store(params.pool_size, Ordering::Relaxed);
-        pool.users.store(1, Ordering::Relaxed);
-        pool.dying.store(0, Ordering::Relaxed);
+        pool.life.begin();
         let free = |slot: &AtomicPtr<PoolCore>| {
             slot.compare_exchange(
                 core::ptr::null_mut(),
@@ -307,7 +305,7 @@ impl<P: Platform> Mm<P> {
         // Type-stable until it goes: the pool, once the page is no longer ours.
         let _read = self.rcu_read_lock();
         let pool = self.pool_of(self.folio_at(word.desc()));
-        if pool.dying.load(Ordering::Relaxed) != 0 {
+        if pool.life.is_dying() {
             return self.pool_release(pool, head, word);
         }
         if pool.idle.fetch_add(1, Ordering::Relaxed) >= pool.bound.load(Ordering::Relaxed) {
@@ -318,9 +316,7 @@ impl<P: Platform> Mm<P> {
         pool.recycle_ring.fetch_add(1, Ordering::Relaxed);
         let links = self.pages.map.buddy_at(word.desc());
         pool.stack.push(head, |next| links.set_next(next));
-        // Pairs with the fence in `PagePool::drop`: either who ends the pool takes the page, or it is seen here that he did.
-        fence(Ordering::SeqCst);
-        if pool.dying.load(Ordering::Relaxed) != 0 {
+        if pool.life.left_behind() {
             self.pool_drain(pool);
         }
     }
@@ -368,8 +364,7 @@ impl<P: Platform> Mm<P> {
 
     /// A page or the queue leaves the pool; the last takes it away.
     fn pool_put(&self, pool: &PoolCore) {
-        // AcqRel: what all others did with the pool is over for the last.
-        if pool.users.fetch_sub(1, Ordering::AcqRel) != 1 {
+        if !pool.life.leave() {
             return;
         }
         let id = pool.id.load(Ordering::Relaxed) as usize;
@@ -489,7 +484,7 @@ impl<'m, P: Platform> PagePool<'m, P> {
         let folio = mm.folio_at(word.desc());
         folio.init_idle(block.pfn);
         folio.set_index(id << DMA_BITS | dma >> crate::address::PAGE_SHIFT);
-        self.core().users.fetch_add(1, Ordering::Relaxed);
+        self.core().life.join();
         self.stats.pages_in += 1;
         mm.pages.map.word(block.pfn).publish(word);
         Ok(block.pfn)
@@ -572,7 +567,7 @@ impl<'m, P: Platform> PagePool<'m, P> {
 
     /// Pages that somebody has (`page_pool_inflight`).
     pub fn inflight(&self) -> u32 {
-        let all = self.core().users.load(Ordering::Acquire) - 1;
+        let all = self.core().life.users() - 1;
         all.saturating_sub(self.idle())
     }
 
@@ -598,9 +593,7 @@ impl<P: Platform> Drop for PagePool<'_, P> {
     fn drop(&mut self) {
         self.end_frag();
         let (mm, core) = (self.mm, self.core());
-        core.dying.store(1, Ordering::Relaxed);
-        // Pairs with the one in `page_pool_return`.
-        fence(Ordering::SeqCst);
+        core.life.end();
         while let Some((head, word)) = self.pop() {
             mm.pool_release(core, head, word);
         }
