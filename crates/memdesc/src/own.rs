@@ -18,6 +18,7 @@ use crate::folio::FolioRef;
 use crate::gfp::Flags;
 use crate::memmap::{COUNTED, DescClass, PageType, Word};
 use crate::mm::Mm;
+use crate::owner::Memory;
 use crate::platform::Platform;
 use crate::slab::{Cache, CacheFlags};
 use crate::sync::atomic::{AtomicPtr, Ordering};
@@ -222,8 +223,17 @@ impl<P: Platform> Mm<P> {
         Ok(pages)
     }
 
-    /// What this page is, by name: of the kernel's own types, theirs.
+    /// What this page is, by name: of the kernel's own types, theirs; of vmalloc memory, what it is for.
+    ///
+    /// # Context
+    ///
+    /// Any.
     pub fn type_name(&self, pfn: Pfn) -> &'static str {
+        let _read = self.rcu_read_lock();
+        if let Memory::Vmalloc(area) = self.lookup(pfn).2 {
+            // SAFETY: type-stable until `_read` goes: an area, though perhaps no longer this page's.
+            return unsafe { area.as_ref() }.kind().name();
+        }
         match self.pages.map.lookup(pfn) {
             Some(found) if found.word.kind() == PageType::Yours => {
                 let info = self.own_types.of(found.word);

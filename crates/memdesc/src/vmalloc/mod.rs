@@ -381,6 +381,15 @@ impl<P: Platform> Mm<P> {
 
     #[cold]
     fn report_area(&self, what: Corruption, ptr: NonNull<u8>, caller: &'static Location<'static>) {
+        if !self.is_vmalloc_addr(ptr.as_ptr()) {
+            // Perhaps of another call's memory.
+            let found = self.where_is(ptr.as_ptr());
+            let what = match found {
+                Err(Corruption::NotRam) => what,
+                _ => Corruption::WrongType,
+            };
+            return self.report_object(what, None, ptr.as_ptr(), caller);
+        }
         // Which page it leads to is known under a lock only.
         let look = |this: &Self| this.vmalloc_to_pfn(ptr.as_ptr());
         let pfn = self.may_free_here().then(|| look(self)).flatten();
