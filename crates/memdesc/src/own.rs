@@ -350,15 +350,18 @@ impl<'m, P: Platform, T: OwnType> OwnPages<'m, P, T> {
     ///
     /// # Errors
     ///
-    /// How many descriptors are still in use; the type stays registered for good then.
-    pub fn unregister(mut self) -> Result<(), u64> {
+    /// How many descriptors are still in use, by pages or by free blocks for which there was no other descriptor; the type stays registered.
+    pub fn unregister(mut self) -> Result<(), (Self, u64)> {
         let mm = self.mm;
         // Free blocks may lie on descriptors of this type.
         mm.shrink();
         let Some(cache) = self.cache.take() else {
             return Ok(());
         };
-        mm.kmem_cache_destroy(cache).map_err(|e| e.live)?;
+        if let Err(e) = mm.kmem_cache_destroy(cache) {
+            self.cache = Some(e.cache);
+            return Err((self, e.live));
+        }
         mm.own_types.0[usize::from(T::NUMBER)].store(core::ptr::null_mut(), Ordering::Release);
         Ok(())
     }

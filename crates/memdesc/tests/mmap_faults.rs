@@ -220,7 +220,9 @@ fn every_point(name: &str, work: impl Fn(&Mm<Host>)) {
     let mut failed = 0;
     for n in 0.. {
         assert!(n < 20_000, "{name}: no end");
-        let mm = Machine::flat(PAGES).boot();
+        let machine = Machine::flat(PAGES);
+        let device = common::range(DEVICE.0, DEVICE.0 + 64, 0);
+        let mm = machine.boot_on(machine.host().device(device).build().unwrap());
         let before = ledger(&mm).by_type;
         mm.platform().faults().fail_nth(n);
         work(&mm);
@@ -235,7 +237,8 @@ fn every_point(name: &str, work: impl Fn(&Mm<Host>)) {
             }
         }
         mm.slabinfo(|cache| {
-            if !cache.metadata {
+            // The words of device memory stay.
+            if !cache.metadata && cache.name != "kmalloc-1k" {
                 assert_eq!(cache.active_objs, 0, "{name}, fault {n}: {}", cache.name);
             }
         });
@@ -246,6 +249,85 @@ fn every_point(name: &str, work: impl Fn(&Mm<Host>)) {
     }
     println!("{name}: {failed} points");
     assert!(failed > 50, "{name}: {failed} points only");
+}
+
+struct Ring;
+
+impl OwnType for Ring {
+    const NUMBER: u8 = 0;
+    const NAME: &'static str = "ring";
+    const MAPPABLE: bool = true;
+}
+
+/// Pages of all that is counted and no folio, in a space and out of it.
+fn purposes(mm: &Mm<Host>) {
+    let rings = mm.register_type::<Ring>();
+    let params = PagePoolParams {
+        order: 1,
+        pool_size: 16,
+        ..Default::default()
+    };
+    let mut pool = mm.page_pool_create(params);
+    let mut device = mm.memremap_pages(DEVICE, 64);
+    let mut pages = Vec::new();
+    for order in 0..3 {
+        if let Ok(rings) = &rings
+            && let Ok(ring) = rings.alloc(GFP_KERNEL, order, Ring)
+        {
+            pages.push(ring);
+        }
+        pages.extend(mm.alloc_folio(GFP_KERNEL, order, FolioKind::Driver));
+    }
+    let pooled = pool
+        .as_mut()
+        .ok()
+        .and_then(|pool| pool.alloc(GFP_KERNEL).ok());
+    let described = device.as_mut().ok().and_then(|device| {
+        let done = device.folio(DEVICE, 2, GFP_KERNEL);
+        done.ok().map(|()| DEVICE)
+    });
+    if let Ok(space) = MmStruct::new(mm, 1)
+        && let Ok(at) = space.mmap(None, 1 << 20, RW, Map::Anon)
+    {
+        let all = pages.iter().copied().chain(pooled).chain(described);
+        let mapped = all
+            .zip(0..)
+            .filter(|&(page, nth)| space.insert_page(at + nth * 4096, page).is_ok());
+        let mapped = mapped.count();
+        let child = space.fork(2);
+        let spaces: Vec<_> = [Ok(&space), child.as_ref()].into_iter().flatten().collect();
+        check_device(&spaces, mapped);
+    }
+    // SAFETY: all ours, and mapped by nobody.
+    unsafe {
+        pages.into_iter().for_each(|page| mm.free_pages(page));
+        if let Some(page) = pooled {
+            mm.page_pool_put_page(page);
+        }
+        if let (Ok(device), Some(page)) = (&device, described) {
+            device.put(page);
+        }
+    }
+    assert_eq!(mm.device_pages_in_use(), 0);
+    drop((pool, device.map(DevicePages::unplug)));
+    // Free blocks that lie on its descriptors need others first.
+    let mut rings = rings.ok();
+    while let Some(Err((again, _))) = rings.take().map(OwnPages::unregister) {
+        rings = Some(again);
+    }
+}
+
+const DEVICE: Pfn = Pfn(PAGES + 512);
+
+fn check_device(spaces: &[&MmStruct<'_, Host>], mapped: usize) {
+    let mut seen = vec![0; PAGES as usize + 1024];
+    let report = MmStruct::check_all(spaces, &mut seen).unwrap();
+    assert_eq!(report.pages, (mapped * spaces.len()) as u64);
+}
+
+#[test]
+fn all_that_is_counted() {
+    every_point("counted", purposes);
 }
 
 #[test]

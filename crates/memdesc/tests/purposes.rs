@@ -465,11 +465,135 @@ fn the_kernels_own_types() {
         }
     }
     live.into_iter().for_each(|(pfn, _)| free(&mm, pfn));
-    assert_eq!(blobs.unregister(), Err(1));
-    free(&mm, blob);
-    rings.unregister().unwrap();
+    let (blobs, left) = blobs.unregister().unwrap_err();
+    assert_eq!(left, 1);
     assert!(mm.register_type::<Firmware>().is_err(), "it stayed");
+    free(&mm, blob);
+    blobs.unregister().unwrap();
+    rings.unregister().unwrap();
     assert!(mm.register_type::<Ring>().is_ok());
     assert_eq!(mm.pages_of(PageType::Yours), 0);
     assert!(ledger(&mm).balanced);
+}
+
+thread_local! {
+    static MACHINE: std::cell::Cell<*const Mm<Host>> = const { std::cell::Cell::new(std::ptr::null()) };
+    /// Points until the interrupt, and the pages that it puts.
+    static STRIKE: std::cell::Cell<u32> = const { std::cell::Cell::new(u32::MAX) };
+    static GIFTS: std::cell::RefCell<Vec<Pfn>> = const { std::cell::RefCell::new(Vec::new()) };
+}
+
+/// In an NMI: gives pages back to their pool, looks at one, gives that back too.
+fn strike(_: &'static str) {
+    let left = STRIKE.get();
+    if left == u32::MAX {
+        return;
+    }
+    STRIKE.set(left.wrapping_sub(1));
+    if left != 0 {
+        return;
+    }
+    let mm = MACHINE.get();
+    let _nmi = memdesc_host::interrupt::nmi();
+    for page in GIFTS.take() {
+        // SAFETY: the machine outlives the test; the pages are the handler's.
+        unsafe {
+            let looked = (*mm).folio_get(page);
+            (*mm).page_pool_put_page(page);
+            drop(looked);
+        }
+    }
+}
+
+#[test]
+fn interrupts_put_pages_at_every_point() {
+    if !inject::set_hook(Some(strike)) {
+        return;
+    }
+    let mut struck = 0;
+    for nth in 0.. {
+        let machine = Machine::flat(2048);
+        let mm = machine.boot();
+        MACHINE.set(&raw const mm);
+        let params = PagePoolParams {
+            pool_size: 6,
+            ..Default::default()
+        };
+        let mut pool = mm.page_pool_create(params).unwrap();
+        GIFTS.set((0..4).map(|_| pool.alloc(GFP_KERNEL).unwrap()).collect());
+        STRIKE.set(nth);
+        let mut pages: Vec<_> = (0..9).map(|_| pool.alloc(GFP_KERNEL).unwrap()).collect();
+        // SAFETY: ours, all of them.
+        unsafe {
+            pool.recycle_direct(pages.pop().unwrap());
+            for page in pages.drain(..6) {
+                mm.page_pool_put_page(page);
+            }
+            let frag = pool.alloc_frag(100, GFP_KERNEL).unwrap();
+            mm.page_pool_put_page(frag.0);
+            drop(pool);
+            pages
+                .into_iter()
+                .for_each(|page| mm.page_pool_put_page(page));
+        }
+        STRIKE.set(u32::MAX);
+        let left = GIFTS.take();
+        let over = !left.is_empty();
+        for page in left {
+            // SAFETY: nobody put them.
+            unsafe { mm.page_pool_put_page(page) };
+        }
+        assert_eq!(mm.pages_of(PageType::NetPool), 0, "struck at {nth}");
+        mm.shrink();
+        common::teardown(&machine, &mm);
+        MACHINE.set(std::ptr::null());
+        if over {
+            break;
+        }
+        struck += 1;
+    }
+    inject::set_hook(None);
+    assert!(struck > 100, "{struck} points");
+}
+
+/// Through the machine's own translations: what a user stores is in the driver's page, the device's and the ring's, and the other way round.
+#[test]
+#[cfg(not(miri))]
+fn mapped_for_real() {
+    let (_, mm) = with_device();
+    let mut device = mm.memremap_pages(Pfn(2 * PAGES), 512).unwrap();
+    device.folio(Pfn(2 * PAGES + 4), 2, GFP_KERNEL).unwrap();
+    let driver = mm
+        .alloc_folio(GFP_KERNEL | __GFP_ZERO, 2, FolioKind::Driver)
+        .unwrap();
+    let mut pool = mm.page_pool_create(PagePoolParams::default()).unwrap();
+    let pooled = pool.alloc(GFP_KERNEL | __GFP_ZERO).unwrap();
+    let space = Box::new(MmStruct::with_top(&mm, 1, 1 << 30).unwrap());
+    let at = space.mmap(None, 1 << 16, RW, Map::Anon).unwrap();
+    let pages = [driver.add(1), Pfn(2 * PAGES + 7), pooled];
+    for (page, nth) in pages.into_iter().zip(0..) {
+        space.insert_page(at + nth * 4096, page).unwrap();
+    }
+    {
+        let view = memdesc_host::UserView::new(&space).unwrap();
+        for (page, nth) in pages.into_iter().zip(0u8..) {
+            let user = view.ptr(at + u64::from(nth) * 4096 + 9);
+            // SAFETY: mapped, as bytes, and all accesses are volatile.
+            unsafe {
+                user.write_volatile(100 + nth);
+                let kernel = mm.page_address(page).add(9);
+                assert_eq!(kernel.read_volatile(), 100 + nth);
+                kernel.write_volatile(200 + nth);
+                assert_eq!(user.read_volatile(), 200 + nth);
+            }
+        }
+    }
+    drop(space);
+    // SAFETY: ours.
+    unsafe {
+        device.put(Pfn(2 * PAGES + 4));
+        mm.page_pool_put_page(pooled);
+    }
+    free(&mm, driver);
+    assert_eq!(device.in_use(), 0);
 }

@@ -315,7 +315,9 @@ impl<P: Platform> Mm<P> {
         }
         pool.recycle_ring.fetch_add(1, Ordering::Relaxed);
         let links = self.pages.map.buddy_at(word.desc());
+        crate::inject::point("page_pool: about to push");
         pool.stack.push(head, |next| links.set_next(next));
+        crate::inject::point("page_pool: pushed");
         if pool.life.left_behind() {
             self.pool_drain(pool);
         }
@@ -422,6 +424,7 @@ impl<'m, P: Platform> PagePool<'m, P> {
         }
         let (mm, head) = (self.mm, self.first);
         let word = mm.pages.map.word(head).load_owned();
+        crate::inject::point("page_pool: about to pop");
         self.first = mm.pages.map.buddy_at(word.desc()).next();
         self.listed -= 1;
         self.core().idle.fetch_sub(1, Ordering::Relaxed);
@@ -439,6 +442,7 @@ impl<'m, P: Platform> PagePool<'m, P> {
         let mm = self.mm;
         // What others gave back.
         self.first = self.core().stack.take();
+        crate::inject::point("page_pool: stack taken");
         let mut at = self.first;
         while at != Pfn::NONE {
             self.listed += 1;
@@ -485,6 +489,7 @@ impl<'m, P: Platform> PagePool<'m, P> {
         folio.init_idle(block.pfn);
         folio.set_index(id << DMA_BITS | dma >> crate::address::PAGE_SHIFT);
         self.core().life.join();
+        crate::inject::point("page_pool: about to publish");
         self.stats.pages_in += 1;
         mm.pages.map.word(block.pfn).publish(word);
         Ok(block.pfn)
@@ -594,6 +599,7 @@ impl<P: Platform> Drop for PagePool<'_, P> {
         self.end_frag();
         let (mm, core) = (self.mm, self.core());
         core.life.end();
+        crate::inject::point("page_pool: ending");
         while let Some((head, word)) = self.pop() {
             mm.pool_release(core, head, word);
         }
