@@ -82,18 +82,35 @@ impl Arena {
         self.base
     }
 
-    /// Makes bytes accessible.
-    pub(crate) fn open(&self, offset: usize, len: usize) {
-        sys::protect(self.base.wrapping_add(offset), len, true);
+    pub(crate) fn len(&self) -> usize {
+        self.bytes
     }
 
-    /// Makes bytes inaccessible.
-    pub(crate) fn close(&self, offset: usize, len: usize) {
-        sys::protect(self.base.wrapping_add(offset), len, false);
+    /// Makes bytes accessible, or inaccessible. From any context.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's; nothing has changed then.
+    pub(crate) fn protect(&self, offset: usize, len: usize, open: bool) -> std::io::Result<()> {
+        assert!(offset <= self.bytes && len <= self.bytes - offset);
+        sys::protect(self.base.wrapping_add(offset), len, open)
     }
 
-    pub(crate) fn open_all(&self) {
-        self.open(0, self.bytes);
+    /// Gives the memory behind whole pages back to the system; they read as zeros from here on.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's.
+    pub(crate) fn punch(&self, offset: usize, len: usize) -> std::io::Result<()> {
+        assert!(offset <= self.bytes && len <= self.bytes - offset);
+        #[cfg(not(miri))]
+        return sys::punch(&self.memory, offset, len);
+        #[cfg(miri)]
+        {
+            // SAFETY: in the arena; the allocator says that nobody uses these pages.
+            unsafe { self.base.add(offset).write_bytes(0, len) };
+            Ok(())
+        }
     }
 
     pub(crate) fn resident_bytes(&self) -> u64 {
@@ -154,7 +171,7 @@ mod sys {
         unsafe { libc::munmap(base.cast(), bytes) };
     }
 
-    pub(super) fn protect(at: *mut u8, len: usize, open: bool) {
+    pub(super) fn protect(at: *mut u8, len: usize, open: bool) -> io::Result<()> {
         let prot = if open {
             libc::PROT_READ | libc::PROT_WRITE
         } else {
@@ -162,12 +179,23 @@ mod sys {
         };
         // SAFETY: within the arena, page aligned; the allocator says that nobody uses these pages.
         let result = unsafe { libc::mprotect(at.cast(), len, prot) };
-        assert_eq!(
-            result,
-            0,
-            "mprotect: {} (vm.max_map_count?)",
-            std::io::Error::last_os_error()
-        );
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
+    /// Punches a hole into the file. By its descriptor: madvise(2) wants a mapping that may be written.
+    pub(super) fn punch(memory: &Memory, offset: usize, len: usize) -> io::Result<()> {
+        let range = |n| libc::off_t::try_from(n).map_err(io::Error::other);
+        let how = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        // SAFETY: takes no pointers; the allocator says that nobody uses these pages.
+        let result =
+            unsafe { libc::fallocate(memory.fd.as_raw_fd(), how, range(offset)?, range(len)?) };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
     }
 
     /// What the file has been given: mincore(2) over a mapping would look each of its holes up by itself.
@@ -207,7 +235,9 @@ mod sys {
         unsafe { std::alloc::dealloc(base, layout(bytes)) };
     }
 
-    pub(super) fn protect(_at: *mut u8, _len: usize, _open: bool) {}
+    pub(super) fn protect(_at: *mut u8, _len: usize, _open: bool) -> io::Result<()> {
+        Ok(())
+    }
 
     pub(super) fn resident(_memory: &Memory) -> u64 {
         0

@@ -7,19 +7,20 @@
 mod arena;
 mod cpu;
 mod faults;
+mod guard;
 pub mod interrupt;
 mod mmu;
 pub mod rcu;
 mod window;
 
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, compiler_fence, fence};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, compiler_fence, fence};
 use std::time::Instant;
 
 use memdesc::lockdep::{Lockdep, Task};
 use memdesc::{
-    AllocError, Context, FaultPoint, MemRange, PAGE_SHIFT, PAGE_SIZE, Pfn, Platform,
-    ReclaimRequest, Report,
+    AllocError, Config, Context, FaultPoint, MemRange, NotReported, PageWords, Pfn, Platform,
+    ReclaimRequest, Report, Reported,
 };
 
 use arena::Arena;
@@ -27,6 +28,7 @@ pub use arena::HostError;
 pub use cpu::CpuGuard;
 use cpu::Cpus;
 pub use faults::Faults;
+pub use guard::StrayFn;
 pub use mmu::{MAX_ASID, MmuStats, UserView};
 pub use rcu::HostRcu;
 pub use window::Window;
@@ -47,8 +49,7 @@ pub struct Host {
     cpus: Cpus,
     /// membarrier(2) works, so the owner's side of a local lock needs only a compiler fence.
     asymmetric: bool,
-    /// Free pages are made inaccessible.
-    guard_free: AtomicBool,
+    guard: guard::Guard,
     nodes: usize,
     faults: Faults,
     reclaim: Option<Box<ReclaimFn>>,
@@ -68,7 +69,7 @@ pub struct HostBuilder {
     devices: Vec<MemRange>,
     cpus: usize,
     floating: usize,
-    guard_free: bool,
+    stray: Option<Box<StrayFn>>,
     nodes: usize,
     reclaim: Option<Box<ReclaimFn>>,
     corruption: Option<Box<CorruptionFn>>,
@@ -118,10 +119,14 @@ impl HostBuilder {
         self
     }
 
-    /// Make free pages inaccessible: whoever touches one dies by SIGSEGV.
+    /// Write more about a page that was touched while it was inaccessible ([`Config::debug_pagealloc`](memdesc::Config::debug_pagealloc)) before the process
+    /// dies by SIGSEGV. In the signal handler: no heap, no lock.
     #[must_use]
-    pub fn guard_free_pages(mut self) -> Self {
-        self.guard_free = true;
+    pub fn on_stray(
+        mut self,
+        f: impl Fn(Pfn, &mut dyn std::fmt::Write) + Send + Sync + 'static,
+    ) -> Self {
+        self.stray = Some(Box::new(f));
         self
     }
 
@@ -192,11 +197,11 @@ impl HostBuilder {
         };
         Ok(Host {
             mmu: mmu::Mmu::new(),
+            guard: guard::Guard::new(&arena, self.stray),
             arena,
             vmalloc,
             cpus: Cpus::new(cpus, self.floating),
             asymmetric: register_membarrier(),
-            guard_free: AtomicBool::new(self.guard_free),
             nodes: self.nodes.max(1),
             faults: Faults::default(),
             reclaim: self.reclaim,
@@ -254,11 +259,10 @@ impl Host {
         self.arena.resident_bytes()
     }
 
-    /// Makes free pages accessible again before the arena's contents are looked at from outside.
-    pub fn stop_guarding(&self) {
-        if self.guard_free.swap(false, Ordering::Relaxed) {
-            self.arena.open_all();
-        }
+    /// Are free pages inaccessible, if that was asked for ([`Config::debug_pagealloc`](memdesc::Config::debug_pagealloc))? `false` once the
+    /// process has had as many mappings as it can have.
+    pub fn guards_free_pages(&self) -> bool {
+        !self.guard.ended()
     }
 }
 
@@ -384,19 +388,17 @@ unsafe impl Platform for Host {
         self.reclaim.as_ref().map_or(0, |f| f(request))
     }
 
-    #[inline]
-    fn pages_allocated(&self, pfn: Pfn, order: usize) {
-        if self.guard_free.load(Ordering::Relaxed) {
-            self.arena
-                .open((pfn.0 as usize) << PAGE_SHIFT, PAGE_SIZE << order);
-        }
+    fn kernel_map_pages(&self, pfn: Pfn, order: usize, enable: bool) {
+        self.guard.map(&self.arena, pfn, order, enable);
     }
 
-    #[inline]
-    fn pages_freed(&self, pfn: Pfn, order: usize) {
-        if self.guard_free.load(Ordering::Relaxed) {
-            self.arena
-                .close((pfn.0 as usize) << PAGE_SHIFT, PAGE_SIZE << order);
+    fn report_free_pages(&self, blocks: &[(Pfn, usize)]) -> Result<Reported, NotReported> {
+        self.guard.report(&self.arena, blocks)
+    }
+
+    fn taken_over(&self, config: &Config, words: PageWords) {
+        if config.debug_pagealloc {
+            self.guard.watch(words);
         }
     }
 

@@ -50,17 +50,24 @@ pub struct MmuStats {
 /// All views of the process, for the handler: it is told an address and nothing else.
 static ALL: [AtomicPtr<View>; 1024] = [const { AtomicPtr::new(std::ptr::null_mut()) }; 1024];
 
-/// Who looks for a view at this moment, or flushes one that may not be his; who lets go of one waits for them.
+/// Who looks for a view or a guard at this moment, or flushes a view that may not be his; who lets go of one waits for them.
 static SEARCHING: AtomicU64 = AtomicU64::new(0);
 
 /// One of them.
-struct Search;
+pub(crate) struct Search;
 
 impl Search {
-    fn new() -> Search {
+    pub(crate) fn new() -> Search {
         // SeqCst, here and in `UserView::drop`: either the search sees that the view is gone, or who drops it sees the search.
         SEARCHING.fetch_add(1, Ordering::SeqCst);
         Search
+    }
+
+    /// Nobody who began to look before this still does.
+    pub(crate) fn wait_for_all() {
+        while SEARCHING.load(Ordering::SeqCst) != 0 {
+            std::thread::yield_now();
+        }
     }
 }
 
@@ -312,9 +319,7 @@ impl Drop for UserView<'_> {
         for place in ALL.iter().chain(self.view().host().mmu.views.iter()) {
             let _ = place.compare_exchange(this, none, Ordering::SeqCst, Ordering::Relaxed);
         }
-        while SEARCHING.load(Ordering::SeqCst) != 0 {
-            std::thread::yield_now();
-        }
+        Search::wait_for_all();
         // SAFETY: from a box, in no table any more, and nobody who found it there is still at it.
         drop(unsafe { Box::from_raw(this) });
     }
@@ -329,7 +334,7 @@ impl std::fmt::Debug for UserView<'_> {
 }
 
 #[cfg(all(target_os = "linux", target_arch = "x86_64", not(miri)))]
-fn install() {
+pub(crate) fn install() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         // SAFETY: valid sigactions; the handler resolves faults of views, and hands all others to who handled them before.
@@ -344,7 +349,7 @@ fn install() {
 }
 
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64", not(miri))))]
-fn install() {
+pub(crate) fn install() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {});
 }
@@ -373,6 +378,7 @@ extern "C" fn on_segv(signal: libc::c_int, info: *mut libc::siginfo_t, context: 
             return;
         }
     }
+    crate::guard::tell_stray(addr, access == Access::Write);
     // Nobody's fault: back to the default, and the access happens again.
     // SAFETY: a valid signal and disposition.
     unsafe { libc::signal(signal, libc::SIG_DFL) };

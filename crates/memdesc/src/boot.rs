@@ -12,6 +12,8 @@ use crate::desc::{Folio, FolioPrivate, PtDesc, Slab, VmArea};
 use crate::device::DeviceCost;
 use crate::error::InitError;
 use crate::folio::{Lruvec, WaitTable};
+use crate::freepage::reporting::{Reporting, ZoneReporting};
+use crate::freepage::{PageWords, Services};
 use crate::gfp::{self, Flags};
 use crate::memmap::map::SECTION_SHIFT;
 use crate::memmap::word::AtomicWord;
@@ -171,6 +173,8 @@ impl<P: Platform> Mm<P> {
         );
 
         let vmalloc = Vmalloc::new(&platform, parts.stacks);
+        let services = Services::new(config, &platform);
+        platform.taken_over(config, PageWords::new(&parts.map));
         let zonelists = core::array::from_fn(|node| {
             core::array::from_fn(|kind| ZoneList::new(&parts.zones, node, ZoneType::ALL[kind]))
         });
@@ -183,6 +187,8 @@ impl<P: Platform> Mm<P> {
                 stats: parts.stats,
                 zonelists,
                 rt: config.preempt_rt,
+                services,
+                reporting: Reporting::new(config),
             },
             built_in: parts.caches,
             caches: SpinLock::new(CacheList {
@@ -422,11 +428,12 @@ fn lay_out<P: Platform>(
             .flat_map(|&k| (0..MAX_NODES as u8).map(move |n| (n, k)));
         for (node, kind) in all.filter(|&(n, k)| present[n as usize][k as usize]) {
             let index = zone_index(node, kind);
+            let reporting = ZoneReporting::new(config);
             // SAFETY: room for `nr_zones` was made, and `index` is below it.
             unsafe {
                 zone_ptr
                     .add(index)
-                    .write(Zone::new(kind, node, index as u32, &map))
+                    .write(Zone::new(kind, node, index as u32, &map, reporting))
             };
         }
         // SAFETY: all of them are written, and nobody else knows of them yet.

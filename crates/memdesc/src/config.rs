@@ -49,6 +49,23 @@ pub struct Config {
     pub kvfree_drain_ns: u64,
     /// Debug flags for every cache (`slab_debug=`).
     pub slab_debug: crate::slab::CacheFlags,
+    /// Zero pages when they are handed out (`init_on_alloc`).
+    pub init_on_alloc: bool,
+    /// Zero pages when they come back (`init_on_free`): what was in them is gone. Who asks for zeroed pages gets those that still are without
+    /// another pass.
+    pub init_on_free: bool,
+    /// Fill pages with 0xaa when they come back, with zeros if [`init_on_free`](Self::init_on_free) is on too, and see whether that is still
+    /// there when they are handed out (`page_poison`).
+    pub page_poison: bool,
+    /// Make free pages inaccessible (`debug_pagealloc`), by [`Platform::kernel_map_pages`](crate::Platform::kernel_map_pages). Memory that was
+    /// never handed out stays as the platform mapped it.
+    pub debug_pagealloc: bool,
+    /// Report large free blocks to the platform ([`Platform::report_free_pages`](crate::Platform::report_free_pages)).
+    pub page_reporting: bool,
+    /// Blocks of this order and above (`page_reporting_order`; the pageblock's by default).
+    pub page_reporting_order: usize,
+    /// How long blocks lie before they are reported, in nanoseconds (`PAGE_REPORTING_DELAY`: 2 s): what is used again soon is not worth it.
+    pub page_reporting_delay_ns: u64,
 }
 
 impl Default for Config {
@@ -65,6 +82,13 @@ impl Default for Config {
             kvfree_backlog: 4096,
             kvfree_drain_ns: 5_000_000_000,
             slab_debug: crate::slab::CacheFlags::EMPTY,
+            init_on_alloc: false,
+            init_on_free: false,
+            page_poison: false,
+            debug_pagealloc: false,
+            page_reporting: false,
+            page_reporting_order: crate::address::PAGEBLOCK_ORDER,
+            page_reporting_delay_ns: 2_000_000_000,
         }
     }
 }

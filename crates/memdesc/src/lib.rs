@@ -57,6 +57,8 @@ mod folio {
     mod wait;
 }
 #[cfg(not(loom))]
+mod freepage;
+#[cfg(not(loom))]
 mod memory_hotplug;
 #[cfg(not(loom))]
 mod migrate;
@@ -125,6 +127,7 @@ pub use {
     device::{DeviceError, DevicePages},
     error::{AllocError, InitError},
     folio::{FolioLock, FolioRef, LruList, LruView},
+    freepage::{NotReported, PageDamage, PageWords, Reported},
     gfp::Flags,
     ledger::{Fragmentation, Ledger, Walk, ZoneView},
     memmap::{DescClass, Found, PageType, TAIL_WORDS_ORDER, Word},

@@ -6,6 +6,7 @@
 use crate::address::Pfn;
 use crate::compaction::Obstacle;
 use crate::error::AllocError;
+use crate::gfp::Flags;
 use crate::memmap::heads::blocks;
 use crate::memmap::{DescClass, PageType, Word};
 use crate::mm::Mm;
@@ -27,7 +28,8 @@ impl<P: Platform> Mm<P> {
         for (block, order) in blocks(start.0, start.0 + pages) {
             let word = self.pages.map.word(block).load_owned();
             self.retyped(PageType::Bare, PageType::Offline, order);
-            self.pages.platform.pages_freed(block, order);
+            // Whatever is known of the contents is no longer true when it comes back.
+            let _ = self.pages.prep_free(block, word);
             let offline = Word::inline(PageType::Offline, order, 0);
             self.pages.map.publish_block(block, offline);
             self.put_desc(word.desc());
@@ -67,8 +69,8 @@ impl<P: Platform> Mm<P> {
             let Some(desc) = spare.pop(&self.pages.map) else {
                 unreachable!("as many as there are blocks")
             };
-            self.pages.platform.pages_allocated(block, order);
             let word = Word::described(PageType::Bare, order, desc, DescClass::Buddy);
+            self.pages.prep_alloc(block, order, word, Flags::EMPTY);
             self.retyped(PageType::Offline, PageType::Bare, order);
             self.pages.map.publish_block(block, word);
             // SAFETY: ours as bare pages.

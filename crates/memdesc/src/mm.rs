@@ -249,6 +249,7 @@ impl<P: Platform> Mm<P> {
     /// Any that may pin a CPU.
     ///
     /// Deferred frees that lie for long are pushed on, and those that are due are freed, of all CPUs. Addresses of freed vmalloc areas come back.
+    /// Large free blocks are reported, with [`Config::page_reporting`](crate::Config::page_reporting).
     pub fn tick(&self) {
         self.free_deferred();
         self.rcu_work();
@@ -256,6 +257,7 @@ impl<P: Platform> Mm<P> {
         self.pages.decay(self);
         self.pages.settle(self);
         self.look_for_sparse();
+        self.page_reporting_tick();
     }
 
     /// Frees what waited for a grace period that is over, on all CPUs, and pushes grace periods on without waiting: for a worker that

@@ -8,7 +8,7 @@
 
 use core::ptr::NonNull;
 
-use crate::address::{PAGE_SIZE, Pfn, PhysAddr};
+use crate::address::{Pfn, PhysAddr};
 use crate::boot::Reserved;
 use crate::desc::{Folio, FolioFlags, Held, PtDesc, Put, Slab, VmArea};
 use crate::error::AllocError;
@@ -159,6 +159,7 @@ impl<P: Platform> Mm<P> {
     ///
     /// Why not; nothing has changed then.
     #[inline]
+    #[track_caller]
     pub fn alloc_pages(&self, gfp: Flags, order: usize) -> Result<Pfn, AllocError> {
         self.alloc_pages_node(None, gfp, order)
     }
@@ -169,6 +170,7 @@ impl<P: Platform> Mm<P> {
     ///
     /// The same.
     #[inline]
+    #[track_caller]
     pub fn alloc_pages_node(
         &self,
         node: Option<usize>,
@@ -178,7 +180,6 @@ impl<P: Platform> Mm<P> {
         let block = self
             .pages
             .alloc_block(PageType::Bare, gfp, order, node, self)?;
-        self.zero_if_asked(block.pfn, order, gfp);
         self.pages
             .map
             .publish_block(block.pfn, block.word.to_owned(PageType::Bare));
@@ -198,6 +199,7 @@ impl<P: Platform> Mm<P> {
     ///
     /// As [`alloc_pages`](Self::alloc_pages); the descriptor then is still the caller's. [`AllocError::BadSize`] for a type that
     /// has a descriptor of its own.
+    #[track_caller]
     pub unsafe fn alloc_pages_desc(
         &self,
         gfp: Flags,
@@ -209,7 +211,6 @@ impl<P: Platform> Mm<P> {
             return Err(AllocError::BadSize);
         }
         let block = self.pages.alloc_block(kind, gfp, order, None, self)?;
-        self.zero_if_asked(block.pfn, order, gfp);
         self.put_desc(block.word.desc());
         let desc = self.pages.phys(desc.as_ptr());
         self.pages.map.publish_block(
@@ -225,6 +226,7 @@ impl<P: Platform> Mm<P> {
     ///
     /// As [`alloc_pages`](Self::alloc_pages).
     #[inline]
+    #[track_caller]
     pub fn alloc_folio(
         &self,
         gfp: Flags,
@@ -250,6 +252,7 @@ impl<P: Platform> Mm<P> {
     ///
     /// As [`alloc_pages`](Self::alloc_pages).
     #[inline]
+    #[track_caller]
     pub fn alloc_page_table(&self, gfp: Flags, order: usize) -> Result<Pfn, AllocError> {
         let block = self
             .pages
@@ -262,10 +265,10 @@ impl<P: Platform> Mm<P> {
 
     /// Many bare pages of order 0 at once (`alloc_pages_bulk`): fills `out` from the front, says how many there were. The
     /// per-CPU list is entered once for all it has, and refilled by the batch.
+    #[track_caller]
     pub fn alloc_pages_bulk(&self, gfp: Flags, out: &mut [Pfn]) -> usize {
         let mut n = 0;
         while n < out.len() {
-            let first = n;
             let taken = self
                 .pages
                 .alloc_bulk(PageType::Bare, gfp, out.len() - n, |block| {
@@ -274,10 +277,6 @@ impl<P: Platform> Mm<P> {
                     out[n] = block.pfn;
                     n += 1;
                 });
-            for &pfn in &out[first..n] {
-                self.pages.platform.pages_allocated(pfn, 0);
-                self.zero_if_asked(pfn, 0, gfp);
-            }
             if taken == 0 {
                 // Empty: one by the ordinary way, which refills the list.
                 match self.alloc_pages(gfp, 0) {
@@ -307,6 +306,7 @@ impl<P: Platform> Mm<P> {
     /// # Errors
     ///
     /// [`AllocError::Busy`] if it is not free as one, or in a per-CPU list.
+    #[track_caller]
     pub fn alloc_pages_at(&self, pfn: Pfn, order: usize) -> Result<(), AllocError> {
         let block = self.pages.alloc_block_at(pfn, order, self)?;
         self.pages
@@ -523,21 +523,21 @@ impl<P: Platform> Mm<P> {
     }
 
     /// Gives a fresh block the descriptor its owner wants: its own if the class is right, else a new one. On failure the block
-    /// goes back. Says the word to publish; zeroes the pages if asked.
+    /// goes back. Says the word to publish.
     #[inline]
     pub(crate) fn own_block(
         &self,
         block: Block,
         class: DescClass,
         kind: PageType,
-        zero: Option<Flags>,
+        asked: Option<Flags>,
     ) -> Result<Word, AllocError> {
-        let word = match self.swap_desc(block.word, class, zero.unwrap_or(Flags::EMPTY)) {
+        let word = match self.swap_desc(block.word, class, asked.unwrap_or(Flags::EMPTY)) {
             Ok(None) => block.word.to_owned(kind),
             Ok(Some(desc)) => Word::described(kind, block.word.order(), desc, class),
             Err(why) => {
                 // Never published, so its word still says free; nobody saw it.
-                if zero.is_some_and(|gfp| gfp.contains(gfp::__GFP_FAST_TRY)) {
+                if asked.is_some_and(|gfp| gfp.contains(gfp::__GFP_FAST_TRY)) {
                     self.pages.free_block_nolock(kind, block.pfn, block.word);
                 } else {
                     self.take_back_as(self.pages.free_path(), kind, block.pfn, block.word);
@@ -545,9 +545,6 @@ impl<P: Platform> Mm<P> {
                 return Err(why);
             }
         };
-        if let Some(gfp) = zero {
-            self.zero_if_asked(block.pfn, word.order(), gfp);
-        }
         Ok(word)
     }
 
@@ -654,14 +651,6 @@ impl<P: Platform> Mm<P> {
         let stats = self.pages.stats(path.pin());
         stats.block_back(path.pin(), kind, word.order());
         self.pages.free_block(path, pfn, word, false, self);
-    }
-
-    pub(crate) fn zero_if_asked(&self, pfn: Pfn, order: usize, gfp: Flags) {
-        if gfp.contains(gfp::__GFP_ZERO) {
-            let ptr = self.pages.map.virt(pfn.phys());
-            // SAFETY: the pages are ours until they are handed out, and the platform maps them (promise 1).
-            unsafe { ptr.write_bytes(0, PAGE_SIZE << order) };
-        }
     }
 
     pub(crate) fn folio_at(&self, desc: PhysAddr) -> &Folio {

@@ -3,8 +3,9 @@
 //! Implement [`Platform`] and hand it to [`Mm::new`](crate::Mm::new) with the memory map; that is all a port is.
 
 use crate::address::{Pfn, PhysAddr};
-use crate::config::MemRange;
+use crate::config::{Config, MemRange};
 use crate::error::AllocError;
+use crate::freepage::{NotReported, PageWords, Reported};
 use crate::gfp::Flags;
 use crate::lockdep::{self, Acquire, LockClass, Lockdep, Task};
 use crate::rcu::Rcu;
@@ -191,17 +192,42 @@ pub unsafe trait Platform: Sync {
     /// A zone fell under its low watermark: background reclaim should run (`wakeup_kswapd`).
     fn wake_reclaim(&self, _node: usize, _order: usize) {}
 
-    /// Pages are about to be handed out. Called before the first access, outside all locks. From any context.
+    /// Pages are about to be handed out (`arch_alloc_page`). Called before the first access, outside all locks. From any context.
     #[inline]
     fn pages_allocated(&self, _pfn: Pfn, _order: usize) {}
 
-    /// Pages came back and will not be touched until [`pages_allocated`](Self::pages_allocated): they may be unmapped,
-    /// poisoned or reported (`arch_free_page`). Called outside all locks. From any context.
+    /// Pages came back and will not be touched until [`pages_allocated`](Self::pages_allocated) (`arch_free_page`): the platform may do with
+    /// them what it likes. Called outside all locks. From any context.
     #[inline]
     fn pages_freed(&self, _pfn: Pfn, _order: usize) {}
 
     /// Nobody has these pages of a device any more: they are the device's again (`dev_pagemap_ops.page_free`). From any context.
     fn device_page_free(&self, _pfn: Pfn, _order: usize) {}
+    /// Does a page still hold after [`pages_allocated`](Self::pages_allocated) what it held before [`pages_freed`](Self::pages_freed)? If not, poison is not
+    /// checked, and no page is taken to be zero. Asked once.
+    fn keeps_free_contents(&self) -> bool {
+        true
+    }
+
+    /// Makes pages of the direct map inaccessible, or accessible again (`__kernel_map_pages`); asked for with
+    /// [`Config::debug_pagealloc`](crate::Config::debug_pagealloc). They may be accessible already. When it returns, no CPU reaches
+    /// what is inaccessible. Called outside all locks. From any context; cannot fail.
+    fn kernel_map_pages(&self, _pfn: Pfn, _order: usize, _enable: bool) {}
+
+    /// These blocks are free, and nobody will touch them before this returns, nor after it before they are handed out again: whoever lends
+    /// the memory may have it back until it is touched (`page_reporting_dev_info::report`). Up to 32 blocks; they may be inaccessible. Called from
+    /// [`Mm::tick`](crate::Mm::tick) and [`Mm::page_report`](crate::Mm::page_report), outside all locks.
+    ///
+    /// # Errors
+    ///
+    /// It could not be done, for some of them at least; it is tried again later. The default has nobody to report to.
+    fn report_free_pages(&self, _blocks: &[(Pfn, usize)]) -> Result<Reported, NotReported> {
+        Err(NotReported)
+    }
+
+    /// The memory has been taken over: from here on `words` tells what its pages are, for a handler of stray accesses. Called once, by
+    /// [`Mm::new`](crate::Mm::new).
+    fn taken_over(&self, _config: &Config, _words: PageWords) {}
 
     /// Should the allocation at this point fail? For tests. From any context.
     #[inline]

@@ -4,6 +4,7 @@ use core::fmt;
 use core::panic::Location;
 
 use crate::address::Pfn;
+use crate::freepage::PageDamage;
 use crate::memmap::Word;
 
 /// What is wrong.
@@ -28,6 +29,8 @@ pub enum Corruption {
     Poison,
     /// A cache was destroyed while objects are live.
     ObjectsLeft,
+    /// A free page was written.
+    PagePoison(PageDamage),
 }
 
 impl Corruption {
@@ -43,6 +46,10 @@ impl Corruption {
             Corruption::RedzoneRight => "right redzone overwritten",
             Corruption::Poison => "written after free",
             Corruption::ObjectsLeft => "cache destroyed with live objects",
+            Corruption::PagePoison(damage) if damage.single_bit => {
+                "single bit error in a free page"
+            }
+            Corruption::PagePoison(_) => "page written after free",
         }
     }
 }
@@ -96,6 +103,10 @@ impl fmt::Display for Report<'_> {
         )?;
         if let Some((offset, found, expected)) = self.byte {
             write!(f, "; byte {offset}: {found:#04x}, expected {expected:#04x}")?;
+        }
+        if let Corruption::PagePoison(damage) = self.what {
+            let PageDamage { last, bytes, .. } = damage;
+            write!(f, "; {bytes} bytes differ, the last is {last}")?;
         }
         for (name, track) in [("allocated", self.allocated), ("freed", self.freed)] {
             if let Some(track) = track {

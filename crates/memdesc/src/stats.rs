@@ -122,6 +122,14 @@ events! {
     PgMigrateSuccess = "pgmigrate_success",
     /// Blocks that compaction made.
     CompactSuccess = "compact_success",
+    /// Pages that were wanted zeroed, and were zero.
+    PgZeroSaved = "pgzero_saved",
+    /// Pages that were written while they were free.
+    PgPoisonBad = "pgpoison_bad",
+    /// Free pages that were reported.
+    PgReported = "pgreported",
+    /// Reports of free pages.
+    ReportBatch = "report_batch",
     /// Objects freed by `kfree_nolock` into the sheaf.
     NolockKfree = "nolock_kfree",
     /// Objects freed by `kfree_nolock` that the next normal free takes further.

@@ -329,7 +329,7 @@ fn machine(rt: bool, floating: bool, warm: bool) -> Mm<Host> {
     let config = Config {
         memory_is_zeroed: true,
         preempt_rt: rt,
-        ..Config::default()
+        ..common::base_config()
     };
     let mm = Mm::new(host.build().unwrap(), &config, &ranges).unwrap();
     if warm {

@@ -52,7 +52,7 @@ fn machine(rt: bool) -> (Mm<Host>, Log) {
     let config = Config {
         memory_is_zeroed: true,
         preempt_rt: rt,
-        ..Config::default()
+        ..common::base_config()
     };
     (Mm::new(host, &config, &ranges).unwrap(), log)
 }

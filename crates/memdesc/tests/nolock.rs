@@ -23,7 +23,7 @@ fn machine(rt: bool) -> Mm<Hooked> {
     let config = Config {
         memory_is_zeroed: true,
         preempt_rt: rt,
-        ..Config::default()
+        ..common::base_config()
     };
     Mm::new(Hooked::new(host), &config, &ranges).unwrap()
 }

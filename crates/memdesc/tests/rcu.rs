@@ -238,27 +238,27 @@ fn frees() -> usize {
 
 #[test]
 fn a_million_frees_by_head() {
-    storm(Form::Head, frees(), Config::default());
+    storm(Form::Head, frees(), common::base_config());
 }
 
 #[test]
 fn a_million_frees_without_a_head() {
-    storm(Form::MightSleep, frees(), Config::default());
+    storm(Form::MightSleep, frees(), common::base_config());
 }
 
 #[test]
 fn a_million_prepaid_frees() {
-    storm(Form::Prepaid, frees(), Config::default());
+    storm(Form::Prepaid, frees(), common::base_config());
 }
 
 #[test]
 fn a_million_callbacks() {
-    storm(Form::Call, frees(), Config::default());
+    storm(Form::Call, frees(), common::base_config());
 }
 
 #[test]
 fn frees_of_large_memory() {
-    storm(Form::Large, frees() / 10, Config::default());
+    storm(Form::Large, frees() / 10, common::base_config());
 }
 
 /// The same with poison on what is free, and with sleeping locks.
@@ -268,7 +268,7 @@ fn frees_with_poison_and_rt() {
         let config = Config {
             slab_debug: CacheFlags::DEBUG,
             preempt_rt: true,
-            ..Config::default()
+            ..common::base_config()
         };
         storm(form, frees() / 20, config);
     }
@@ -279,7 +279,7 @@ fn frees_with_poison_and_rt() {
 fn a_flood_is_throttled() {
     let config = Config {
         kvfree_backlog: 1024,
-        ..Config::default()
+        ..common::base_config()
     };
     let mm = &machine(config);
     let (reading, done) = (&AtomicBool::new(false), &AtomicBool::new(false));
@@ -319,7 +319,7 @@ fn a_flood_is_throttled() {
 /// Without a page for pointers a flood is bounded all the same, without ticks.
 #[test]
 fn a_flood_by_heads_is_bounded() {
-    let mm = machine(Config::default());
+    let mm = machine(common::base_config());
     let mut peak = 0;
     for i in 0..20_000 {
         let object = alloc(&mm, Form::Head, 1).unwrap();
@@ -342,7 +342,7 @@ fn a_flood_by_heads_is_bounded() {
 fn a_reader_may_flood() {
     let config = Config {
         kvfree_backlog: 512,
-        ..Config::default()
+        ..common::base_config()
     };
     let mm = machine(config);
     let read = rcu::read_lock(mm.platform().rcu());
@@ -362,7 +362,7 @@ fn a_reader_may_flood() {
 fn a_tick_drains() {
     let config = Config {
         kvfree_drain_ns: 20_000_000,
-        ..Config::default()
+        ..common::base_config()
     };
     let mm = machine(config);
     // Time goes by hand.
@@ -387,7 +387,7 @@ fn a_tick_drains() {
 /// Without a page to be had: heads wait by themselves, the head-less wait for the grace period, and nothing fails.
 #[test]
 fn without_a_page() {
-    let mm = machine(Config::default());
+    let mm = machine(common::base_config());
     let objects: Vec<_> = (0..100)
         .map(|i| alloc(&mm, Form::Head, i).unwrap())
         .collect();
@@ -419,7 +419,7 @@ fn without_a_page() {
 /// A cache is destroyed with frees in flight, by every form.
 #[test]
 fn destroy_with_frees_in_flight() {
-    let mm = machine(Config::default());
+    let mm = machine(common::base_config());
     for flags in [
         CacheFlags::EMPTY,
         CacheFlags::RCU_PREPAID,
@@ -455,7 +455,7 @@ fn a_prepaid_object_freed_twice_is_reported() {
         assert_eq!(report.what, Corruption::DoubleFree);
         count.fetch_add(1, Ordering::Relaxed);
     });
-    let mm = machine_with(Config::default(), builder);
+    let mm = machine_with(common::base_config(), builder);
     let object = alloc(&mm, Form::Prepaid, 1).unwrap();
     let read = rcu::read_lock(mm.platform().rcu());
     // SAFETY: freeing twice is what is tested; the allocator finds it.
@@ -471,7 +471,7 @@ fn a_prepaid_object_freed_twice_is_reported() {
 /// What a prepaid object costs: two bits and its share of 16 bytes a slab.
 #[test]
 fn what_a_prepaid_object_costs() {
-    let mm = machine(Config::default());
+    let mm = machine(common::base_config());
     for size in [40, 64, 104, 200] {
         let plain = mm
             .kmem_cache_create("plain", size, 8, CacheFlags::EMPTY, None)
@@ -501,7 +501,7 @@ fn what_a_prepaid_object_costs() {
 /// A type-stable cache's pages stay slab pages as long as a reader looks, however empty, and go then.
 #[test]
 fn type_stable_slabs_wait_for_readers() {
-    let mm = machine(Config::default());
+    let mm = machine(common::base_config());
     for (flags, stays) in [
         (CacheFlags::EMPTY, false),
         (CacheFlags::TYPESAFE_BY_RCU, true),
@@ -529,7 +529,7 @@ fn type_stable_slabs_wait_for_readers() {
 /// Rule 6, for our own descriptors: a folio's descriptor is a folio's as long as a reader looks.
 #[test]
 fn rule_6_descriptors_are_type_stable() {
-    let mm = machine(Config::default());
+    let mm = machine(common::base_config());
     let folios: Vec<_> = (0..1000)
         .map(|_| mm.alloc_folio(GFP, 0, FolioKind::Anon).unwrap())
         .collect();
@@ -557,7 +557,7 @@ fn rule_6_descriptors_are_type_stable() {
 /// References by page number, against owners who free and allocate: whoever has one has the page he asked for, and its contents stay.
 #[test]
 fn folio_get_finds_the_folio_of_the_page() {
-    let mm = &machine(Config::default());
+    let mm = &machine(common::base_config());
     let stop = &AtomicBool::new(false);
     let (got, missed) = (&AtomicU64::new(0), &AtomicU64::new(0));
     std::thread::scope(|scope| {
@@ -641,7 +641,7 @@ fn folio_get_finds_the_folio_of_the_page() {
 /// The polled form, waiting, expedited, barriers and callbacks that queue others.
 #[test]
 fn every_form_of_waiting() {
-    let mm = machine(Config::default());
+    let mm = machine(common::base_config());
     let rcu = mm.platform().rcu();
     assert!(rcu.poll_state(rcu::Cookie::ENDED));
     let cookie = rcu.get_state();
@@ -684,7 +684,7 @@ fn a_stall_names_the_reader() {
     let builder = Host::builder()
         .floating(2)
         .on_rcu_stall(20_000_000, move |stall| log.lock().unwrap().push(*stall));
-    let mm = &machine_with(Config::default(), builder);
+    let mm = &machine_with(common::base_config(), builder);
     let (tid, ready, go) = (
         &AtomicU64::new(0),
         &AtomicBool::new(false),
@@ -731,13 +731,13 @@ fn a_stall_names_the_reader() {
 /// Threads come and go, with several machines each; a machine may go before its readers' threads do.
 #[test]
 fn readers_need_not_register() {
-    let keep = machine(Config::default());
+    let keep = machine(common::base_config());
     std::thread::scope(|scope| {
         for _ in 0..8 {
             let keep = &keep;
             scope.spawn(move || {
                 for _ in 0..scaled(20, 2) {
-                    let other = machine(Config::default());
+                    let other = machine(common::base_config());
                     let outer = rcu::read_lock(keep.platform().rcu());
                     let inner = rcu::read_lock(other.platform().rcu());
                     assert!(keep.platform().rcu().reading() && other.platform().rcu().reading());

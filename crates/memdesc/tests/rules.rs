@@ -222,8 +222,9 @@ fn rule_3_an_allocation_on_a_free_path_is_caught() {
 #[test]
 fn rule_4_free_memory_is_never_touched() {
     // Each page is a mapping of its own at worst, and a process may have 65530.
-    let machine = Machine::flat(mib(32)).cpus(1);
-    let mm = machine.boot_on(machine.host().guard_free_pages().build().unwrap());
+    let mut machine = Machine::flat(mib(32)).cpus(1);
+    machine.config.debug_pagealloc = true;
+    let mm = machine.boot();
     // Untouched memory is accessible; after this, nothing that is free is.
     let all: Vec<_> =
         std::iter::from_fn(|| mm.alloc_pages(GFP_NOWAIT | __GFP_MEMALLOC, 3).ok()).collect();
@@ -672,7 +673,7 @@ fn rule_10_bad_machines() {
             host,
             &Config {
                 memory_is_zeroed: true,
-                ..Config::default()
+                ..common::base_config()
             },
             ranges,
         )

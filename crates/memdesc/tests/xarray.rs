@@ -86,7 +86,7 @@ impl Rig {
         Rig {
             tree: XArray::new(),
             parked: Parked::default(),
-            mm: Mm::new(host, &Config::default(), &ranges).unwrap(),
+            mm: Mm::new(host, &common::base_config(), &ranges).unwrap(),
         }
     }
 
@@ -321,7 +321,7 @@ fn a_writer_writes_at_any_step_of_a_reader() {
 fn readers_meet_nothing_foreign() {
     let ranges = [common::range(0, 16_384, 0)];
     let host = Host::builder().floating(4).memory(&ranges).build().unwrap();
-    let mm = Mm::new(host, &Config::default(), &ranges).unwrap();
+    let mm = Mm::new(host, &common::base_config(), &ranges).unwrap();
     let (tree, stop, looks) = (XArray::new(), AtomicBool::new(false), AtomicU64::new(0));
     // Always there: the writer never touches it, but the tree above it.
     const KEPT: u64 = 5;

@@ -208,6 +208,18 @@ impl MemMap {
         }
     }
 
+    /// The same map once more.
+    pub(crate) fn again(&self) -> MemMap {
+        // SAFETY: boot memory is never given to anyone else: what was promised of these slices is true of copies of them.
+        let (sections, regions) = unsafe {
+            (
+                BootSlice::new(self.sections.ptr, self.sections.len),
+                BootSlice::new(self.regions.ptr, self.regions.len),
+            )
+        };
+        MemMap::new(self.direct_map, sections, regions)
+    }
+
     /// A pointer to physical memory.
     #[inline]
     pub(crate) fn virt(&self, phys: PhysAddr) -> *mut u8 {

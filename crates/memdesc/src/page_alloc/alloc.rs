@@ -14,9 +14,11 @@ use crate::address::{MAX_ORDER, Pfn, PhysAddr};
 use crate::config::MAX_NODES;
 use crate::desc::DescList;
 use crate::error::AllocError;
+use crate::freepage::Services;
+use crate::freepage::reporting::Reporting;
 use crate::gfp::{self, Flags};
 use crate::lockdep::classes;
-use crate::memmap::{BootSlice, MemMap, PageType};
+use crate::memmap::{BootSlice, MemMap, PageType, Word};
 use crate::page_alloc::{MigrateType, ZoneType};
 use crate::platform::{FaultPoint, Holder, Pin, Platform, ReclaimRequest, might_lock, might_sleep};
 use crate::stats::{CpuStats, Event, FreePath};
@@ -25,6 +27,12 @@ use crate::stats::{CpuStats, Event, FreePath};
 const COSTLY_ORDER: usize = 3;
 /// Attempts at reclaim before the slow path gives up (`MAX_RECLAIM_RETRIES`).
 const MAX_RECLAIM_RETRIES: u32 = 16;
+/// Blocks taken in one hold of a CPU's list.
+const BULK_HOLD: usize = 32;
+const NO_BLOCK: Block = Block {
+    pfn: Pfn::NONE,
+    word: Word::ZERO,
+};
 /// Descriptors taken along for a refill beyond the ladder: so many splits can happen in one hold of the zone lock.
 pub(super) const REFILL_SPARE: usize = 32;
 
@@ -98,6 +106,9 @@ pub(crate) struct PageAllocator<P> {
     pub(crate) zonelists: [[ZoneList; ZoneType::COUNT]; MAX_NODES],
     /// Locks sleep ([`Config::preempt_rt`](crate::Config::preempt_rt)).
     pub(crate) rt: bool,
+    /// What is done to free memory.
+    pub(crate) services: Services,
+    pub(crate) reporting: Reporting,
 }
 
 impl<P: Platform> PageAllocator<P> {
@@ -117,7 +128,7 @@ impl<P: Platform> PageAllocator<P> {
     }
 
     /// Takes a zone's lock. Not pinned where locks sleep.
-    pub(super) fn lock(&self, zone: usize) -> ZoneGuard<'_, P> {
+    pub(crate) fn lock(&self, zone: usize) -> ZoneGuard<'_, P> {
         self.zones[zone].lock(
             &self.map,
             Holder::new(&self.platform, self.rt, &classes::ZONE),
@@ -143,9 +154,11 @@ impl<P: Platform> PageAllocator<P> {
     }
 
     /// Takes a block of `order` (`__alloc_pages`), and counts it as handed out as `kind`. Its head's word is not published; its tails' words are zero.
+    /// With `__GFP_ZERO` it is zeroed.
     ///
     /// `node` is a preference, with `__GFP_THISNODE` a command.
     #[inline]
+    #[track_caller]
     pub(crate) fn alloc_block(
         &self,
         kind: PageType,
@@ -171,7 +184,7 @@ impl<P: Platform> PageAllocator<P> {
             Some(block) => block,
             None => self.alloc_zone(kind, gfp, order, node, descs)?,
         };
-        self.prep_alloc(block.pfn, order, block.word);
+        self.prep_alloc(block.pfn, order, block.word, gfp);
         Ok(block)
     }
 
@@ -215,8 +228,9 @@ impl<P: Platform> PageAllocator<P> {
         Some(zone)
     }
 
-    /// Up to `n` order-0 blocks from this CPU's list, in one go; none if the fast path is not open. Says how many.
-    /// `each` runs under the list's lock; the platform has not heard of the pages yet.
+    /// Up to `n` order-0 blocks from this CPU's list, a hold of its lock for every [`BULK_HOLD`] of them; none if the fast path is not open. Says how
+    /// many. `each` gets them as [`alloc_block`](Self::alloc_block) gives them.
+    #[track_caller]
     pub(crate) fn alloc_bulk(
         &self,
         kind: PageType,
@@ -228,14 +242,29 @@ impl<P: Platform> PageAllocator<P> {
         let Some(zone) = self.fast_zone(&pin, gfp, 0, None) else {
             return 0;
         };
+        if self.platform.should_fail(FaultPoint::AllocPages) {
+            return 0;
+        }
         let mut taken = 0;
-        if !self.platform.should_fail(FaultPoint::AllocPages) {
+        while taken < n {
+            // What they were while free is to be known until they have changed hands.
+            let mut blocks = [NO_BLOCK; BULK_HOLD];
+            let mut got = 0;
+            let wanted = (n - taken).min(BULK_HOLD);
             self.pcp(&pin, zone)
-                .pop_many(&pin, &self.map, n, gfp.migratetype(), |block| {
+                .pop_many(&pin, &self.map, wanted, gfp.migratetype(), |block| {
                     self.stats(&pin).block_out(&pin, kind, 0);
-                    each(block);
-                    taken += 1;
+                    blocks[got] = block;
+                    got += 1;
                 });
+            for &block in &blocks[..got] {
+                self.prep_alloc(block.pfn, 0, block.word, gfp);
+                each(block);
+            }
+            taken += got;
+            if got < wanted {
+                break;
+            }
         }
         taken
     }

@@ -15,7 +15,7 @@ use super::zone::LockedZone;
 use crate::address::{MAX_ORDER, PAGEBLOCK_ORDER, Pfn};
 use crate::desc::DescList;
 use crate::memmap::heads::first_block_order;
-use crate::memmap::{DescClass, PageType, Region, Word};
+use crate::memmap::{Contents, DescClass, PageType, Region, Word};
 use crate::page_alloc::MigrateType;
 use crate::sync::atomic::Ordering;
 
@@ -59,6 +59,7 @@ impl LockedZone<'_> {
         list.nr += 1;
         self.lists.nr_listed += 1 << order;
         self.lists.nr_morphed += u64::from(word.class() != DescClass::Buddy);
+        self.notify_free(order, word.contents());
     }
 
     /// Takes a block out of its list. Its word stays as it is.
@@ -120,7 +121,8 @@ impl LockedZone<'_> {
         for half in (order..from).rev() {
             crate::inject::point("zone: about to split");
             let desc = take_spare(spare, self);
-            let word = Word::described(PageType::Free, half, desc, DescClass::Buddy);
+            let word = Word::described(PageType::Free, half, desc, DescClass::Buddy)
+                .with_contents(block.word.contents());
             self.link(block.pfn.add(1 << half), half, mt, word, false);
         }
         self.detach(block.pfn, block.word.to_free(order, mt))
@@ -147,7 +149,8 @@ impl LockedZone<'_> {
         let mut at = block.pfn;
         for half in (order..block.word.order()).rev() {
             let desc = take_spare(spare, self);
-            let word = Word::described(PageType::Free, half, desc, DescClass::Buddy);
+            let word = Word::described(PageType::Free, half, desc, DescClass::Buddy)
+                .with_contents(block.word.contents());
             let upper = at.add(1 << half);
             if target >= upper {
                 self.link(at, half, mt, word, false);
@@ -165,6 +168,7 @@ impl LockedZone<'_> {
     pub(crate) fn free_block(&mut self, block: Block, order: usize, freed: &mut DescList) {
         let Block { mut pfn, mut word } = block;
         let mut order = order;
+        let mut contents = word.contents();
         let map = self.map;
         let region = match map.region(pfn) {
             Some(region) => region,
@@ -190,6 +194,7 @@ impl LockedZone<'_> {
                 }
             }
             self.unlink(other, other_word);
+            contents = contents.and(other_word.contents());
             // Of the two descriptors the smaller one stays: a folio's memory is better off back in its cache.
             let left_over = if word.class() == DescClass::Buddy {
                 other_word.desc()
@@ -206,8 +211,10 @@ impl LockedZone<'_> {
             order += 1;
         }
         let mt = region.block_migratetype(pfn);
-        let at_tail = self.will_merge_soon(region, pfn, order);
-        self.link(pfn, order, mt, word, at_tail);
+        // What was reported is no longer backed: last too.
+        let at_tail =
+            contents.contains(Contents::REPORTED) || self.will_merge_soon(region, pfn, order);
+        self.link(pfn, order, mt, word.with_contents(contents), at_tail);
     }
 
     /// Is the block next to the one that this and its (taken) buddy would make free? Then the buddy's return makes a large
@@ -241,7 +248,9 @@ impl LockedZone<'_> {
         self.lists.nr_untouched -= 1 << order;
         let mt = region.block_migratetype(Pfn(start));
         let desc = take_spare(spare, self);
-        let word = Word::described(PageType::Free, order, desc, DescClass::Buddy);
+        // Nobody touched it, so there is nothing to report.
+        let word = Word::described(PageType::Free, order, desc, DescClass::Buddy)
+            .with_contents(Contents::REPORTED);
         self.link(Pfn(start), order, mt, word, false);
     }
 

@@ -6,6 +6,7 @@ use super::zone::LockedZone;
 use crate::address::{MAX_ORDER, PAGEBLOCK_ORDER, Pfn};
 use crate::desc::DescList;
 use crate::error::AllocError;
+use crate::gfp::Flags;
 use crate::memmap::heads::{blocks, climb};
 use crate::memmap::{DescClass, PageType, Word};
 use crate::page_alloc::{MigrateType, ZoneType};
@@ -27,6 +28,7 @@ impl<P: Platform> PageAllocator<P> {
     /// Takes a certain block out of free memory (`alloc_contig_range` of one block, `take_page_off_buddy`).
     ///
     /// [`AllocError::Busy`] if it is not free as a whole, or in a per-CPU list: drain first.
+    #[track_caller]
     pub(crate) fn alloc_block_at(
         &self,
         pfn: Pfn,
@@ -92,7 +94,7 @@ impl<P: Platform> PageAllocator<P> {
             }
             if let Some(result) = result {
                 if let Ok(block) = result {
-                    self.prep_alloc(block.pfn, order, block.word);
+                    self.prep_alloc(block.pfn, order, block.word, Flags::EMPTY);
                     let pin = self.pin();
                     self.stats(&pin).add(&pin, Event::AllocAt, 1);
                     self.stats(&pin).block_out(&pin, PageType::Bare, order);
@@ -109,7 +111,7 @@ impl<P: Platform> PageAllocator<P> {
         for mt in [MigrateType::Unmovable, MigrateType::Reclaimable] {
             for index in self.zonelists[node][ZoneType::Normal as usize].iter() {
                 if let Some(block) = self.pcp(&pin, index).pop(&pin, &self.map, 0, mt) {
-                    self.prep_alloc(block.pfn, 0, block.word);
+                    self.prep_alloc(block.pfn, 0, block.word, Flags::EMPTY);
                     return Some(block);
                 }
             }
@@ -128,7 +130,8 @@ impl<P: Platform> PageAllocator<P> {
                     let mut zone = self.lock(index);
                     if let Some(found) = take_smallest_in(&mut zone, attempt) {
                         drop(zone);
-                        self.prep_alloc(found.pfn, found.order, found.word.unwrap_or(Word::ZERO));
+                        let word = found.word.unwrap_or(Word::ZERO);
+                        self.prep_alloc(found.pfn, found.order, word, Flags::EMPTY);
                         return Ok(found);
                     }
                 }
@@ -144,18 +147,21 @@ impl<P: Platform> PageAllocator<P> {
         if start >= end {
             return;
         }
-        for (pfn, order) in blocks(start, end) {
-            self.platform.pages_freed(pfn, order);
+        // Outside the lock; what they are to be when free is kept meanwhile. 2^n pages less one or two are at most n blocks.
+        let mut words = [Word::ZERO; MAX_ORDER];
+        for ((pfn, order), kept) in blocks(start, end).zip(&mut words) {
+            let Some(desc) = spare.pop(&self.map) else {
+                unreachable!("{} pages need more descriptors", end - start)
+            };
+            let word = Word::described(PageType::Free, order, desc, DescClass::Buddy);
+            *kept = self.prep_free(pfn, word);
         }
         let Some(region) = self.map.region(taken.pfn) else {
             unreachable!()
         };
         let mut zone = self.lock(region.zone as usize);
-        for (pfn, order) in blocks(start, end) {
-            let Some(desc) = spare.pop(&self.map) else {
-                unreachable!("{} pages need more descriptors", end - start)
-            };
-            let word = Word::described(PageType::Free, order, desc, DescClass::Buddy);
+        debug_assert!(blocks(start, end).count() <= MAX_ORDER);
+        for ((pfn, order), word) in blocks(start, end).zip(words) {
             zone.link(pfn, order, region.block_migratetype(pfn), word, false);
         }
     }

@@ -46,6 +46,7 @@ impl<P: Platform> PageAllocator<P> {
     }
 
     /// As [`alloc_block`](Self::alloc_block), from any context.
+    #[track_caller]
     pub(crate) fn try_block(
         &self,
         kind: PageType,
@@ -68,7 +69,7 @@ impl<P: Platform> PageAllocator<P> {
         stats.add_any(Event::tried(first, &result), 1);
         if let Ok(block) = &result {
             stats.block_out_any(kind, order);
-            self.prep_alloc(block.pfn, order, block.word);
+            self.prep_alloc(block.pfn, order, block.word, gfp);
         }
         result
     }

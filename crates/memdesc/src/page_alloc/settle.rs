@@ -81,7 +81,8 @@ impl LockedZone<'_> {
                 let (old, new) = (map.buddy_at(word.desc()), map.buddy_at(desc));
                 new.set_next(old.next());
                 new.set_prev(old.prev());
-                let settled = Word::described(PageType::Free, order, desc, DescClass::Buddy);
+                let settled = Word::described(PageType::Free, order, desc, DescClass::Buddy)
+                    .with_contents(word.contents());
                 region
                     .word(at)
                     .publish(settled.to_free(order, word.migratetype()));
@@ -102,7 +103,7 @@ impl LockedZone<'_> {
 
 impl<'a> LockedZone<'a> {
     /// The first region of the zone that ends after this page.
-    fn region_from(&self, at: Pfn) -> Option<&'a Region> {
+    pub(crate) fn region_from(&self, at: Pfn) -> Option<&'a Region> {
         let (first, end) = self.zone.regions;
         let regions = &self.map.regions()[first as usize..end as usize];
         regions

@@ -5,6 +5,7 @@ use core::ptr::NonNull;
 
 use crate::address::{MAX_ORDER, Pfn};
 use crate::desc::PfnList;
+use crate::freepage::reporting::ZoneReporting;
 use crate::memmap::MemMap;
 use crate::page_alloc::{MigrateType, ZoneType};
 use crate::platform::{Holder, Platform};
@@ -86,11 +87,18 @@ pub(crate) struct Zone {
     /// Mirror of listed + untouched, read without the lock by the watermark check.
     pub(crate) nr_free: AtomicU64,
     pub(crate) nr_highatomic: AtomicU64,
+    pub(crate) reporting: ZoneReporting,
     lists: SpinLock<ZoneLists>,
 }
 
 impl Zone {
-    pub(crate) fn new(kind: ZoneType, node: u8, index: u32, map: &MemMap) -> Zone {
+    pub(crate) fn new(
+        kind: ZoneType,
+        node: u8,
+        index: u32,
+        map: &MemMap,
+        reporting: ZoneReporting,
+    ) -> Zone {
         let (mut present, mut managed) = (0, 0);
         let mut range = (u32::MAX, 0);
         for (i, region) in map.regions().iter().enumerate() {
@@ -119,6 +127,7 @@ impl Zone {
             headroom: AtomicU64::new(0),
             nr_free: AtomicU64::new(managed),
             nr_highatomic: AtomicU64::new(0),
+            reporting,
             lists: SpinLock::new(ZoneLists {
                 lists: [[FreeList::EMPTY; MigrateType::COUNT]; MAX_ORDER + 1],
                 nr_listed: 0,

@@ -346,7 +346,6 @@ impl<P: Platform> Mm<P> {
         let kind = PageType::LargeKmalloc;
         let order = large_order(size)?;
         let block = self.pages.try_block(kind, gfp, order, None, how, self)?;
-        self.zero_if_asked(block.pfn, order, gfp);
         self.pages
             .map
             .publish_block(block.pfn, block.word.to_owned(kind));
@@ -392,6 +391,7 @@ impl<P: Platform> Mm<P> {
     /// # Errors
     ///
     /// As `kmalloc_nolock`; [`AllocError::BadOrder`] and [`AllocError::NoZone`] as `alloc_pages_node`.
+    #[track_caller]
     pub fn alloc_pages_nolock(
         &self,
         gfp: Flags,
@@ -402,7 +402,6 @@ impl<P: Platform> Mm<P> {
         let block = self
             .pages
             .try_block(kind, gfp, order, node, Try::Locks, self)?;
-        self.zero_if_asked(block.pfn, order, gfp);
         self.pages
             .map
             .publish_block(block.pfn, block.word.to_owned(kind));

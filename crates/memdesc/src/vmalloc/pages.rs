@@ -113,20 +113,12 @@ impl<P: Platform> Mm<P> {
                 let n = (want.pages - first).min(BULK);
                 self.pages
                     .alloc_bulk(kind, gfp, n, |block| own(block.pfn, block.word));
-                for index in first..desc.pages() {
-                    // SAFETY: the area is ours.
-                    if let Some((pfn, _)) = unsafe { desc.page(index) } {
-                        self.pages.platform.pages_allocated(pfn, 0);
-                        self.zero_if_asked(pfn, 0, gfp);
-                    }
-                }
                 if desc.pages() > first {
                     continue;
                 }
             }
             // Nothing in this CPU's list: one by the ordinary way, which refills it.
             let block = self.pages.alloc_block(kind, gfp, want.order, None, self)?;
-            self.zero_if_asked(block.pfn, want.order, gfp);
             own(block.pfn, block.word);
         }
         Ok(())

@@ -34,6 +34,39 @@ pub fn scaled(native: usize, miri: usize) -> usize {
     if cfg!(miri) { miri } else { native }
 }
 
+/// The default, with the free-page services that the environment names: any test runs with any of them.
+///
+/// `MEMDESC_FREEPAGE=pagealloc,poison,init_on_free,init_on_alloc,reporting`, or `all`.
+pub fn base_config() -> Config {
+    let mut config = Config::default();
+    let wanted = std::env::var("MEMDESC_FREEPAGE").unwrap_or_default();
+    for name in wanted.split(',').filter(|name| !name.is_empty()) {
+        match name {
+            "pagealloc" => config.debug_pagealloc = true,
+            "poison" => config.page_poison = true,
+            "init_on_free" => config.init_on_free = true,
+            "init_on_alloc" => config.init_on_alloc = true,
+            "reporting" => report_small(&mut config),
+            "all" => {
+                config.debug_pagealloc = true;
+                config.page_poison = true;
+                config.init_on_free = true;
+                config.init_on_alloc = true;
+                report_small(&mut config);
+            }
+            other => panic!("MEMDESC_FREEPAGE: there is no {other:?}"),
+        }
+    }
+    config
+}
+
+/// Reporting as a machine of a few MiB can have it: at every tick, and of smaller blocks.
+pub fn report_small(config: &mut Config) {
+    config.page_reporting = true;
+    config.page_reporting_order = 4;
+    config.page_reporting_delay_ns = 0;
+}
+
 /// A machine to test on.
 #[derive(Clone, Debug)]
 pub struct Machine {
@@ -59,7 +92,7 @@ impl Machine {
             ranges: ranges.to_vec(),
             config: Config {
                 memory_is_zeroed: true,
-                ..Config::default()
+                ..base_config()
             },
             cpus: 1,
             nodes: 1,
@@ -293,6 +326,7 @@ pub fn users(ledger: &Ledger) -> u64 {
 #[track_caller]
 pub fn teardown<P: Platform>(machine: &Machine, mm: &Mm<P>) {
     mm.shrink();
+    mm.page_report().unwrap();
     let after = ledger(mm);
     assert_eq!(users(&after), 0, "{after:#?}");
     assert_eq!(after.pcp, 0);
@@ -626,6 +660,15 @@ unsafe impl Platform for Hooked {
         if let Some(f) = &self.on_free {
             f(pfn, order);
         }
+    }
+    fn kernel_map_pages(&self, pfn: Pfn, order: usize, enable: bool) {
+        self.host.kernel_map_pages(pfn, order, enable);
+    }
+    fn report_free_pages(&self, blocks: &[(Pfn, usize)]) -> Result<Reported, NotReported> {
+        self.host.report_free_pages(blocks)
+    }
+    fn taken_over(&self, config: &Config, words: PageWords) {
+        self.host.taken_over(config, words);
     }
     fn should_fail(&self, point: FaultPoint) -> bool {
         self.host.should_fail(point)
