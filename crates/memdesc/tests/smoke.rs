@@ -1,5 +1,7 @@
 //! The way of pages and objects, once.
 
+mod common;
+
 use memdesc::gfp::{GFP_HIGHUSER_MOVABLE, GFP_KERNEL};
 use memdesc::*;
 use memdesc_host::Host;
@@ -10,7 +12,7 @@ fn mm(pages: u32) -> Mm<Host> {
         host,
         &Config {
             memory_is_zeroed: true,
-            ..Config::default()
+            ..common::base_config()
         },
         &ranges,
     )

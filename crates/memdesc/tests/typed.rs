@@ -1,5 +1,7 @@
 //! The safe faces: values in a `KmemCache`, shrinkers, bulk pages, and two memory managers side by side.
 
+mod common;
+
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use memdesc::gfp::{__GFP_MEMALLOC, __GFP_NORETRY, __GFP_ZERO, GFP_ATOMIC, GFP_KERNEL};
@@ -10,7 +12,7 @@ fn mm(pages: u32) -> Mm<Host> {
     let (host, ranges) = Host::small(pages).unwrap();
     let config = Config {
         memory_is_zeroed: true,
-        ..Config::default()
+        ..common::base_config()
     };
     Mm::new(host, &config, &ranges).unwrap()
 }

@@ -578,6 +578,8 @@ impl Pages {
 /// All checks of a debug cache.
 pub const ALL: CacheFlags = CacheFlags::DEBUG;
 
+pub type ReportFn = dyn Fn(&[(Pfn, usize)]) -> Result<Reported, NotReported> + Send + Sync;
+
 /// A host with hooks of the test's own before it.
 pub struct Hooked {
     pub host: Host,
@@ -585,6 +587,10 @@ pub struct Hooked {
     pub on_free: Option<Box<dyn Fn(Pfn, usize) + Send + Sync>>,
     /// Called for direct reclaim.
     pub on_reclaim: Option<Box<dyn Fn(ReclaimRequest) -> usize + Send + Sync>>,
+    /// What it answers.
+    pub keeps_free_contents: bool,
+    /// Called for free blocks that are reported.
+    pub on_report: Option<Box<ReportFn>>,
     /// Each time background reclaim was woken: node and order.
     pub wakes: std::sync::Mutex<Vec<(usize, usize)>>,
 }
@@ -595,6 +601,8 @@ impl Hooked {
             host,
             on_free: None,
             on_reclaim: None,
+            on_report: None,
+            keeps_free_contents: true,
             wakes: Default::default(),
         }
     }
@@ -665,7 +673,13 @@ unsafe impl Platform for Hooked {
         self.host.kernel_map_pages(pfn, order, enable);
     }
     fn report_free_pages(&self, blocks: &[(Pfn, usize)]) -> Result<Reported, NotReported> {
-        self.host.report_free_pages(blocks)
+        match &self.on_report {
+            Some(f) => f(blocks),
+            None => self.host.report_free_pages(blocks),
+        }
+    }
+    fn keeps_free_contents(&self) -> bool {
+        self.keeps_free_contents
     }
     fn taken_over(&self, config: &Config, words: PageWords) {
         self.host.taken_over(config, words);
