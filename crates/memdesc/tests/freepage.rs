@@ -293,15 +293,11 @@ fn overwrites_of_free_pages_are_found() {
         ];
         for (index, way) in ways.into_iter().enumerate() {
             // What slabs it takes, it takes now.
-            let _ = way(&mm)
-                .drain(..)
-                .map(|pfn| {
-                    index < 4 && {
-                        free(&mm, pfn);
-                        true
-                    }
-                })
-                .count();
+            for pfn in way(&mm) {
+                if index < 4 {
+                    free(&mm, pfn);
+                }
+            }
             mm.drain_all();
             let single = mm.alloc_pages(GFP_KERNEL, 0).unwrap();
             mm.set_pageblock_migratetype(single, MigrateType::Unmovable);

@@ -719,6 +719,12 @@ impl<P: Platform> Later<P> {
         );
     }
 
+    /// Hooks do without it from here on.
+    pub fn set_none(&self) {
+        self.0
+            .store(std::ptr::null_mut(), std::sync::atomic::Ordering::Release);
+    }
+
     pub fn get(&self) -> Option<&Mm<P>> {
         // SAFETY: null or set by `set` to what stays there; only shared references to it exist.
         unsafe { self.0.load(std::sync::atomic::Ordering::Acquire).as_ref() }
