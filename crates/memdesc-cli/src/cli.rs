@@ -51,6 +51,34 @@ pub(crate) enum Scenario {
     PageCache(PageCacheArgs),
     /// Eight address spaces on two CPUs that fork, fault, unmap, move, compact and reclaim, with allocations failing at random
     AddressSpaces(AddressSpacesArgs),
+    /// A spike of memory that is freed again: does the process give it back?
+    FreePageReporting(FreePageReportingArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct FreePageReportingArgs {
+    /// So many MiB of memory
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(64..=65_536))]
+    pub(crate) mib: u32,
+    /// Report free blocks of this order and above
+    #[arg(long, value_name = "N", default_value_t = 9, value_parser = order)]
+    pub(crate) order: usize,
+    /// Where the random numbers begin
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// No progress bars
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+}
+
+fn order(text: &str) -> Result<usize, String> {
+    let n: usize = text.parse().map_err(|_| format!("{text:?} is no number"))?;
+    (n <= 10)
+        .then_some(n)
+        .ok_or_else(|| format!("order {n}: 0 to 10"))
 }
 
 #[derive(Debug, Args)]

@@ -43,6 +43,7 @@ fn main() -> ExitCode {
         Command::Storm(args) => storm::run(&args),
         Command::Scenario { what } => match what {
             cli::Scenario::PageCache(args) => scenario::page_cache::run(&args),
+            cli::Scenario::FreePageReporting(args) => scenario::free_page_reporting::run(&args),
             cli::Scenario::AddressSpaces(args) => scenario::address_spaces::run(&args),
         },
         Command::Bench {

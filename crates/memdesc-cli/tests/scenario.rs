@@ -55,6 +55,63 @@ fn address_spaces_for_a_moment() {
 }
 
 #[test]
+fn a_spike_is_given_back() {
+    for order in ["9", "6"] {
+        let seen = json(&[
+            "free-page-reporting",
+            "--mib",
+            "96",
+            "--order",
+            order,
+            "--json",
+        ]);
+        let resident = |when: &str| seen["resident_bytes"][when].as_u64().unwrap();
+        let (spike, freed, after) = (
+            resident("at_the_spike"),
+            resident("after_the_frees"),
+            resident("after_reporting"),
+        );
+        assert!(resident("before") < 2 << 20, "{seen}");
+        assert!(spike > 86 << 20, "{seen}");
+        // Freeing alone gives nothing back.
+        assert!(freed + (1 << 20) > spike, "{seen}");
+        assert!(after <= seen["allowed_bytes"].as_u64().unwrap(), "{seen}");
+        assert!(after * 2 < spike, "{seen}");
+        assert!(seen["pages_reported"].as_u64().unwrap() * 4096 + (1 << 20) >= spike - after);
+        assert_eq!(
+            (&seen["wrong"], &seen["balanced"]),
+            (&0.into(), &true.into())
+        );
+    }
+}
+
+#[test]
+fn a_table_in_a_pipe() {
+    let out = scenario(&["free-page-reporting", "--mib", "64"]);
+    let text = String::from_utf8_lossy(&out.stdout);
+    assert!(out.status.success(), "{text}");
+    assert!(
+        out.stderr.is_empty(),
+        "{}",
+        String::from_utf8_lossy(&out.stderr)
+    );
+    for row in [
+        "before",
+        "at the spike",
+        "after the frees",
+        "after reporting",
+        "in use",
+        "metadata",
+        "per-CPU lists",
+    ] {
+        assert!(text.contains(row), "{text}");
+    }
+    let out = scenario(&["free-page-reporting", "--order", "11"]);
+    assert_eq!(out.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&out.stderr).contains("order 11: 0 to 10"));
+}
+
+#[test]
 fn a_scenario_that_is_none() {
     let out = scenario(&["page-table"]);
     assert_eq!(out.status.code(), Some(2));

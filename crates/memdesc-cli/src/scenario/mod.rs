@@ -2,4 +2,5 @@
 
 pub(crate) mod address_spaces;
 mod disk;
+pub(crate) mod free_page_reporting;
 pub(crate) mod page_cache;
