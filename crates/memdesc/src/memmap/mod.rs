@@ -8,5 +8,5 @@ pub(crate) mod word;
 
 pub use heads::Found;
 pub(crate) use map::{BootSlice, MemMap, Region};
-pub(crate) use word::{COUNTED, TailCount};
+pub(crate) use word::{COUNTED, Contents, TailCount};
 pub use word::{DescClass, PageType, TAIL_WORDS_ORDER, Word};
