@@ -15,6 +15,7 @@ use crate::folio::{Lruvec, WaitTable};
 use crate::freepage::reporting::{Reporting, ZoneReporting};
 use crate::freepage::{PageWords, Services};
 use crate::gfp::{self, Flags};
+use crate::inline::Reserved;
 use crate::memmap::map::SECTION_SHIFT;
 use crate::memmap::word::AtomicWord;
 use crate::memmap::{BootSlice, MemMap, PageType, Region};
@@ -215,16 +216,6 @@ impl<P: Platform> Mm<P> {
             bootstrap_pages: AtomicU64::new(0),
         })
     }
-}
-
-/// What reserved memory is for: the inline fact of a [`PageType::Reserved`] word.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[repr(u64)]
-pub enum Reserved {
-    /// Kernel text and data, firmware, what was taken before the allocator came up.
-    Kernel = 0,
-    /// The memory map and the allocator's own tables.
-    MemMap = 1,
 }
 
 /// Page frames that lie wholly in a range.

@@ -17,8 +17,8 @@
 use core::fmt;
 
 use crate::address::{MAX_ORDER, Pfn};
-use crate::boot::Reserved;
 use crate::desc::{Buddy, Folio, PtDesc, Slab};
+use crate::inline::{Facts, Offline, Poisoned, Reserved};
 use crate::memmap::{DescClass, Found, PageType, Region, Word};
 use crate::mm::Mm;
 use crate::platform::Platform;
@@ -75,12 +75,20 @@ kinds! {
     Device = "device",
     /// The memory map and the other tables from boot.
     MemMap = "memory_map",
-    /// Otherwise reserved: kernel text and data, firmware.
+    /// Kernel text.
+    KernelText = "kernel_text",
+    /// Kernel data.
+    KernelData = "kernel_data",
+    /// Otherwise reserved: firmware, and what was taken before the allocator came up.
     Kernel = "kernel",
-    /// Given away or offline.
+    /// Off line.
     Offline = "offline",
-    /// Bad memory, or a guard.
-    Poisoned = "poisoned",
+    /// Given to the hypervisor by a balloon.
+    Balloon = "balloon",
+    /// Bad memory.
+    HwPoison = "hwpoison",
+    /// Guards.
+    Guard = "guard",
     /// A driver's pages that users may map.
     Driver = "driver",
     /// The kernel's own types.
@@ -114,10 +122,18 @@ impl CensusKind {
             PageType::NetPool => CensusKind::NetPool,
             PageType::Zsmalloc => CensusKind::Zsmalloc,
             PageType::Device => CensusKind::Device,
-            PageType::Reserved if word.facts() == Reserved::MemMap as u64 => CensusKind::MemMap,
-            PageType::Reserved => CensusKind::Kernel,
-            PageType::Offline => CensusKind::Offline,
-            PageType::Poisoned => CensusKind::Poisoned,
+            PageType::Reserved | PageType::Offline | PageType::Poisoned => {
+                match word.inline_facts() {
+                    Some(Facts::Reserved(Reserved::MemMap)) => CensusKind::MemMap,
+                    Some(Facts::Reserved(Reserved::KernelText)) => CensusKind::KernelText,
+                    Some(Facts::Reserved(Reserved::KernelData)) => CensusKind::KernelData,
+                    Some(Facts::Reserved(Reserved::Other)) | None => CensusKind::Kernel,
+                    Some(Facts::Offline(Offline::Balloon)) => CensusKind::Balloon,
+                    Some(Facts::Offline(_)) => CensusKind::Offline,
+                    Some(Facts::Poisoned(Poisoned::HwPoison)) => CensusKind::HwPoison,
+                    Some(Facts::Poisoned(Poisoned::Guard)) => CensusKind::Guard,
+                }
+            }
             PageType::Driver => CensusKind::Driver,
             PageType::Yours => CensusKind::Yours,
         }

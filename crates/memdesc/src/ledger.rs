@@ -4,7 +4,6 @@
 //! none of them, and balances only if both agree page by page (rule 9).
 
 use crate::address::{MAX_ORDER, PAGE_SIZE, PAGEBLOCK_ORDER, PAGEBLOCK_PAGES, Pfn};
-use crate::boot::Reserved;
 use crate::memmap::{PageType, Word};
 use crate::mm::Mm;
 use crate::page_alloc::{MigrateType, PcpView, ZoneType};
@@ -359,27 +358,6 @@ impl<P: Platform> Mm<P> {
         });
         close(free, taken, &mut frag);
         frag
-    }
-
-    /// Says of pages that bare allocation took (`alloc_pages_at`) that they are the kernel's own for good: text, data, firmware.
-    ///
-    /// # Safety
-    ///
-    /// `pfn` is the head of bare pages that the caller owns, and never frees.
-    pub unsafe fn mark_reserved(&self, pfn: Pfn) {
-        let word = self.pages.map.word(pfn).load_owned();
-        let order = word.order();
-        if word.kind() != PageType::Bare {
-            return;
-        }
-        {
-            let pin = self.pages.pin();
-            let stats = self.pages.stats(&pin);
-            stats.block_retyped(&pin, PageType::Bare, PageType::Reserved, order);
-        }
-        let new = Word::inline(PageType::Reserved, order, Reserved::Kernel as u64);
-        self.pages.map.publish_block(pfn, new);
-        self.put_desc(word.desc());
     }
 }
 

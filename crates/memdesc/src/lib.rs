@@ -34,6 +34,8 @@ pub mod gfp;
 #[doc(hidden)]
 pub mod inject;
 #[cfg(not(loom))]
+mod inline;
+#[cfg(not(loom))]
 pub mod ledger;
 #[cfg(not(loom))]
 pub mod lockdep;
@@ -119,7 +121,6 @@ pub mod xarray;
 #[cfg(not(loom))]
 pub use {
     address::{MAX_ORDER, PAGE_SHIFT, PAGE_SIZE, PAGEBLOCK_ORDER, Pfn, PhysAddr},
-    boot::Reserved,
     census::{Census, CensusKind, CensusStep, KindCensus},
     compaction::Obstacle,
     config::{Config, MemRange},
@@ -129,6 +130,7 @@ pub use {
     folio::{FolioLock, FolioRef, LruList, LruView},
     freepage::{NotReported, PageDamage, PageWords, Reported},
     gfp::Flags,
+    inline::{Offline, Poisoned, Reserved},
     ledger::{Fragmentation, Ledger, Walk, ZoneView},
     memmap::{DescClass, Found, PageType, TAIL_WORDS_ORDER, Word},
     mm::Mm,

@@ -296,7 +296,6 @@ impl<'m, P: Platform, T: OwnType> OwnPages<'m, P, T> {
                 return Err((why, value));
             }
         };
-        mm.zero_if_asked(block.pfn, order, gfp);
         mm.put_desc(block.word.desc());
         // SAFETY: an object of that size, ours; a stale reader looks at the folio's counts only, which are not written here.
         unsafe {

@@ -9,10 +9,10 @@
 use core::ptr::NonNull;
 
 use crate::address::{Pfn, PhysAddr};
-use crate::boot::Reserved;
 use crate::desc::{Folio, FolioFlags, Held, PtDesc, Put, Slab, VmArea};
 use crate::error::AllocError;
 use crate::gfp::{self, Flags};
+use crate::inline::{Facts, Offline, Poisoned, Reserved};
 use crate::memmap::{DescClass, Found, PageType, Word};
 use crate::mm::{BuiltIn, Mm};
 use crate::page_alloc::MigrateType;
@@ -114,10 +114,14 @@ pub enum Memory {
     Vmalloc(DescPtr<VmArea>),
     /// Reserved.
     Reserved(Reserved),
-    /// Given away or offline.
+    /// Off line.
     Offline,
-    /// Bad memory or a guard.
-    Poisoned,
+    /// Given to the hypervisor by a balloon.
+    Balloon,
+    /// Bad memory.
+    HwPoison,
+    /// A guard.
+    Guard,
     /// A type whose descriptor the kernel brings itself: the descriptor's address.
     Yours(PageType, DescPtr<u8>),
 }
@@ -139,9 +143,11 @@ impl Memory {
             Memory::Driver(_) => "driver",
             Memory::NetPool(_) => "net_pool",
             Memory::Device(_) => "device",
-            Memory::Reserved(_) => "reserved",
-            Memory::Offline => "offline",
-            Memory::Poisoned => "poisoned",
+            Memory::Reserved(what) => what.name(),
+            Memory::Offline => Offline::Hotplug.name(),
+            Memory::Balloon => Offline::Balloon.name(),
+            Memory::HwPoison => Poisoned::HwPoison.name(),
+            Memory::Guard => Poisoned::Guard.name(),
             Memory::Yours(kind, _) => kind.name(),
         }
     }
@@ -475,13 +481,14 @@ impl<P: Platform> Mm<P> {
                 Some(area) => Memory::Vmalloc(area),
                 None => Memory::Free { in_pcp: false },
             },
-            PageType::Reserved if word.facts() == Reserved::MemMap as u64 => {
-                Memory::Reserved(Reserved::MemMap)
-            }
-            PageType::Reserved => Memory::Reserved(Reserved::Kernel),
-            PageType::Offline => Memory::Offline,
-            PageType::Poisoned => Memory::Poisoned,
-            kind => Memory::Yours(kind, self.desc_ptr(word)),
+            kind => match word.inline_facts() {
+                Some(Facts::Reserved(what)) => Memory::Reserved(what),
+                Some(Facts::Offline(Offline::Balloon)) => Memory::Balloon,
+                Some(Facts::Offline(_)) => Memory::Offline,
+                Some(Facts::Poisoned(Poisoned::HwPoison)) => Memory::HwPoison,
+                Some(Facts::Poisoned(Poisoned::Guard)) => Memory::Guard,
+                None => Memory::Yours(kind, self.desc_ptr(word)),
+            },
         };
         (head, word.order(), memory)
     }

@@ -101,6 +101,10 @@ impl fmt::Display for Report<'_> {
             ", {:?}, its word says: {:?}; caller {}",
             self.pfn, self.word, self.caller
         )?;
+        // Of a type without a descriptor, what it is for.
+        if let Some(facts) = self.word.inline_facts() {
+            write!(f, "; it is {}", facts.name())?;
+        }
         if let Some((offset, found, expected)) = self.byte {
             write!(f, "; byte {offset}: {found:#04x}, expected {expected:#04x}")?;
         }

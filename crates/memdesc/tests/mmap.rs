@@ -491,7 +491,7 @@ fn only_folios_can_be_mapped() {
             (bare.add(1), "bare"),
             (table, "page_table"),
             (slab, "slab"),
-            (Pfn(0), "reserved"),
+            (Pfn(0), "memory_map"),
         ] {
             let why = space.insert_page(at, page).unwrap_err();
             assert_eq!(why, InsertError::Refused(page, name));

@@ -98,7 +98,7 @@ impl Type {
             CensusKind::File => Type::File,
             CensusKind::Anon => Type::Anon,
             CensusKind::Metadata | CensusKind::MemMap => Type::Metadata,
-            CensusKind::Kernel => Type::Reserved,
+            CensusKind::Kernel | CensusKind::KernelText | CensusKind::KernelData => Type::Reserved,
             _ => Type::Bare,
         }
     }
