@@ -204,6 +204,7 @@ impl<P: Platform> Mm<P> {
             lruvecs: parts.lruvecs,
             folio_waits: WaitTable::new(),
             dying: PfnStack::new(),
+            mf_lock: SpinLock::new(()),
             compact_at: AtomicU32::new(0),
             rcu_pages: RcuPages::new(),
             discards: Discards::new(),

@@ -230,6 +230,16 @@ impl<P: Platform> Mm<P> {
         let flags = gfp::GFP_HIGHUSER_MOVABLE & !gfp::__GFP_RECLAIM | gfp::__GFP_NOWARN;
         match self.migrate_away(at, |order| self.alloc_pages(flags, order)) {
             // As large as it is now: the folio that was looked at may have been split meanwhile, or become part of a larger one.
+            // A bad page in it goes out of use as the block comes back: not to the caller.
+            Ok(old) if self.pages.map.bad.hits(old, self.order_of(old)) => {
+                // SAFETY: bare pages, ours since the folio moved.
+                unsafe { self.free_pages(old) };
+                return Step::Stays(Obstacle {
+                    pfn: at,
+                    kind: PageType::Poisoned,
+                    movable: false,
+                });
+            }
             Ok(old) if old >= start && old.0 + (1 << self.order_of(old)) <= end.0 => {
                 gathered.push(self, old, self.order_of(old));
             }

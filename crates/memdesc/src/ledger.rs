@@ -313,6 +313,7 @@ impl<P: Platform> Mm<P> {
         names.iter().zip(sum).for_each(|(name, n)| visit(name, n));
         let load =
             |a: &crate::sync::atomic::AtomicU64| a.load(crate::sync::atomic::Ordering::Relaxed);
+        visit("nr_hwpoison", self.num_poisoned_pages());
         visit("bootstrap_max_depth", load(&self.bootstrap_depth));
         visit("bootstrap_max_pages", load(&self.bootstrap_pages));
     }

@@ -61,6 +61,8 @@ mod folio {
 #[cfg(not(loom))]
 mod freepage;
 #[cfg(not(loom))]
+mod memory_failure;
+#[cfg(not(loom))]
 mod memory_hotplug;
 #[cfg(not(loom))]
 mod migrate;
@@ -133,6 +135,7 @@ pub use {
     inline::{Offline, Poisoned, Reserved},
     ledger::{Fragmentation, Ledger, Walk, ZoneView},
     memmap::{DescClass, Found, PageType, TAIL_WORDS_ORDER, Word},
+    memory_failure::{FailedPage, MemoryFailure, MfResult},
     mm::Mm,
     netpool::{MAX_PAGE_POOLS, PagePool, PagePoolOps, PagePoolParams, PagePoolStats},
     own::{MAX_OWN_TYPES, OwnPages, OwnRef, OwnType},

@@ -7,6 +7,8 @@ use crate::address::Pfn;
 use crate::compaction::Obstacle;
 use crate::error::AllocError;
 use crate::gfp::Flags;
+use crate::inline::Offline;
+use crate::memmap::bad::MAX_PENDING;
 use crate::memmap::heads::blocks;
 use crate::memmap::{DescClass, PageType, Word};
 use crate::mm::Mm;
@@ -14,7 +16,7 @@ use crate::page_alloc::alloc::Descriptors;
 use crate::platform::Platform;
 
 impl<P: Platform> Mm<P> {
-    /// Takes a range off line: free pages are taken, folios moved away.
+    /// Takes a range off line: free pages are taken, folios moved away. Bad pages that are out of use may be in it, and stay so.
     ///
     /// # Context
     ///
@@ -24,17 +26,43 @@ impl<P: Platform> Mm<P> {
     ///
     /// The first page that stays; [`for_each_obstacle`](Self::for_each_obstacle) names all of them. The range is on line as before then.
     pub fn offline_pages(&self, start: Pfn, pages: u32) -> Result<(), Obstacle> {
-        self.alloc_contig_range(start, pages)?;
-        for (block, order) in blocks(start.0, start.0 + pages) {
-            let word = self.pages.map.word(block).load_owned();
-            self.retyped(PageType::Bare, PageType::Offline, order);
+        // No page in it goes out of use from here on but by being freed, and none comes back.
+        let _mutex = self.mf_mutex();
+        let mut attempt = 0;
+        loop {
+            let mut had = 0;
+            let mut pieces = self.good_pieces(start, pages);
+            let why = pieces.find_map(|(piece, n)| {
+                let result = self.alloc_contig_range(piece, n);
+                had += usize::from(result.is_ok());
+                result.err()
+            });
+            let Some(why) = why else { break };
+            // One that could not be had ends it: those before it go back, by the same cut, since none of theirs was freed meanwhile.
+            for (piece, n) in self.good_pieces(start, pages).take(had) {
+                // SAFETY: just had, and nobody has used it.
+                unsafe { self.free_contig_range(piece, n) };
+            }
+            // A page went out of use while it was moved: with another cut it is no obstacle.
+            attempt += 1;
+            if why.kind != PageType::Poisoned || attempt > MAX_PENDING {
+                return Err(why);
+            }
+        }
+        for (block, order) in self.good_blocks(start, pages) {
             // Whatever is known of the contents is no longer true when it comes back.
+            let word = self.pages.map.word(block).load_owned();
             let _ = self.pages.prep_free(block, word);
-            let offline = Word::inline(PageType::Offline, order, 0);
-            self.pages.map.publish_block(block, offline);
-            self.put_desc(word.desc());
+            let facts = Offline::Hotplug as u64;
+            self.bare_to_inline(block, Word::inline(PageType::Offline, order, facts));
         }
         Ok(())
+    }
+
+    /// The blocks of a range that is taken off line: bad pages in it stay what they are.
+    fn good_blocks(&self, start: Pfn, pages: u32) -> impl Iterator<Item = (Pfn, usize)> {
+        let pieces = self.good_pieces(start, pages);
+        pieces.flat_map(|(piece, n)| blocks(piece.0, piece.0 + n))
     }
 
     /// Brings a range that is off line back.
@@ -43,8 +71,9 @@ impl<P: Platform> Mm<P> {
     ///
     /// [`AllocError::Busy`] if it is not off line as a whole, in the blocks that it went in; no memory for the descriptors. It is as before then.
     pub fn online_pages(&self, start: Pfn, pages: u32) -> Result<(), AllocError> {
-        let end = start.0.checked_add(pages).ok_or(AllocError::Busy)?;
-        let all = || blocks(start.0, end);
+        start.0.checked_add(pages).ok_or(AllocError::Busy)?;
+        let _mutex = self.mf_mutex();
+        let all = || self.good_blocks(start, pages);
         // The blocks are the caller's from here on: two who bring back the same do not both get them.
         let claimed = all()
             .take_while(|&(block, order)| self.claim(block, order, 0, 1))
@@ -71,7 +100,7 @@ impl<P: Platform> Mm<P> {
             };
             let word = Word::described(PageType::Bare, order, desc, DescClass::Buddy);
             self.pages.prep_alloc(block, order, word, Flags::EMPTY);
-            self.retyped(PageType::Offline, PageType::Bare, order);
+            self.count_retyped(PageType::Offline, PageType::Bare, order);
             self.pages.map.publish_block(block, word);
             // SAFETY: ours as bare pages.
             unsafe { self.free_pages(block) };
@@ -108,10 +137,5 @@ impl<P: Platform> Mm<P> {
             .map
             .region(block)
             .is_some_and(|region| region.word(block).claim(word(from), word(to)))
-    }
-
-    fn retyped(&self, from: PageType, to: PageType, order: usize) {
-        let pin = self.pages.pin();
-        self.pages.stats(&pin).block_retyped(&pin, from, to, order);
     }
 }

@@ -76,6 +76,8 @@ pub struct Mm<P: Platform> {
     pub(crate) folio_waits: WaitTable,
     /// Folios that nobody has, and that could not leave their list in the context that let go of them last.
     pub(crate) dying: PfnStack,
+    /// One page fails at a time: the outermost of all locks.
+    pub(crate) mf_lock: SpinLock<()>,
     /// Where compaction goes on.
     pub(crate) compact_at: AtomicU32,
     /// Page tables that wait for a grace period.
@@ -185,12 +187,18 @@ impl<P: Platform> Mm<P> {
             .map_or(0, |stats| stats.event(event))
     }
 
-    /// Pages handed out of this type.
+    /// Pages handed out of this type; of bad memory those that are out of use.
     pub fn pages_of(&self, kind: PageType) -> u64 {
+        // Bad pages go out of use under a zone's lock, where no CPU's counters are at hand.
+        let first = if kind == PageType::Poisoned {
+            self.pages.map.bad.out()
+        } else {
+            0
+        };
         self.pages
             .stats
             .iter()
-            .fold(0u64, |sum, cpu| sum.wrapping_add(cpu.pages(kind)))
+            .fold(first, |sum, cpu| sum.wrapping_add(cpu.pages(kind)))
     }
 
     /// Gives back what is kept for later: sheaves, empty slabs, per-CPU pages. Says how many pages the slabs gave.

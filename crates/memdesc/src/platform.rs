@@ -228,6 +228,10 @@ pub unsafe trait Platform: Sync {
     /// The memory has been taken over: from here on `words` tells what its pages are, for a handler of stray accesses. Called once, by
     /// [`Mm::new`](crate::Mm::new).
     fn taken_over(&self, _config: &Config, _words: PageWords) {}
+    /// A page that a user had mapped is broken, and what it held is lost: at this address of the address space of this number
+    /// (`SIGBUS`, `BUS_MCEERR_AO`). An entry that says so is in its place. Called from [`Mm::memory_failure`](crate::Mm::memory_failure) with the folio and the list of who
+    /// maps it locked: takes note, and sends the signal.
+    fn memory_failure_notify(&self, _asid: u64, _address: u64, _pfn: Pfn) {}
 
     /// Should the allocation at this point fail? For tests. From any context.
     #[inline]

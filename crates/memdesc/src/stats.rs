@@ -130,6 +130,18 @@ events! {
     PgReported = "pgreported",
     /// Reports of free pages.
     ReportBatch = "report_batch",
+    /// Pages that failed and about which nothing was done.
+    MfIgnored = "memory_failure_ignored",
+    /// Pages that failed and that others still have.
+    MfFailed = "memory_failure_failed",
+    /// Pages that failed and go out of use when they come back.
+    MfDelayed = "memory_failure_delayed",
+    /// Pages that failed and are out of use.
+    MfRecovered = "memory_failure_recovered",
+    /// Pages that went into a balloon.
+    BalloonInflate = "balloon_inflate",
+    /// Pages that came out of a balloon.
+    BalloonDeflate = "balloon_deflate",
     /// Objects freed by `kfree_nolock` into the sheaf.
     NolockKfree = "nolock_kfree",
     /// Objects freed by `kfree_nolock` that the next normal free takes further.

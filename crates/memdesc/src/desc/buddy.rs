@@ -167,6 +167,16 @@ impl DescList {
         }
     }
 
+    /// Its two words, to be kept elsewhere.
+    pub(crate) fn into_parts(self) -> (PhysAddr, u32) {
+        (self.head, self.len)
+    }
+
+    /// From what [`into_parts`](Self::into_parts) gave, once.
+    pub(crate) fn from_parts(head: PhysAddr, len: u32) -> DescList {
+        DescList { head, len }
+    }
+
     #[inline]
     pub(crate) fn len(&self) -> usize {
         self.len as usize

@@ -14,7 +14,8 @@ impl<P: Platform> Mapping<'_, P> {
     ///
     /// # Errors
     ///
-    /// The first that could not be written; it and those after it stay dirty.
+    /// The first that could not be written; it and those after it stay dirty. [`FileError::Io`] also if something was lost before it could be
+    /// written ([`Mm::memory_failure`]), once.
     pub fn writeback(&self, range: RangeInclusive<u64>) -> Result<usize, FileError> {
         let (start, end) = range.into_inner();
         let end = end.min(crate::xarray::MAX_INDEX);
@@ -42,6 +43,7 @@ impl<P: Platform> Mapping<'_, P> {
             self.mm.folio_wait_writeback(&folio);
             at = folio.index() + (1 << folio.order());
         }
+        self.check_errors()?;
         Ok(written)
     }
 

@@ -82,6 +82,8 @@ pub(crate) struct MappingCore {
     /// Where readahead goes on, and how far it goes next: a page of the file, and a number of pages.
     pub(super) ra_next: AtomicU64,
     pub(super) ra_pages: AtomicU32,
+    /// Something that was written to the file was lost, and nobody was told yet.
+    error: AtomicU32,
     /// Outlives the memory manager's borrow in the handle and in the address spaces, which keep it.
     pub(super) ops: *const dyn MappingOps,
 }
@@ -158,6 +160,7 @@ impl<'m, P: Platform> Mapping<'m, P> {
                 nrpages: AtomicU64::new(0),
                 ra_next: AtomicU64::new(0),
                 ra_pages: AtomicU32::new(0),
+                error: AtomicU32::new(0),
                 ops,
             });
         }
@@ -178,6 +181,18 @@ impl<'m, P: Platform> Mapping<'m, P> {
         self.core().nrpages.load(Ordering::Relaxed)
     }
 
+    /// Was something lost that was written to the file? Says so once (`filemap_check_errors`).
+    ///
+    /// # Errors
+    ///
+    /// [`FileError::Io`] if so.
+    pub fn check_errors(&self) -> Result<(), FileError> {
+        match self.core().error.swap(0, Ordering::Relaxed) {
+            0 => Ok(()),
+            _ => Err(FileError::Io),
+        }
+    }
+
     /// Pages of the file.
     pub fn size(&self) -> u64 {
         self.core().size.load(Ordering::Relaxed)
@@ -188,6 +203,11 @@ impl MappingCore {
     /// What stands behind it.
     pub(crate) fn ops(&self) -> *const dyn MappingOps {
         self.ops
+    }
+
+    /// Something that was written to the file is lost (`mapping_set_error`): who writes back next hears of it.
+    pub(crate) fn set_error(&self) {
+        self.error.store(1, Ordering::Relaxed);
     }
 
     /// Pages of the file.

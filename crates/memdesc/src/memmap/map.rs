@@ -8,6 +8,7 @@
 use core::ops::Deref;
 use core::ptr::NonNull;
 
+use super::bad::BadPages;
 use super::heads::{Found, blocks, climb};
 use super::word::{AtomicWord, PageType, TAIL_WORDS_ORDER, Word};
 use crate::address::{PAGEBLOCK_ORDER, Pfn, PhysAddr};
@@ -186,6 +187,8 @@ pub(crate) struct MemMap {
     regions: BootSlice<Region>,
     /// Regions that are no RAM, in the order in which they came; never taken away, so that a word may be looked up without a lock.
     devices: [AtomicPtr<Region>; MAX_DEVICES],
+    /// Pages that shall not come back.
+    pub(crate) bad: BadPages,
 }
 
 // SAFETY: the direct map's base is only a number to add to; what is reached through it has its own rules.
@@ -205,6 +208,7 @@ impl MemMap {
             sections,
             regions,
             devices: [const { AtomicPtr::new(core::ptr::null_mut()) }; MAX_DEVICES],
+            bad: BadPages::new(),
         }
     }
 

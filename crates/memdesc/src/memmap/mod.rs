@@ -2,6 +2,7 @@
 //!
 //! [`word`] is the word itself, [`map`] finds it, [`heads`] knows which word speaks for a page. Lower than everything else: knows nothing of who uses it.
 
+pub(crate) mod bad;
 pub(crate) mod heads;
 pub(crate) mod map;
 pub(crate) mod word;

@@ -80,7 +80,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
             let mut mapped = 0u64;
             space.for_each_entry(|addr, level, entry| {
                 let page = entry.pfn();
-                if entry.is_special() {
+                if entry.is_special() || entry.is_hwpoison() {
                     return;
                 }
                 if !entry.is_present() {

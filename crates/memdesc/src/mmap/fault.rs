@@ -7,6 +7,7 @@
 //! | nothing, file, private | the file's folio | a copy |
 //! | a page that may not be written | | anonymous and nobody else has it: may be written from now on; shared file: dirty; else a copy |
 //! | a page on the move | wait | wait |
+//! | a page that is broken | SIGBUS | SIGBUS |
 //!
 //! Source: `handle_mm_fault`, `do_anonymous_page`, `do_fault`, `do_wp_page`, `wp_can_reuse_anon_folio` of Linux.
 
@@ -45,6 +46,8 @@ pub enum FaultError {
     Segv,
     /// The file ends before, or could not be read (SIGBUS).
     Bus,
+    /// The page that was there is broken, and what it held is lost (SIGBUS, `BUS_MCEERR_AR`).
+    HwPoison,
     /// There is no memory.
     Oom(AllocError),
 }
@@ -54,6 +57,7 @@ impl fmt::Display for FaultError {
         match self {
             FaultError::Segv => f.write_str("nothing is mapped there for that"),
             FaultError::Bus => f.write_str("the file ends before, or could not be read"),
+            FaultError::HwPoison => f.write_str("the memory there is broken"),
             FaultError::Oom(why) => write!(f, "out of memory: {why}"),
         }
     }
@@ -141,6 +145,9 @@ impl<'m, P: Platform> MmStruct<'m, P> {
                 None => self.map_anon(vma, &slot, addr, write),
                 Some(_) => self.map_file(vma, &slot, addr, write),
             };
+        }
+        if seen.is_hwpoison() {
+            return Err(FaultError::HwPoison);
         }
         if !seen.is_present() {
             return Ok(Step::Again);

@@ -225,7 +225,8 @@ impl<'m, P: Platform> MmStruct<'m, P> {
             if seen.is_migration() {
                 return Copied::Moving;
             }
-            if seen.is_special() {
+            // What is lost is lost for the child as well.
+            if seen.is_special() || seen.is_hwpoison() {
                 to[index_of(*at, 1)].store(seen);
             } else if seen.is_present() {
                 let Some(found) = map.lookup(seen.pfn()) else {

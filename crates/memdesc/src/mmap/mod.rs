@@ -19,6 +19,7 @@ mod family;
 mod fault;
 mod fork;
 mod gup;
+mod hwpoison;
 mod insert;
 mod rmap;
 mod space;

@@ -62,7 +62,7 @@ impl<P: Platform> Mm<P> {
 
     /// Visits each address at which a page of the folio may be mapped: its space, the address, and which of the pages. The folio is locked;
     /// of an anonymous one the caller keeps the family, or there is nothing to visit.
-    fn rmap_walk(
+    pub(super) fn rmap_walk(
         &self,
         folio: &Folio,
         head: Pfn,

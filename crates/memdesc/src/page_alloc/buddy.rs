@@ -14,8 +14,8 @@
 use super::zone::LockedZone;
 use crate::address::{MAX_ORDER, PAGEBLOCK_ORDER, Pfn};
 use crate::desc::DescList;
-use crate::memmap::heads::first_block_order;
-use crate::memmap::{Contents, DescClass, PageType, Region, Word};
+use crate::memmap::heads::{climb, first_block_order};
+use crate::memmap::{Contents, DescClass, Found, PageType, Region, Word};
 use crate::page_alloc::MigrateType;
 use crate::sync::atomic::Ordering;
 
@@ -166,6 +166,15 @@ impl LockedZone<'_> {
     /// Frees a block that is in no list: merges it as far as it goes and puts the result into the list of its pageblock.
     /// Each merge leaves a descriptor over, which goes into `freed`. The tails' words are zero already.
     pub(crate) fn free_block(&mut self, block: Block, order: usize, freed: &mut DescList) {
+        if self.map.bad.any()
+            && let Some(found) = self.map.bad.find(block.pfn, order)
+        {
+            return self.free_around(block, order, found, freed);
+        }
+        self.free_good(block, order, freed);
+    }
+
+    fn free_good(&mut self, block: Block, order: usize, freed: &mut DescList) {
         let Block { mut pfn, mut word } = block;
         let mut order = order;
         let mut contents = word.contents();
@@ -215,6 +224,79 @@ impl LockedZone<'_> {
         let at_tail =
             contents.contains(Contents::REPORTED) || self.will_merge_soon(region, pfn, order);
         self.link(pfn, order, mt, word.with_contents(contents), at_tail);
+    }
+
+    /// Frees a block but for a bad page in it, which goes out of use (`take_page_off_buddy`): halves it as long as there are descriptors for the good
+    /// half. The first is the block's own, the others were noted with the page.
+    #[cold]
+    fn free_around(
+        &mut self,
+        block: Block,
+        order: usize,
+        (bad, nth): (Pfn, usize),
+        freed: &mut DescList,
+    ) {
+        let map = self.map;
+        let mut spare = map.bad.take(nth);
+        let mut own = Some(block.word);
+        let (mut at, mut left) = (block.pfn, order);
+        while left > 0 {
+            let good = match own.take() {
+                Some(word) => word,
+                None => match spare.pop(map) {
+                    Some(desc) => Word::described(PageType::Free, 0, desc, DescClass::Buddy),
+                    None => break,
+                },
+            };
+            left -= 1;
+            let upper = at.add(1 << left);
+            let pfn = if bad >= upper {
+                core::mem::replace(&mut at, upper)
+            } else {
+                upper
+            };
+            // There may be another bad page in it. As deep as there are.
+            self.free_block(Block { pfn, word: good }, left, freed);
+        }
+        debug_assert!(at.is_aligned(left) && bad.0 - at.0 < 1 << left);
+        map.publish_block(at, Word::hwpoison(left));
+        map.bad.add_out(1 << left);
+        if let Some(word) = own {
+            freed.push(map, word.desc());
+        }
+        while let Some(desc) = spare.pop(map) {
+            freed.push(map, desc);
+        }
+    }
+
+    /// Takes a bad page that is noted out of this zone's free memory, if it is in there. Says whether it was.
+    pub(crate) fn take_bad(&mut self, bad: Pfn, freed: &mut DescList) -> bool {
+        let region = self.region(bad);
+        let load = |pfn| {
+            if region.contains(pfn) {
+                region.word(pfn).load()
+            } else {
+                Word::ZERO
+            }
+        };
+        let own = load(bad);
+        let found = if own.is_tail() {
+            climb(bad, load)
+        } else {
+            Some(Found {
+                head: bad,
+                word: own,
+            })
+        };
+        let (Some(Found { head, word }), Some(noted)) = (found, self.map.bad.find(bad, 0)) else {
+            return false;
+        };
+        if !word.is_free_in_zone(word.order()) || !head.is_aligned(word.order()) {
+            return false;
+        }
+        self.unlink(head, word);
+        self.free_around(Block { pfn: head, word }, word.order(), noted, freed);
+        true
     }
 
     /// Is the block next to the one that this and its (taken) buddy would make free? Then the buddy's return makes a large

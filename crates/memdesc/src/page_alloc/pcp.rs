@@ -139,6 +139,9 @@ struct Deferred {
 #[derive(Debug)]
 pub(crate) struct Contended;
 
+/// There is a bad page in the block.
+struct BadPage;
+
 // SAFETY: `lists` is reached only through `owner` and `remote`, which hold the local lock.
 unsafe impl Sync for PerCpuPages {}
 // SAFETY: it owns nothing that belongs to a thread.
@@ -231,7 +234,8 @@ impl PerCpuPages {
         });
     }
 
-    /// Puts a block in: its tails' words are zero. If that is one too many, so many pages should be drained.
+    /// Puts a block in: its tails' words are zero. If that is one too many, so many pages should be drained. A block with a bad page in it is
+    /// deferred: the zone cuts it out.
     #[inline]
     pub(crate) fn push<P: Platform>(
         &self,
@@ -242,10 +246,18 @@ impl PerCpuPages {
         word: Word,
         mt: MigrateType,
     ) -> Option<u32> {
-        self.owner(pin, |lists| {
+        let over = self.owner(pin, |lists| {
+            // Inside: who marks a page enters the lists afterwards, and finds it in them or finds us gone.
+            if map.bad.hits(pfn, word.order()) {
+                return Err(BadPage);
+            }
             let word = word.to_pcp(mt);
             lists.push(map, cell, index(word.order(), mt), Block { pfn, word });
-            (lists.count > lists.high).then(|| lists.drain_size())
+            Ok((lists.count > lists.high).then(|| lists.drain_size()))
+        });
+        over.unwrap_or_else(|BadPage| {
+            self.defer(map, cell, Block { pfn, word }, mt);
+            None
         })
     }
 
@@ -352,7 +364,7 @@ impl PerCpuPages {
             .find_map(|list| lists.pop(map, list)))
     }
 
-    /// Puts a block in unless somebody is inside; `false` if so. From any context. Leaves it to the next normal free to
+    /// Puts a block in unless somebody is inside, or there is a bad page in it; `false` if so. From any context. Leaves it to the next normal free to
     /// drain what is too much.
     pub(crate) fn try_push<P: Platform>(
         &self,
@@ -366,6 +378,9 @@ impl PerCpuPages {
         let Some(_guard) = self.lock.try_enter(&PlatformBarriers(pin.platform())) else {
             return false;
         };
+        if map.bad.hits(pfn, word.order()) {
+            return false;
+        }
         // SAFETY: as in `owner`.
         let lists = unsafe { &mut *self.lists.get_mut_ptr() };
         let word = word.to_pcp(mt);

@@ -8,6 +8,7 @@
 //! | 1 | *special*: a page that is no folio, and not counted | the machine's, and bit 10 |
 //! | 0 | nothing | 0 |
 //! | 0 | *migration*: the page is being moved; whoever needs it waits for the folio's lock | bit 9, the rights as they were, the page frame number |
+//! | 0 | *hwpoison*: the page was broken, and what it held is lost | bit 11, the page frame number |
 //! | 0 | *splitting*: 2 MiB are about to be mapped by pages; whoever needs them waits for the table's lock | PS, the rest as it was |
 
 use crate::address::{Pfn, PhysAddr};
@@ -74,6 +75,7 @@ const PRESENT: u64 = 1 << 0;
 const HUGE: u64 = 1 << 7;
 const MIGRATION: u64 = 1 << 9;
 const SPECIAL: u64 = 1 << 10;
+const HWPOISON: u64 = 1 << 11;
 const FRAME: u64 = 0x000f_ffff_ffff_f000;
 const RIGHTS: u64 = Prot::WRITE.0 | Prot::USER.0 | Prot::NO_EXECUTE.0;
 
@@ -99,6 +101,16 @@ impl Entry {
     /// The page is being moved; the same may be done with it afterwards as before.
     pub const fn migration(pfn: Pfn, prot: Prot) -> Entry {
         Entry(pfn.phys().0 | MIGRATION | prot.0 & RIGHTS)
+    }
+
+    /// The page that was here is broken.
+    pub const fn hwpoison(pfn: Pfn) -> Entry {
+        Entry(pfn.phys().0 | HWPOISON)
+    }
+
+    /// Was a page here that is broken?
+    pub const fn is_hwpoison(self) -> bool {
+        self.0 & (PRESENT | HWPOISON) == HWPOISON
     }
 
     /// With what an area gives but the right to write, which only a fault that writes may give.
@@ -173,6 +185,7 @@ impl core::fmt::Debug for Entry {
             return f.write_str("none");
         }
         let what = match (self.is_migration(), self.is_huge()) {
+            _ if self.is_hwpoison() => "hwpoison",
             (true, _) => "migration",
             (_, true) => "huge",
             _ => "present",
@@ -285,6 +298,12 @@ mod tests {
         assert!(moving.is_migration() && !moving.is_present() && !moving.is_huge());
         assert_eq!((moving.pfn(), moving.prot()), (Pfn(u32::MAX), rw));
         assert!(Entry::NONE.is_none() && !Entry::NONE.is_migration());
+        let bad = Entry::hwpoison(Pfn(u32::MAX));
+        assert!(bad.is_hwpoison() && !bad.is_none() && !bad.is_present() && !bad.is_migration());
+        assert!(!bad.is_splitting() && !bad.is_special() && bad.pfn() == Pfn(u32::MAX));
+        for other in [page, huge, moving, huge.splitting(), Entry::NONE] {
+            assert!(!other.is_hwpoison(), "{other:?}");
+        }
         let split = huge.splitting();
         assert!(split.is_splitting() && !split.is_none() && !split.is_present());
         assert!(!split.is_huge() && !split.is_migration() && split.prot() == rw);
