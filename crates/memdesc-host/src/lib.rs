@@ -19,8 +19,8 @@ use std::time::Instant;
 
 use memdesc::lockdep::{Lockdep, Task};
 use memdesc::{
-    AllocError, Config, Context, FaultPoint, MemRange, NotReported, PageWords, Pfn, Platform,
-    ReclaimRequest, Report, Reported,
+    AllocError, BalloonOp, Config, Context, FaultPoint, MemRange, NotReported, PAGE_SHIFT,
+    PAGE_SIZE, PageWords, Pfn, Platform, ReclaimRequest, Report, Reported,
 };
 
 use arena::Arena;
@@ -40,6 +40,9 @@ pub type LockdepFn = dyn Fn(&memdesc::lockdep::Report) + Send + Sync;
 /// A function that hears of corruption.
 pub type CorruptionFn = dyn Fn(&Report<'_>) + Send + Sync;
 
+/// A function that hears of users whose memory is broken: the number of the address space, the address, the page.
+pub type MemoryFailureFn = dyn Fn(u64, u64, Pfn) + Send + Sync;
+
 /// The hosted platform.
 pub struct Host {
     mmu: mmu::Mmu,
@@ -54,6 +57,7 @@ pub struct Host {
     faults: Faults,
     reclaim: Option<Box<ReclaimFn>>,
     corruption: Option<Box<CorruptionFn>>,
+    memory_failure: Option<Box<MemoryFailureFn>>,
     rcu: HostRcu,
     lockdep: Box<Lockdep>,
     on_lockdep: Option<Box<LockdepFn>>,
@@ -73,6 +77,7 @@ pub struct HostBuilder {
     nodes: usize,
     reclaim: Option<Box<ReclaimFn>>,
     corruption: Option<Box<CorruptionFn>>,
+    memory_failure: Option<Box<MemoryFailureFn>>,
     stall: Option<(u64, Box<rcu::StallFn>)>,
     lockdep: Option<Box<LockdepFn>>,
     vmalloc: Option<usize>,
@@ -147,6 +152,13 @@ impl HostBuilder {
         self
     }
 
+    /// Call this for each user who had a page mapped that is broken: what a kernel sends SIGBUS for.
+    #[must_use]
+    pub fn on_memory_failure(mut self, f: impl Fn(u64, u64, Pfn) + Send + Sync + 'static) -> Self {
+        self.memory_failure = Some(Box::new(f));
+        self
+    }
+
     /// Call this when a reader holds up a grace period for longer than so many nanoseconds, instead of a line on standard error after
     /// 21 s.
     #[must_use]
@@ -206,6 +218,7 @@ impl HostBuilder {
             faults: Faults::default(),
             reclaim: self.reclaim,
             corruption: self.corruption,
+            memory_failure: self.memory_failure,
             rcu: rcu::host_rcu(stall_ns, stall),
             lockdep: Box::new(Lockdep::new()),
             on_lockdep: self.lockdep,
@@ -399,6 +412,23 @@ unsafe impl Platform for Host {
     fn taken_over(&self, config: &Config, words: PageWords) {
         if config.debug_pagealloc {
             self.guard.watch(words);
+        }
+    }
+
+    fn balloon_pages(&self, blocks: &[(Pfn, usize)], op: BalloonOp) {
+        if op == BalloonOp::Inflate {
+            for &(pfn, order) in blocks {
+                let offset = (pfn.0 as usize) << PAGE_SHIFT;
+                let punched = self.arena.punch(offset, PAGE_SIZE << order);
+                // A file system that has no holes keeps the memory: no harm but to those who wait for it.
+                debug_assert!(punched.is_ok(), "{punched:?}");
+            }
+        }
+    }
+
+    fn memory_failure_notify(&self, asid: u64, address: u64, pfn: Pfn) {
+        if let Some(f) = &self.memory_failure {
+            f(asid, address, pfn);
         }
     }
 

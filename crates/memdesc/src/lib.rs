@@ -10,6 +10,8 @@ extern crate std;
 
 pub mod address;
 #[cfg(not(loom))]
+mod balloon;
+#[cfg(not(loom))]
 mod boot;
 #[cfg(not(loom))]
 pub mod census;
@@ -31,6 +33,8 @@ mod device;
 mod error;
 #[cfg(not(loom))]
 pub mod gfp;
+#[cfg(not(loom))]
+mod guard;
 #[doc(hidden)]
 pub mod inject;
 #[cfg(not(loom))]
@@ -123,6 +127,7 @@ pub mod xarray;
 #[cfg(not(loom))]
 pub use {
     address::{MAX_ORDER, PAGE_SHIFT, PAGE_SIZE, PAGEBLOCK_ORDER, Pfn, PhysAddr},
+    balloon::Balloon,
     census::{Census, CensusKind, CensusStep, KindCensus},
     compaction::Obstacle,
     config::{Config, MemRange},
@@ -141,7 +146,7 @@ pub use {
     own::{MAX_OWN_TYPES, OwnPages, OwnRef, OwnType},
     owner::{DescPtr, FolioKind, Memory},
     page_alloc::{MigrateType, PcpView, ZoneType},
-    platform::{Context, FaultPoint, Platform, ReclaimRequest},
+    platform::{BalloonOp, Context, FaultPoint, Platform, ReclaimRequest},
     report::{Corruption, Report, Track},
     shrinker::Shrinker,
     slab::{Cache, CacheFlags, CacheView, DestroyError, KmemCache, SlabBox},

@@ -90,6 +90,8 @@ pub mod classes {
         VMAP = "vmap_area", Config;
         /// A purge of freed vmalloc areas.
         VMAP_PURGE = "vmap_purge", Sleep;
+        /// What is in a balloon.
+        BALLOON = "balloon", Config;
         /// A page's failure.
         MEMORY_FAILURE = "mf_mutex", Sleep;
         /// The list of caches.

@@ -49,6 +49,15 @@ pub enum Context {
     Nmi,
 }
 
+/// What a balloon does.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum BalloonOp {
+    /// Gives memory to the hypervisor.
+    Inflate,
+    /// Takes it back.
+    Deflate,
+}
+
 /// What reclaim is asked for.
 #[derive(Clone, Copy, Debug)]
 pub struct ReclaimRequest {
@@ -228,6 +237,10 @@ pub unsafe trait Platform: Sync {
     /// The memory has been taken over: from here on `words` tells what its pages are, for a handler of stray accesses. Called once, by
     /// [`Mm::new`](crate::Mm::new).
     fn taken_over(&self, _config: &Config, _words: PageWords) {}
+    /// Blocks go to the hypervisor, which may take the memory behind them away; or come back, and may be touched again, whatever they hold. Called outside
+    /// all locks; the blocks are in nobody's hands ([`Balloon`](crate::Balloon)).
+    fn balloon_pages(&self, _blocks: &[(Pfn, usize)], _op: BalloonOp) {}
+
     /// A page that a user had mapped is broken, and what it held is lost: at this address of the address space of this number
     /// (`SIGBUS`, `BUS_MCEERR_AO`). An entry that says so is in its place. Called from [`Mm::memory_failure`](crate::Mm::memory_failure) with the folio and the list of who
     /// maps it locked: takes note, and sends the signal.
