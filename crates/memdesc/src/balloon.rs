@@ -141,8 +141,8 @@ impl<'m, P: Platform> Balloon<'m, P> {
             .lock(Holder::new(platform, self.mm.pages.rt, &classes::BALLOON))
     }
 
-    /// Gives so many pages to the hypervisor, as far as they are to be had without going under the watermarks and without making anybody's memory
-    /// go: says how many (`fill_balloon`). `gfp` says from where, usually `GFP_HIGHUSER`; it neither retries nor reserves.
+    /// Gives so many pages to the hypervisor, as far as they are to be had without going under the watermarks, with one attempt at reclaim where `gfp`
+    /// allows it: says how many (`fill_balloon`). `gfp` says from where, usually `GFP_HIGHUSER`; `__GFP_NORETRY` and `__GFP_NOMEMALLOC` are added.
     ///
     /// # Context
     ///
