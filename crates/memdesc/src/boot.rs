@@ -8,7 +8,7 @@ use core::ptr::NonNull;
 
 use crate::address::{MAX_PFN, PAGE_SHIFT, PAGE_SIZE, Pfn, PhysAddr};
 use crate::config::{Config, MAX_CPUS, MAX_NODES, MAX_SHRINKERS, MemRange};
-use crate::desc::{Folio, FolioPrivate, PtDesc, Slab, VmArea};
+use crate::desc::{Folio, FolioPrivate, PtDesc, Slab, VmArea, ZsDesc};
 use crate::device::DeviceCost;
 use crate::error::InitError;
 use crate::folio::{Lruvec, WaitTable};
@@ -41,6 +41,7 @@ use crate::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use crate::sync::{PfnStack, SpinLock};
 use crate::vmalloc::{StackCache, Vmalloc};
 use crate::xarray::Node;
+use crate::zsmalloc::ZsPools;
 
 /// Where boot memory went, in bytes.
 #[derive(Clone, Copy, Debug, Default)]
@@ -212,6 +213,7 @@ impl<P: Platform> Mm<P> {
             pools: Pools::new(),
             own_types: OwnTypes::new(),
             device_cost: DeviceCost::new(),
+            zs_pools: SpinLock::new(ZsPools::EMPTY),
             boot: parts.layout,
             bootstrap_depth: AtomicU64::new(0),
             bootstrap_pages: AtomicU64::new(0),
@@ -598,6 +600,9 @@ fn built_in(index: usize, config: &Config, name: &mut Name) -> Spec {
                 Role::Descriptors,
             ),
         ),
+        i if i == BuiltIn::ZsDesc as usize => {
+            ("zsdesc", plain(size_of::<ZsDesc>(), 8, Role::Descriptors))
+        }
         _ => (
             "kmem_cache",
             plain(size_of::<CacheCore>(), 64, Role::Descriptors),

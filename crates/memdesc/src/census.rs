@@ -17,7 +17,7 @@
 use core::fmt;
 
 use crate::address::{MAX_ORDER, Pfn};
-use crate::desc::{Buddy, Folio, PtDesc, Slab};
+use crate::desc::{Buddy, Folio, PtDesc, Slab, ZsDesc};
 use crate::inline::{Facts, Offline, Poisoned, Reserved};
 use crate::memmap::{DescClass, Found, PageType, Region, Word};
 use crate::mm::Mm;
@@ -223,6 +223,7 @@ const fn descriptor_bytes(class: DescClass) -> u64 {
         DescClass::File | DescClass::Anon => size_of::<Folio>(),
         DescClass::Slab => size_of::<Slab>(),
         DescClass::PtDesc => size_of::<PtDesc>(),
+        DescClass::Zs => size_of::<ZsDesc>(),
         DescClass::Yours => 0,
     };
     bytes as u64

@@ -123,6 +123,8 @@ mod vmalloc;
 #[cfg(not(loom))]
 mod vmscan;
 pub mod xarray;
+#[cfg(not(loom))]
+pub mod zsmalloc;
 
 #[cfg(not(loom))]
 pub use {
@@ -131,7 +133,7 @@ pub use {
     census::{Census, CensusKind, CensusStep, KindCensus},
     compaction::Obstacle,
     config::{Config, MemRange},
-    desc::{Folio, FolioFlags, Held, PtDesc, Slab, VmArea, VmAreaKind},
+    desc::{Folio, FolioFlags, Held, PtDesc, Slab, VmArea, VmAreaKind, ZsDesc},
     device::{DeviceError, DevicePages},
     error::{AllocError, InitError},
     folio::{FolioLock, FolioRef, LruList, LruView},

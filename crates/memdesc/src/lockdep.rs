@@ -94,6 +94,10 @@ pub mod classes {
         BALLOON = "balloon", Config;
         /// A page's failure.
         MEMORY_FAILURE = "mf_mutex", Sleep;
+        /// A size class of a pool of compressed memory.
+        ZS_CLASS = "zs_class", Config;
+        /// The table of pools of compressed memory.
+        ZS_POOLS = "zs_pools", Sleep;
         /// The list of caches.
         SLAB_MUTEX = "slab_mutex", Sleep;
     }

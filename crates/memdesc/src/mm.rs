@@ -25,6 +25,7 @@ use crate::stats::Event;
 use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use crate::sync::{PfnStack, SpinGuard, SpinLock};
 use crate::vmalloc::Vmalloc;
+use crate::zsmalloc::ZsPools;
 
 /// The caches that are there from the start, by place in the table.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -40,7 +41,8 @@ pub(crate) enum BuiltIn {
     XaNode = 7,
     VmArea = 8,
     PagePool = 9,
-    Kmalloc = 10,
+    ZsDesc = 10,
+    Kmalloc = 11,
 }
 
 impl BuiltIn {
@@ -88,6 +90,8 @@ pub struct Mm<P: Platform> {
     pub(crate) pools: Pools,
     pub(crate) own_types: OwnTypes,
     pub(crate) device_cost: DeviceCost,
+    /// The pools of compressed memory. Lock order: see [`zsmalloc`](crate::zsmalloc).
+    pub(crate) zs_pools: SpinLock<ZsPools>,
     pub(crate) boot: BootLayout,
     /// The deepest bootstrap chain so far, and the most pages one took.
     pub(crate) bootstrap_depth: AtomicU64,
@@ -207,6 +211,7 @@ impl<P: Platform> Mm<P> {
     ///
     /// May wait for other CPUs; and for grace periods, if the platform says that the caller may sleep.
     pub fn shrink(&self) -> usize {
+        self.zs_shrink();
         self.free_all_deferred();
         self.kvfree_shrink();
         self.prepaid_tick();
@@ -233,6 +238,7 @@ impl<P: Platform> Mm<P> {
             BuiltIn::Private,
             BuiltIn::VmArea,
             BuiltIn::PagePool,
+            BuiltIn::ZsDesc,
             BuiltIn::Buddy,
             BuiltIn::Slab,
         ] {

@@ -9,7 +9,7 @@
 use core::ptr::NonNull;
 
 use crate::address::{Pfn, PhysAddr};
-use crate::desc::{Folio, FolioFlags, Held, PtDesc, Put, Slab, VmArea};
+use crate::desc::{Folio, FolioFlags, Held, PtDesc, Put, Slab, VmArea, ZsDesc};
 use crate::error::AllocError;
 use crate::gfp::{self, Flags};
 use crate::inline::{Facts, Offline, Poisoned, Reserved};
@@ -112,6 +112,8 @@ pub enum Memory {
     Device(Option<DescPtr<Folio>>),
     /// Part of a vmalloc area.
     Vmalloc(DescPtr<VmArea>),
+    /// Compressed memory: the descriptor of the zspage that the page is part of.
+    Zsmalloc(DescPtr<ZsDesc>),
     /// Reserved.
     Reserved(Reserved),
     /// Off line.
@@ -137,6 +139,7 @@ impl Memory {
             Memory::Slab(_) => "slab",
             Memory::LargeKmalloc => "large_kmalloc",
             Memory::Vmalloc(_) => "vmalloc",
+            Memory::Zsmalloc(_) => "zsmalloc",
             Memory::PageTable(_) => "page_table",
             Memory::File(_) => "file",
             Memory::Anon(_) => "anon",
@@ -213,7 +216,7 @@ impl<P: Platform> Mm<P> {
         kind: PageType,
         desc: NonNull<u8>,
     ) -> Result<Pfn, AllocError> {
-        if !matches!(kind, PageType::Yours | PageType::Zsmalloc) {
+        if kind != PageType::Yours {
             return Err(AllocError::BadSize);
         }
         let block = self.pages.alloc_block(kind, gfp, order, None, self)?;
@@ -481,6 +484,10 @@ impl<P: Platform> Mm<P> {
                 Some(area) => Memory::Vmalloc(area),
                 None => Memory::Free { in_pcp: false },
             },
+            PageType::Zsmalloc => match self.zsdesc_of(word) {
+                Some(desc) => Memory::Zsmalloc(desc),
+                None => Memory::Free { in_pcp: false },
+            },
             kind => match word.inline_facts() {
                 Some(Facts::Reserved(what)) => Memory::Reserved(what),
                 Some(Facts::Offline(Offline::Balloon)) => Memory::Balloon,
@@ -589,6 +596,7 @@ impl<P: Platform> Mm<P> {
             DescClass::Anon => self.built_in(BuiltIn::Anon),
             DescClass::Slab => self.slab_cache(),
             DescClass::PtDesc => self.built_in(BuiltIn::PtDesc),
+            DescClass::Zs => self.built_in(BuiltIn::ZsDesc),
             DescClass::Buddy | DescClass::Yours => return Ok(None),
         };
         let caller = core::panic::Location::caller();

@@ -34,6 +34,12 @@ pub enum FaultPoint {
     VmapArea,
     /// The platform is to map a run of an area's pages.
     Vmap,
+    /// A pool of compressed memory is being created.
+    ZsPool,
+    /// A pool wants a page for handles.
+    ZsHandles,
+    /// A pool wants a page for a new zspage.
+    ZsPage,
 }
 
 /// In what code runs.

@@ -31,6 +31,8 @@ pub enum Corruption {
     ObjectsLeft,
     /// A free page was written.
     PagePoison(PageDamage),
+    /// Freed while somebody reads or writes it.
+    InUse,
 }
 
 impl Corruption {
@@ -50,6 +52,7 @@ impl Corruption {
                 "single bit error in a free page"
             }
             Corruption::PagePoison(_) => "page written after free",
+            Corruption::InUse => "freed while it is being read or written",
         }
     }
 }

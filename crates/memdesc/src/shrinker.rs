@@ -68,6 +68,7 @@ impl<P: Platform> Mm<P> {
                 freed += shrinker.scan_objects(share, request);
             }
         }
+        freed += self.zs_shrink();
         freed += self.kvfree_shrink() + self.prepaid_tick();
         freed += self.rcu_pages_due() + self.vmalloc_shrink(false);
         // Objects that went left slabs empty, perhaps; those are pages.

@@ -10,6 +10,7 @@ mod folio;
 mod ptdesc;
 mod slab;
 mod vmarea;
+mod zsdesc;
 
 pub(crate) use buddy::{Buddy, DescList, PfnList};
 pub use counts::Held;
@@ -21,3 +22,5 @@ pub use slab::Slab;
 pub(crate) use slab::{BITMAP_INLINE, SlabList};
 pub(crate) use vmarea::{INLINE as VMAREA_INLINE, State as VmAreaState};
 pub use vmarea::{VmArea, VmAreaKind};
+pub use zsdesc::ZsDesc;
+pub(crate) use zsdesc::{MAX_INDEX as ZS_MAX_INDEX, MAX_POOLS as ZS_MAX_POOLS};

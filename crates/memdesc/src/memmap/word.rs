@@ -12,7 +12,7 @@
 //! | type | [`PageType`]; 0 is "nothing starts here" | with the block free: the zone lock's holder, or the owner of the per-CPU list it is in. With the block handed out: its owner |
 //! | descriptor | physical address of the descriptor, 8-byte aligned; for types without one bits 52 to 5 are the facts themselves | as the type |
 //! | free | of a free block: what is known of its contents, [`Contents`] | as the type |
-//! | number | of the kernel's own types, which one | as the type |
+//! | number | of the kernel's own types, which one; of compressed memory, what the page is in its zspage | as the type |
 //! | order | of the block or allocation this page belongs to | as the type |
 //! | migratetype | of the free list a free block is in | as the type |
 //! | class | [`DescClass`]: which cache the descriptor's memory came from | whoever sets the descriptor |
@@ -104,7 +104,7 @@ pub enum PageType {
     Vmalloc = 8,
     /// Network pool.
     NetPool = 9,
-    /// Compressed memory.
+    /// Compressed memory; the first page of a zspage has its `zsdesc`, the others keep their `buddy`, which says where that is.
     Zsmalloc = 10,
     /// Device memory.
     Device = 11,
@@ -197,8 +197,9 @@ impl PageType {
     /// Is it a type whose owner gives its pages back by `free_pages`?
     #[inline]
     pub const fn is_owned_block(self) -> bool {
-        use PageType::{Device, Free, NetPool, Slab, Vmalloc};
-        self.has_descriptor() && !matches!(self, Free | Slab | Vmalloc | Device | NetPool)
+        use PageType::{Device, Free, NetPool, Slab, Vmalloc, Zsmalloc};
+        self.has_descriptor()
+            && !matches!(self, Free | Slab | Vmalloc | Device | NetPool | Zsmalloc)
     }
 
     /// Can the owner move or reclaim such pages? Decides whether a pageblock is worth stealing.
@@ -251,6 +252,8 @@ pub enum DescClass {
     /// A `folio` of anonymous memory. Kept apart from those of files: processes end and files stay, and a slab with both
     /// would never come free.
     Anon = 5,
+    /// A `zsdesc`, 16 bytes.
+    Zs = 6,
 }
 
 /// A memdesc: the word of one page, as a value.
@@ -332,6 +335,7 @@ impl Word {
             2 => DescClass::Slab,
             3 => DescClass::PtDesc,
             5 => DescClass::Anon,
+            6 => DescClass::Zs,
             _ => DescClass::Yours,
         }
     }
@@ -383,13 +387,13 @@ impl Word {
         Word(self.0 & !FREE_MASK | contents.0)
     }
 
-    /// Which of the kernel's own types it is.
+    /// Which of the kernel's own types it is; of compressed memory, what the page is in its zspage.
     #[inline]
     pub const fn number(self) -> u8 {
         ((self.0 & NUMBER_MASK) >> NUMBER_SHIFT) as u8
     }
 
-    /// The same, of this type of the kernel's own.
+    /// The same, of this type of the kernel's own, or with this part in its zspage.
     #[inline]
     pub(crate) const fn with_number(self, number: u8) -> Word {
         debug_assert!(number >> NUMBER_BITS == 0);
@@ -548,6 +552,7 @@ mod tests {
                     DescClass::Buddy,
                     DescClass::Anon,
                     DescClass::Slab,
+                    DescClass::Zs,
                     DescClass::Yours,
                 ] {
                     for desc in [8, 0x1000, (1 << 44) - 8] {
