@@ -53,6 +53,8 @@ pub(crate) enum Scenario {
     AddressSpaces(AddressSpacesArgs),
     /// A spike of memory that is freed again: does the process give it back?
     FreePageReporting(FreePageReportingArgs),
+    /// Pages compressed with lz4, stored, read back, half of them freed, compacted: how dense are they, beside Linux's zsmalloc?
+    Zsmalloc(ZsmallocArgs),
 }
 
 #[derive(Debug, Args)]
@@ -86,6 +88,22 @@ pub(crate) struct PageCacheArgs {
     /// So many MiB of memory
     #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u32).range(64..=65_536))]
     pub(crate) memory: u32,
+    /// Where the random numbers begin
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// No progress bars
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ZsmallocArgs {
+    /// So many pages are compressed and stored
+    #[arg(long, value_name = "N", default_value_t = 1_000_000, value_parser = clap::value_parser!(u32).range(100..=16_000_000))]
+    pub(crate) objects: u32,
     /// Where the random numbers begin
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) seed: u64,

@@ -46,6 +46,8 @@ pub(crate) enum Error {
     Init(InitError),
     #[error("{0}")]
     Alloc(memdesc::AllocError),
+    #[error("{0}")]
+    Zs(memdesc::zsmalloc::ZsError),
     #[error("a view of an address space: {0}")]
     View(std::io::Error),
     #[error("{0}: {1}: this system gives no such timer")]

@@ -45,6 +45,7 @@ fn main() -> ExitCode {
             cli::Scenario::PageCache(args) => scenario::page_cache::run(&args),
             cli::Scenario::FreePageReporting(args) => scenario::free_page_reporting::run(&args),
             cli::Scenario::AddressSpaces(args) => scenario::address_spaces::run(&args),
+            cli::Scenario::Zsmalloc(args) => scenario::zsmalloc::run(&args),
         },
         Command::Bench {
             what: cli::Bench::Rcu(args),

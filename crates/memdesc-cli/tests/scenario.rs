@@ -118,3 +118,57 @@ fn a_scenario_that_is_none() {
     let said = String::from_utf8_lossy(&out.stderr);
     assert!(said.contains("page-cache"), "{said}");
 }
+
+#[test]
+fn compressed_pages_come_back() {
+    let seen = json(&["zsmalloc", "--objects", "6000", "--json"]);
+    assert_eq!(
+        (&seen["wrong"], &seen["pages_left"], &seen["balanced"]),
+        (&0.into(), &0.into(), &true.into()),
+        "{seen}"
+    );
+    let number = |value: &serde_json::Value| value.as_f64().unwrap();
+    let standing = |n: usize| &seen["standings"][n];
+    for (n, objects) in [(0, 6000), (1, 3000), (2, 3000)] {
+        assert_eq!(standing(n)["objects"], objects, "{seen}");
+    }
+    // A half that is freed at random leaves its pages; compaction gives them back.
+    assert!(number(&standing(1)["density"]) < 0.6 * number(&standing(0)["density"]));
+    assert!(number(&standing(2)["density"]) > 0.9 * number(&standing(0)["density"]));
+    assert!(number(&seen["compaction"]["pages_freed"]) > 100.0);
+    for n in [0, 2] {
+        let (here, linux) = (standing(n), &standing(n)["linux"]);
+        // Of few objects a class's last zspage counts for more than what an object saves.
+        assert!(
+            number(&here["pages"]) < 1.02 * number(&linux["pages"]),
+            "{here}"
+        );
+        assert!(number(&here["descriptor_bytes"]) < number(&linux["descriptor_bytes"]) / 2.0);
+    }
+    assert!(number(&seen["compressed_bytes"]) < 0.6 * number(&seen["bytes_in"]));
+    // The same seed, the same bytes.
+    let again = json(&["zsmalloc", "--objects", "6000", "--json"]);
+    assert_eq!(seen["standings"], again["standings"]);
+}
+
+#[test]
+fn compressed_pages_in_words() {
+    let out = scenario(&["zsmalloc", "--objects", "2000", "--seed", "7"]);
+    assert!(out.status.success());
+    // Nothing but the report: there is no terminal.
+    assert!(out.stderr.is_empty());
+    let said = String::from_utf8(out.stdout).unwrap();
+    for word in [
+        "Linux 6.18",
+        "density",
+        "compacted: 1000 objects",
+        "kmalloc",
+        "ledger balanced",
+    ] {
+        assert!(said.contains(word), "{said}");
+    }
+    assert_eq!(
+        scenario(&["zsmalloc", "--objects", "5"]).status.code(),
+        Some(2)
+    );
+}
