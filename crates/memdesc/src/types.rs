@@ -177,6 +177,27 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
+//! # Compressed memory
+//!
+//! Objects of odd sizes across the borders of pages ([`zsmalloc`](crate::zsmalloc)): a [`ZsDesc`](crate::ZsDesc) of 16 bytes for up to 8 pages, of which the others
+//! keep their `struct buddy`. Handles stay when compaction moves the objects.
+//!
+//! ```
+//! # use memdesc::{*, gfp::*};
+//! # let (host, ram) = memdesc_host::Host::small(16384)?;
+//! # let mm = Mm::new(host, &Config::default(), &ram)?;
+//! let pool = mm.zs_create_pool("zram0")?;
+//! let handle = mm.zs_malloc(&pool, 1300, GFP_KERNEL)?;
+//! mm.zs_obj_write(&pool, handle, &[7; 1300])?;
+//! let mut copy = [0; 1300]; // used where the object crosses two pages
+//! let view = mm.zs_obj_read_begin(&pool, handle, &mut copy)?;
+//! assert_eq!(*view, [7; 1300]);
+//! mm.zs_obj_read_end(view);
+//! mm.zs_free(&pool, handle);
+//! mm.zs_destroy_pool(pool).expect("all objects are free");
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
 //! # Reserved, offline
 //!
 //! No descriptor: the word says it all.

@@ -134,7 +134,7 @@ impl<P: Platform> Mm<P> {
         let (index, class) = (state.class(), class_at(state.class()));
         let at = Place {
             page,
-            offset: state.index() as usize * usize::from(class.size) & (PAGE_SIZE - 1),
+            offset: (state.index() as usize * usize::from(class.size)) & (PAGE_SIZE - 1),
         };
         let head = self.zs_head(page);
         if self.zsdesc(head).pool() != core.number {
@@ -249,7 +249,7 @@ impl<P: Platform> Mm<P> {
         }
         Ok(Place {
             page: slot.page(),
-            offset: state.index() as usize * usize::from(class.size) & (PAGE_SIZE - 1),
+            offset: (state.index() as usize * usize::from(class.size)) & (PAGE_SIZE - 1),
         })
     }
 

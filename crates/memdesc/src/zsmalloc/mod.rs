@@ -36,7 +36,7 @@
 //!     mm.zs_free(&pool, *handle);
 //! }
 //! assert_eq!(mm.pages_of(PageType::Zsmalloc), 0);
-//! mm.zs_destroy_pool(pool)?;
+//! mm.zs_destroy_pool(pool).expect("all objects are free");
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
