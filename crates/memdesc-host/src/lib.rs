@@ -9,6 +9,7 @@ mod cpu;
 mod faults;
 mod guard;
 pub mod interrupt;
+mod memcg;
 mod mmu;
 pub mod rcu;
 mod window;
@@ -29,6 +30,7 @@ pub use cpu::CpuGuard;
 use cpu::Cpus;
 pub use faults::Faults;
 pub use guard::StrayFn;
+pub use memcg::MemcgScope;
 pub use mmu::{MAX_ASID, MmuStats, UserView};
 pub use rcu::HostRcu;
 pub use window::Window;
@@ -257,6 +259,12 @@ impl Host {
         self.clock.store(ns.max(1), Ordering::Relaxed);
     }
 
+    /// What this thread allocates with `__GFP_ACCOUNT` is charged to the group with this number until the guard goes (`set_active_memcg`); 0 for nobody.
+    /// Signal handlers that say that they are interrupts charge nobody.
+    pub fn memcg_scope(id: u16) -> MemcgScope {
+        MemcgScope::new(id)
+    }
+
     /// Fault injection.
     pub fn faults(&self) -> &Faults {
         &self.faults
@@ -430,6 +438,11 @@ unsafe impl Platform for Host {
         if let Some(f) = &self.memory_failure {
             f(asid, address, pfn);
         }
+    }
+
+    #[inline]
+    fn current_memcg(&self) -> u16 {
+        memcg::current()
     }
 
     #[inline]

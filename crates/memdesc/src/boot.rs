@@ -16,6 +16,7 @@ use crate::freepage::reporting::{Reporting, ZoneReporting};
 use crate::freepage::{PageWords, Services};
 use crate::gfp::{self, Flags};
 use crate::inline::Reserved;
+use crate::memcg::Memcgs;
 use crate::memmap::map::SECTION_SHIFT;
 use crate::memmap::word::AtomicWord;
 use crate::memmap::{BootSlice, MemMap, PageType, Region};
@@ -188,6 +189,7 @@ impl<P: Platform> Mm<P> {
                 pcps: parts.pcps,
                 stats: parts.stats,
                 zonelists,
+                memcg: Memcgs::new(),
                 rt: config.preempt_rt,
                 services,
                 reporting: Reporting::new(config),
@@ -545,6 +547,7 @@ fn built_in(index: usize, config: &Config, name: &mut Name) -> Spec {
             Kind::Normal => (Flags::EMPTY, CacheFlags::EMPTY),
             Kind::Reclaim => (gfp::__GFP_RECLAIMABLE, CacheFlags::RECLAIM_ACCOUNT),
             Kind::Prepaid => (Flags::EMPTY, CacheFlags::RCU_PREPAID),
+            Kind::Cgroup => (Flags::EMPTY, CacheFlags::OWNERS | CacheFlags::RCU_PREPAID),
             Kind::Dma => (
                 gfp::__GFP_DMA,
                 CacheFlags::CACHE_DMA | CacheFlags::NO_SHEAVES,

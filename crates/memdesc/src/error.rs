@@ -34,6 +34,13 @@ pub enum AllocError {
     NoAddressSpace,
     /// The platform could not make translations: no memory for page tables.
     NoPageTable,
+    /// The memory cgroup, or one above it, would stand above its limit, and nothing of it could be reclaimed.
+    Limit,
+    /// The object is to be charged to a memory cgroup, and its cache does not keep whom objects are charged to: it was made without
+    /// [`CacheFlags::ACCOUNT`](crate::CacheFlags::ACCOUNT) and [`CacheFlags::OWNERS`](crate::CacheFlags::OWNERS).
+    NoOwners,
+    /// There are as many as there can be.
+    TooMany,
     /// Fault injection said so.
     Injected,
 }
@@ -53,6 +60,9 @@ impl fmt::Display for AllocError {
             AllocError::Forbidden => "not to be tried here",
             AllocError::NoAddressSpace => "no room in the address range for vmalloc",
             AllocError::NoPageTable => "the addresses could not be mapped",
+            AllocError::Limit => "the memory cgroup's limit is reached",
+            AllocError::NoOwners => "the cache does not keep whom its objects are charged to",
+            AllocError::TooMany => "as many as there can be",
             AllocError::Injected => "fault injected",
         })
     }

@@ -65,7 +65,7 @@ bits! {
     __GFP_HARDWALL = 20;
     /// Only from the given node.
     __GFP_THISNODE = 21;
-    /// Charge it to the memory cgroup.
+    /// Charge it to the memory cgroup that [`Platform::current_memcg`](crate::Platform::current_memcg) says. Not with `__GFP_DMA` for `kmalloc`.
     __GFP_ACCOUNT = 22;
     /// Zero memory tags as well.
     __GFP_ZEROTAGS = 23;

@@ -182,6 +182,8 @@ impl<P: Platform> Mm<P> {
             ledger.metadata += pages;
             ledger.by_type[kind as usize] = ledger.by_type[kind as usize].wrapping_sub(pages);
         }
+        // Groups: in slabs.
+        ledger.other_metadata_bytes += self.pages.memcg.bytes();
         let boot = self.boot.pages + self.boot.kept;
         ledger.by_type[PageType::Reserved as usize] -= boot;
         ledger.metadata += boot;

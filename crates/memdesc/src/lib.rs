@@ -65,6 +65,14 @@ mod folio {
 #[cfg(not(loom))]
 mod freepage;
 #[cfg(not(loom))]
+pub mod memcg;
+#[cfg(loom)]
+mod memcg {
+    pub(crate) mod counter;
+    #[cfg(test)]
+    mod models;
+}
+#[cfg(not(loom))]
 mod memory_failure;
 #[cfg(not(loom))]
 mod memory_hotplug;
@@ -141,6 +149,7 @@ pub use {
     gfp::Flags,
     inline::{Offline, Poisoned, Reserved},
     ledger::{Fragmentation, Ledger, Walk, ZoneView},
+    memcg::{MemCgroup, MemcgMismatch, MemcgStat, MemcgView},
     memmap::{DescClass, Found, PageType, TAIL_WORDS_ORDER, Word},
     memory_failure::{FailedPage, MemoryFailure, MfResult},
     mm::Mm,

@@ -100,6 +100,8 @@ pub mod classes {
         ZS_POOLS = "zs_pools", Sleep;
         /// The list of caches.
         SLAB_MUTEX = "slab_mutex", Sleep;
+        /// Who makes memory cgroups.
+        MEMCG = "memcg", Sleep;
     }
 }
 

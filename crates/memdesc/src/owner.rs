@@ -13,6 +13,7 @@ use crate::desc::{Folio, FolioFlags, Held, PtDesc, Put, Slab, VmArea, ZsDesc};
 use crate::error::AllocError;
 use crate::gfp::{self, Flags};
 use crate::inline::{Facts, Offline, Poisoned, Reserved};
+use crate::memcg::MemcgStat;
 use crate::memmap::{DescClass, Found, PageType, Word};
 use crate::mm::{BuiltIn, Mm};
 use crate::page_alloc::MigrateType;
@@ -186,18 +187,36 @@ impl<P: Platform> Mm<P> {
         gfp: Flags,
         order: usize,
     ) -> Result<Pfn, AllocError> {
+        if gfp.contains(gfp::__GFP_ACCOUNT) {
+            let (memcg, stat) = (self.active_memcg(), MemcgStat::Kernel);
+            return self.alloc_charged(memcg, gfp, order, stat, |memcg| {
+                self.new_pages(node, gfp, order, memcg)
+            });
+        }
+        self.new_pages(node, gfp, order, 0)
+    }
+
+    #[inline]
+    fn new_pages(
+        &self,
+        node: Option<usize>,
+        gfp: Flags,
+        order: usize,
+        memcg: u16,
+    ) -> Result<Pfn, AllocError> {
         let block = self
             .pages
             .alloc_block(PageType::Bare, gfp, order, node, self)?;
-        self.pages
-            .map
-            .publish_block(block.pfn, block.word.to_owned(PageType::Bare));
+        let word = block.word.to_owned(PageType::Bare);
+        let word = self.pages.set_memcg(word, memcg);
+        self.pages.map.publish_block(block.pfn, word);
         Ok(block.pfn)
     }
 
     /// Pages under a descriptor that the caller brings (`alloc_pages_desc` of seed 000): every page of the block will lead
     /// to it. The descriptor is given up to the memory manager until [`free_pages`](Self::free_pages), which then owns it:
-    /// its memory serves as the free block's `struct buddy` and goes back to its cache one day.
+    /// its memory serves as the free block's `struct buddy` and goes back to its cache one day. Never charged: what such a descriptor says is
+    /// the kernel's.
     ///
     /// # Safety
     ///
@@ -242,6 +261,20 @@ impl<P: Platform> Mm<P> {
         order: usize,
         kind: FolioKind,
     ) -> Result<Pfn, AllocError> {
+        if gfp.contains(gfp::__GFP_ACCOUNT) {
+            return self.alloc_folio_memcg(gfp, order, kind, self.active_memcg());
+        }
+        self.new_folio(gfp, order, kind, 0)
+    }
+
+    #[inline]
+    pub(crate) fn new_folio(
+        &self,
+        gfp: Flags,
+        order: usize,
+        kind: FolioKind,
+        memcg: u16,
+    ) -> Result<Pfn, AllocError> {
         let (kind, class) = match kind {
             FolioKind::File => (PageType::File, DescClass::File),
             FolioKind::Anon => (PageType::Anon, DescClass::Anon),
@@ -250,6 +283,7 @@ impl<P: Platform> Mm<P> {
         let block = self.pages.alloc_block(kind, gfp, order, None, self)?;
         let word = self.own_block(block, class, kind, Some(gfp))?;
         self.folio_at(word.desc()).init(block.pfn);
+        let word = self.pages.set_memcg(word, memcg);
         // Only the head's word: those of the tails count how often each is mapped.
         self.pages.map.word(block.pfn).publish(word);
         Ok(block.pfn)
@@ -263,11 +297,35 @@ impl<P: Platform> Mm<P> {
     #[inline]
     #[track_caller]
     pub fn alloc_page_table(&self, gfp: Flags, order: usize) -> Result<Pfn, AllocError> {
+        if gfp.contains(gfp::__GFP_ACCOUNT) {
+            return self.alloc_page_table_memcg(gfp, order, self.active_memcg());
+        }
+        self.new_page_table(gfp, order, 0)
+    }
+
+    /// The same, charged to this group; 0 for nobody.
+    pub(crate) fn alloc_page_table_memcg(
+        &self,
+        gfp: Flags,
+        order: usize,
+        memcg: u16,
+    ) -> Result<Pfn, AllocError> {
+        if memcg == 0 {
+            return self.new_page_table(gfp, order, 0);
+        }
+        self.alloc_charged(memcg, gfp, order, MemcgStat::PageTables, |memcg| {
+            self.new_page_table(gfp, order, memcg)
+        })
+    }
+
+    #[inline]
+    fn new_page_table(&self, gfp: Flags, order: usize, memcg: u16) -> Result<Pfn, AllocError> {
         let block = self
             .pages
             .alloc_block(PageType::PageTable, gfp, order, None, self)?;
         let word = self.own_block(block, DescClass::PtDesc, PageType::PageTable, Some(gfp))?;
         self.ptdesc_at(word.desc()).init();
+        let word = self.pages.set_memcg(word, memcg);
         self.pages.map.publish_block(block.pfn, word);
         Ok(block.pfn)
     }
@@ -277,15 +335,16 @@ impl<P: Platform> Mm<P> {
     #[track_caller]
     pub fn alloc_pages_bulk(&self, gfp: Flags, out: &mut [Pfn]) -> usize {
         let mut n = 0;
+        // Charged one by one.
+        let at_once = !gfp.contains(gfp::__GFP_ACCOUNT) || self.active_memcg() == 0;
         while n < out.len() {
-            let taken = self
-                .pages
-                .alloc_bulk(PageType::Bare, gfp, out.len() - n, |block| {
-                    let word = block.word.to_owned(PageType::Bare);
-                    self.pages.map.publish_block(block.pfn, word);
-                    out[n] = block.pfn;
-                    n += 1;
-                });
+            let most = if at_once { out.len() - n } else { 0 };
+            let taken = self.pages.alloc_bulk(PageType::Bare, gfp, most, |block| {
+                let word = block.word.to_owned(PageType::Bare);
+                self.pages.map.publish_block(block.pfn, word);
+                out[n] = block.pfn;
+                n += 1;
+            });
             if taken == 0 {
                 // Empty: one by the ordinary way, which refills the list.
                 match self.alloc_pages(gfp, 0) {
@@ -339,6 +398,7 @@ impl<P: Platform> Mm<P> {
         if word.kind() != PageType::Bare {
             return Err(AllocError::Busy);
         }
+        let memcg = self.pages.memcg_of(word);
         let class = match kind {
             PageType::Anon => DescClass::Anon,
             PageType::File | PageType::Driver => DescClass::File,
@@ -352,6 +412,7 @@ impl<P: Platform> Mm<P> {
         };
         if new.is_counted() {
             self.folio_at(new.desc()).init(pfn);
+            let new = self.memcg_retype(word, new, memcg);
             let region = self.pages.map.region(pfn);
             region.inspect(|r| r.clear_tails(pfn, new.order()));
             self.pages.map.word(pfn).publish(new);
@@ -359,6 +420,7 @@ impl<P: Platform> Mm<P> {
             if class == DescClass::PtDesc {
                 self.ptdesc_at(new.desc()).init();
             }
+            let new = self.memcg_retype(word, new, memcg);
             self.pages.map.publish_block(pfn, new);
         }
         let pin = self.pages.pin();

@@ -40,6 +40,8 @@ pub enum FaultPoint {
     ZsHandles,
     /// A pool wants a page for a new zspage.
     ZsPage,
+    /// A memory cgroup is to be charged.
+    Charge,
 }
 
 /// In what code runs.
@@ -251,6 +253,14 @@ pub unsafe trait Platform: Sync {
     /// (`SIGBUS`, `BUS_MCEERR_AO`). An entry that says so is in its place. Called from [`Mm::memory_failure`](crate::Mm::memory_failure) with the folio and the list of who
     /// maps it locked: takes note, and sends the signal.
     fn memory_failure_notify(&self, _asid: u64, _address: u64, _pfn: Pfn) {}
+
+    /// The memory cgroup that the caller's allocations with `__GFP_ACCOUNT` are charged to: a number of [`MemCgroup::id`](crate::MemCgroup::id) that is kept as
+    /// long as this says so, by its handle; 0 for nobody (`current`'s, or what `set_active_memcg` said). Asked only once there are groups. From any
+    /// context: in an interrupt it is best nobody.
+    #[inline]
+    fn current_memcg(&self) -> u16 {
+        0
+    }
 
     /// Should the allocation at this point fail? For tests. From any context.
     #[inline]

@@ -33,6 +33,8 @@ pub enum Corruption {
     PagePoison(PageDamage),
     /// Freed while somebody reads or writes it.
     InUse,
+    /// More was to be taken back from a memory cgroup than was charged to it.
+    Uncharged,
 }
 
 impl Corruption {
@@ -47,6 +49,7 @@ impl Corruption {
             Corruption::RedzoneLeft => "left redzone overwritten",
             Corruption::RedzoneRight => "right redzone overwritten",
             Corruption::Poison => "written after free",
+            Corruption::Uncharged => "uncharged without having been charged",
             Corruption::ObjectsLeft => "cache destroyed with live objects",
             Corruption::PagePoison(damage) if damage.single_bit => {
                 "single bit error in a free page"

@@ -12,6 +12,7 @@ use crate::address::Pfn;
 use crate::desc::{Folio, FolioFlags, Held, Place};
 use crate::folio::LruList;
 use crate::gfp;
+use crate::memcg::Group;
 use crate::memmap::PageType;
 use crate::mm::Mm;
 use crate::mmap::Unmap;
@@ -35,6 +36,16 @@ enum Verdict {
 impl<P: Platform> Mm<P> {
     /// Makes file memory free, of all nodes (`shrink_zones`); says how many pages. Each attempt looks at more.
     pub(crate) fn shrink_lru(&self, request: &ReclaimRequest) -> usize {
+        self.shrink_nodes(request, None)
+    }
+
+    /// The same of what is charged to a group and to those below it. Others' folios are passed over: they keep their order, and whether they are
+    /// active.
+    pub(crate) fn shrink_lru_of(&self, request: &ReclaimRequest, group: &Group) -> usize {
+        self.shrink_nodes(request, Some(group))
+    }
+
+    fn shrink_nodes(&self, request: &ReclaimRequest, of: Option<&Group>) -> usize {
         if !request.gfp.contains(gfp::__GFP_IO) {
             return 0;
         }
@@ -42,7 +53,8 @@ impl<P: Platform> Mm<P> {
         let may_write = request.gfp.contains(gfp::__GFP_FS);
         let mut freed = 0;
         for node in 0..self.lru_nodes() {
-            freed += self.shrink_node(node, wanted - freed.min(wanted), request.attempt, may_write);
+            let missing = wanted - freed.min(wanted);
+            freed += self.shrink_node(node, missing, request.attempt, may_write, of);
             if freed >= wanted {
                 break;
             }
@@ -76,7 +88,7 @@ impl<P: Platform> Mm<P> {
             while self.pages.zones.iter().any(low) {
                 let mut now = 0;
                 for node in 0..self.lru_nodes() {
-                    now += self.shrink_node(node, BATCH as usize, attempt, true);
+                    now += self.shrink_node(node, BATCH as usize, attempt, true, None);
                 }
                 freed += now;
                 self.drain_all();
@@ -88,19 +100,38 @@ impl<P: Platform> Mm<P> {
         freed
     }
 
-    fn shrink_node(&self, node: usize, wanted: usize, attempt: u32, may_write: bool) -> usize {
+    fn shrink_node(
+        &self,
+        node: usize,
+        wanted: usize,
+        attempt: u32,
+        may_write: bool,
+        of: Option<&Group>,
+    ) -> usize {
         let mut freed = 0;
         // At the fourth attempt all of the list, at the first an eighth.
         let view = self.lru_view(node);
-        let share = view.folios[LruList::InactiveFile as usize] >> 3u32.saturating_sub(attempt);
+        let inactive = view.folios[LruList::InactiveFile as usize];
+        let share = inactive >> 3u32.saturating_sub(attempt);
         let mut budget = share.max(u64::from(BATCH));
+        if of.is_some() {
+            // A group's folios are anywhere: once round each list, and its active ones when its inactive ones were not enough.
+            let active = view.folios[LruList::ActiveFile as usize];
+            let mut ages = if attempt > 0 { active } else { 0 };
+            budget = inactive;
+            while ages > 0 {
+                self.shrink_active(node, of);
+                ages = ages.saturating_sub(u64::from(BATCH));
+                budget += u64::from(BATCH);
+            }
+        }
         while freed < wanted && budget > 0 {
             let view = self.lru_view(node);
             let inactive = view.pages[LruList::InactiveFile as usize];
-            if inactive <= view.pages[LruList::ActiveFile as usize] {
-                self.shrink_active(node);
+            if of.is_none() && inactive <= view.pages[LruList::ActiveFile as usize] {
+                self.shrink_active(node, None);
             }
-            let (scanned, now) = self.shrink_inactive(node, may_write);
+            let (scanned, now) = self.shrink_inactive(node, may_write, of);
             freed += now;
             if scanned == 0 {
                 break;
@@ -114,25 +145,32 @@ impl<P: Platform> Mm<P> {
     }
 
     /// The oldest of the active list go to the inactive one (`shrink_active_list`); they show there whether they are in use.
-    fn shrink_active(&self, node: usize) {
+    fn shrink_active(&self, node: usize, of: Option<&Group>) {
         let mut taken = self.lru_isolate_oldest(node, LruList::ActiveFile, BATCH);
         while let Some(head) = taken.pop(&self.pages.map) {
             let folio = self.folio_of(head);
-            folio.clear_flag(FolioFlags::ACTIVE);
+            if self.is_charged_within(head, of) {
+                folio.clear_flag(FolioFlags::ACTIVE);
+            }
             self.lru_insert(folio, head, false);
             self.folio_put(folio, head, Held::REF);
         }
     }
 
     /// Looks at the oldest of the inactive list: how many, and how many pages went.
-    fn shrink_inactive(&self, node: usize, may_write: bool) -> (u32, usize) {
+    fn shrink_inactive(&self, node: usize, may_write: bool, of: Option<&Group>) -> (u32, usize) {
         let mut taken = self.lru_isolate_oldest(node, LruList::InactiveFile, BATCH);
         let scanned = taken.scanned;
         let mut freed = 0;
         while let Some(head) = taken.pop(&self.pages.map) {
             let folio = self.folio_of(head);
             let order = self.pages.map.word(head).load_owned().order();
-            match self.try_to_free(folio, head, may_write) {
+            let verdict = if self.is_charged_within(head, of) {
+                self.try_to_free(folio, head, may_write)
+            } else {
+                Verdict::Keep
+            };
+            match verdict {
                 Verdict::Freed => {
                     freed += 1 << order;
                     continue;
@@ -149,6 +187,14 @@ impl<P: Platform> Mm<P> {
         let stats = self.pages.stats(&pin);
         stats.add(&pin, Event::PgScan, u64::from(scanned));
         (scanned, freed)
+    }
+
+    /// Is an isolated folio charged to this group, or to one below it? Without a group any is.
+    fn is_charged_within(&self, head: Pfn, of: Option<&Group>) -> bool {
+        let Some(top) = of else { return true };
+        let memcg = self.pages.memcg_of(self.pages.map.word(head).load_owned());
+        let group = self.pages.memcg.get(memcg);
+        group.is_some_and(|group| group.is_within(top))
     }
 
     /// One folio, isolated, with the isolator's reference, which goes with it if it goes (`shrink_folio_list`).

@@ -15,7 +15,7 @@ use crate::sync::atomic::{AtomicU32, Ordering};
 /// # Invariants
 ///
 /// While the block is in a zone's free list: both neighbours, under the zone lock. In a per-CPU list: `next`
-/// only, under that CPU's lock. While pages are handed out: the owner's.
+/// only, under that CPU's lock. While pages are handed out: the owner's, but for `prev` of pages that are charged.
 #[derive(Debug)]
 #[repr(C, align(8))]
 pub(crate) struct Buddy {
@@ -52,6 +52,18 @@ impl Buddy {
         let low = u64::from(self.next.load(Ordering::Relaxed));
         let high = u64::from(self.prev.load(Ordering::Relaxed));
         PhysAddr((high << 32 | low) << 3)
+    }
+
+    /// Whom the pages are charged to, if their word says that they are. It lies where links are backward ones, which nothing has that is handed
+    /// out: what waits for a grace period is linked forward only.
+    #[inline]
+    pub(crate) fn memcg(&self) -> u16 {
+        self.prev.load(Ordering::Relaxed) as u16
+    }
+
+    #[inline]
+    pub(crate) fn set_memcg(&self, memcg: u16) {
+        self.prev.store(u32::from(memcg), Ordering::Relaxed);
     }
 
     /// Has them hold an address, of something 8-byte aligned.

@@ -14,13 +14,13 @@
 //! | 56 | of its subtree: first start, last end, largest hole |
 //! | 68 | pages mapped |
 //! | 72 | up to [`INLINE`] blocks: a kernel stack needs no list |
-//! | 88 | height in the tree, order of the blocks, kind, state, guards before, has an owner |
+//! | 88 | height in the tree, order of the blocks, kind, state, guards before, has an owner, whom it is charged to |
 
 use core::fmt;
 use core::panic::Location;
 
 use crate::address::Pfn;
-use crate::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicPtr, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 /// So many blocks are listed in the descriptor itself.
 pub(crate) const INLINE: usize = 4;
@@ -93,7 +93,7 @@ pub struct VmArea {
     state: AtomicU8,
     lead: AtomicU8,
     has_owner: AtomicU8,
-    _reserved: [u8; 2],
+    memcg: AtomicU16,
 }
 
 const _: () = assert!(size_of::<VmArea>() == 96);
@@ -118,6 +118,21 @@ impl VmArea {
         self.pages.store(0, Ordering::Relaxed);
         self.set_caller(caller);
         self.set_owner(None);
+        self.memcg.store(0, Ordering::Relaxed);
+    }
+
+    /// Whom it is charged to; 0 for nobody.
+    pub fn memcg(&self) -> u16 {
+        self.memcg.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_memcg(&self, memcg: u16) {
+        self.memcg.store(memcg, Ordering::Relaxed);
+    }
+
+    /// The charge is taken back: by whom, if there is one.
+    pub(crate) fn take_memcg(&self) -> u16 {
+        self.memcg.swap(0, Ordering::AcqRel)
     }
 
     /// Gives it its addresses, as pages from the start of the range.

@@ -19,7 +19,8 @@ impl<'m, P: Platform> Mapping<'m, P> {
     ///
     /// Why it could not be had.
     pub fn get(&self, index: u64) -> Result<FolioRef<'m, P>, FileError> {
-        self.mm.filemap_get(self.core(), index)
+        self.mm
+            .filemap_get(self.core(), index, self.mm.active_memcg())
     }
 
     /// The folio with this page of the file, if it is there (`filemap_get_folio`): a look-up without a lock.
@@ -131,23 +132,24 @@ impl<P: Platform> Mm<P> {
         }
     }
 
-    /// As [`Mapping::get`].
+    /// As [`Mapping::get`]. What has to be brought in is charged to the mapping's group, or if it has none to `memcg`.
     pub(crate) fn filemap_get(
         &self,
         mapping: &MappingCore,
         index: u64,
+        memcg: u16,
     ) -> Result<FolioRef<'_, P>, FileError> {
         loop {
             if index >= mapping.size.load(Ordering::Relaxed) {
                 return Err(FileError::End);
             }
             let Some(folio) = self.filemap_find(mapping, index) else {
-                self.readahead(mapping, index)?;
+                self.readahead(mapping, index, memcg)?;
                 continue;
             };
             if folio.has_flag(FolioFlags::READAHEAD) && folio.clear_flag(FolioFlags::READAHEAD) {
                 // The reader is in the middle of what was read ahead: the next window, if there is memory.
-                let _ = self.readahead(mapping, mapping.ra_next.load(Ordering::Relaxed));
+                let _ = self.readahead(mapping, mapping.ra_next.load(Ordering::Relaxed), memcg);
             }
             if !folio.has_flag(FolioFlags::UPTODATE) {
                 // Somebody reads it in, or failed to.

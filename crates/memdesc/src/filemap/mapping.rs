@@ -7,10 +7,11 @@ use crate::address::{Pfn, PhysAddr};
 use crate::error::AllocError;
 use crate::gfp;
 use crate::lockdep::classes;
+use crate::memcg::MemCgroup;
 use crate::mm::{BuiltIn, Mm};
 use crate::mmap::VmaList;
 use crate::platform::{Holder, Platform};
-use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 use crate::sync::{SpinGuard, SpinLock};
 use crate::xarray::{MAX_INDEX, Node, NodeSource, Nodes, XArray};
 
@@ -84,6 +85,8 @@ pub(crate) struct MappingCore {
     pub(super) ra_pages: AtomicU32,
     /// Something that was written to the file was lost, and nobody was told yet.
     error: AtomicU32,
+    /// Whom its pages are charged to, if not to who wants them first; pinned.
+    pub(super) memcg: AtomicU16,
     /// Outlives the memory manager's borrow in the handle and in the address spaces, which keep it.
     pub(super) ops: *const dyn MappingOps,
 }
@@ -161,6 +164,7 @@ impl<'m, P: Platform> Mapping<'m, P> {
                 ra_next: AtomicU64::new(0),
                 ra_pages: AtomicU32::new(0),
                 error: AtomicU32::new(0),
+                memcg: AtomicU16::new(0),
                 ops,
             });
         }
@@ -174,6 +178,31 @@ impl<'m, P: Platform> Mapping<'m, P> {
 
     pub(crate) fn core_ptr(&self) -> NonNull<MappingCore> {
         self.core
+    }
+
+    /// Charges what is brought in from here on to this group, which stays until the file goes, as a zombie if need be. Without a group, as at first, whoever
+    /// wants a page first is charged: an address space's group for its faults, else [`Platform::current_memcg`].
+    ///
+    /// # Errors
+    ///
+    /// [`AllocError::TooMany`] if too many keep the group.
+    ///
+    /// # Panics
+    ///
+    /// If the group belongs to another memory manager.
+    pub fn set_memcg(&self, group: Option<&MemCgroup<'m, P>>) -> Result<(), AllocError> {
+        assert!(
+            group.is_none_or(|group| group.is_of(self.mm)),
+            "another memory manager's group"
+        );
+        if group.is_some_and(|group| !group.group().counter.pin()) {
+            return Err(AllocError::TooMany);
+        }
+        let memcg = group.map_or(0, MemCgroup::id);
+        let before = self.core().memcg.swap(memcg, Ordering::AcqRel);
+        // Who read it just now may charge somebody else: see `memcg::group`.
+        self.mm.pages.memcg.unpin(before);
+        Ok(())
     }
 
     /// Pages in the cache.
@@ -262,6 +291,7 @@ impl<P: Platform> Mm<P> {
             // only a folio that belongs to it. He is done with both when he lets go.
             drop(self.i_pages(core));
             debug_assert!(core.nrpages.load(Ordering::Relaxed) == 0 && core.pages.is_empty());
+            self.pages.memcg.unpin(core.memcg.load(Ordering::Relaxed));
             // SAFETY: from `kmalloc`; no folio, no area and no handle leads here any more.
             unsafe { self.kfree(mapping.cast()) };
         }

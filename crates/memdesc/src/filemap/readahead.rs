@@ -27,14 +27,20 @@ impl<P: Platform> Mapping<'_, P> {
     ///
     /// Why the first page could not be had.
     pub fn will_need(&self, index: u64, pages: u32) -> Result<(), FileError> {
+        let memcg = self.mm.active_memcg();
         self.mm
-            .read_window(self.core(), index, pages, LARGEST_ORDER)
+            .read_window(self.core(), index, pages, LARGEST_ORDER, memcg)
     }
 }
 
 impl<P: Platform> Mm<P> {
     /// Brings in the page that is wanted, and what is likely wanted next.
-    pub(super) fn readahead(&self, mapping: &MappingCore, index: u64) -> Result<(), FileError> {
+    pub(super) fn readahead(
+        &self,
+        mapping: &MappingCore,
+        index: u64,
+        memcg: u16,
+    ) -> Result<(), FileError> {
         let sequential = mapping.ra_next.load(Ordering::Relaxed) == index;
         let before = mapping.ra_pages.load(Ordering::Relaxed);
         let window = match (sequential, before) {
@@ -48,7 +54,7 @@ impl<P: Platform> Mm<P> {
             .store(index + u64::from(window), Ordering::Relaxed);
         // Folios a quarter of the window at most, so that the mark comes in its middle.
         let order = (window / 4).max(1).ilog2() as usize;
-        self.read_window(mapping, index, window, order)
+        self.read_window(mapping, index, window, order, memcg)
     }
 
     /// Brings in pages that are missing, in folios of up to `order`. An error counts for the first page only.
@@ -58,7 +64,12 @@ impl<P: Platform> Mm<P> {
         index: u64,
         pages: u32,
         order: usize,
+        memcg: u16,
     ) -> Result<(), FileError> {
+        let memcg = match mapping.memcg.load(Ordering::Acquire) {
+            0 => memcg,
+            own => own,
+        };
         let size = mapping.size.load(Ordering::Relaxed);
         let end = index.saturating_add(u64::from(pages)).min(size);
         if index >= end {
@@ -76,6 +87,7 @@ impl<P: Platform> Mm<P> {
                     at,
                     this,
                     at <= middle && middle < at + (1 << this) && pages > 1,
+                    memcg,
                 ) {
                     Ok(()) => break,
                     // Something is there already: that is what was wanted, or a smaller folio fits.
@@ -98,13 +110,14 @@ impl<P: Platform> Mm<P> {
         index: u64,
         order: usize,
         mark: bool,
+        memcg: u16,
     ) -> Result<(), FileError> {
         let flags = if order > 0 {
             gfp::GFP_HIGHUSER_MOVABLE | gfp::__GFP_NORETRY | gfp::__GFP_NOWARN
         } else {
             gfp::GFP_HIGHUSER_MOVABLE
         };
-        let head = self.alloc_folio(flags, order, FolioKind::File)?;
+        let head = self.alloc_folio_memcg(flags, order, FolioKind::File, memcg)?;
         let folio = self.folio_of(head);
         let locked = self.folio_lock(folio);
         if let Err(why) = self.filemap_add(mapping, folio, head, order, index) {

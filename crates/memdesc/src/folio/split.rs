@@ -71,11 +71,12 @@ impl<P: Platform> Mm<P> {
             let new = self.folio_at(desc);
             new.freeze_new();
             new.init_part(folio, u64::from(nth) << to, part);
-            map.word(part)
-                .publish(Word::described(kind, to, desc, class));
+            // Charged, if the whole is.
+            let new = Word::described(kind, to, desc, class).with_number(word.number());
+            map.word(part).publish(new);
         }
-        map.word(head)
-            .publish(Word::described(kind, to, word.desc(), word.class()));
+        let rest = Word::described(kind, to, word.desc(), word.class());
+        map.word(head).publish(rest.with_number(word.number()));
     }
 
     /// Splits a folio that the caller alone has, mapped nowhere and in no mapping, into folios of order `to`, each of them his

@@ -217,7 +217,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
             None => {
                 // They are welcome, so worth one attempt at compaction (`defrag=madvise`).
                 let flags = gfp::GFP_TRANSHUGE | gfp::__GFP_NORETRY | gfp::__GFP_ZERO;
-                let Ok(head) = mm.alloc_folio(flags, HUGE_ORDER, FolioKind::Anon) else {
+                let Ok(head) = self.new_anon(flags, HUGE_ORDER) else {
                     return Ok(None);
                 };
                 let folio = mm.folio_of(head);
@@ -242,7 +242,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
             }
         };
         let folio = mm.folio_of(head);
-        let deposit = match mm.new_table(Self::gfp(), self.core().asid, 1, base) {
+        let deposit = match mm.new_table(Self::gfp(), self.core().asid, 1, base, self.memcg()) {
             Ok(table) => table,
             Err(why) => {
                 mm.folio_put(folio, head, Held::REF);
@@ -286,6 +286,12 @@ impl<'m, P: Platform> MmStruct<'m, P> {
         Ok(step)
     }
 
+    /// An anonymous folio, charged to the space's group.
+    fn new_anon(&self, gfp: gfp::Flags, order: usize) -> Result<Pfn, AllocError> {
+        self.mm
+            .alloc_folio_memcg(gfp, order, FolioKind::Anon, self.memcg())
+    }
+
     /// Anonymous memory for an address that has none (`do_anonymous_page`): 64 KiB if they are welcome and fit, else a page.
     fn map_anon(
         &self,
@@ -299,14 +305,14 @@ impl<'m, P: Platform> MmStruct<'m, P> {
         if vma.flags().contains(VmFlags::LARGE) && base >= vma.start() && base + large <= vma.end()
         {
             let light = gfp::GFP_TRANSHUGE_LIGHT | gfp::__GFP_ZERO;
-            if let Ok(head) = self.mm.alloc_folio(light, LARGE_ORDER, FolioKind::Anon)
+            if let Ok(head) = self.new_anon(light, LARGE_ORDER)
                 && self.enter_anon(vma, slot, head, LARGE_ORDER, base, addr, write)
             {
                 return Ok(Step::Done);
             }
         }
         let flags = gfp::GFP_HIGHUSER_MOVABLE | gfp::__GFP_ZERO;
-        let head = self.mm.alloc_folio(flags, 0, FolioKind::Anon)?;
+        let head = self.new_anon(flags, 0)?;
         if self.enter_anon(vma, slot, head, 0, addr, addr, write) {
             Ok(Step::Done)
         } else {
@@ -376,10 +382,12 @@ impl<'m, P: Platform> MmStruct<'m, P> {
         // SAFETY: areas keep their mapping.
         let mapping = unsafe { mapping.as_ref() };
         let index = vma.index(addr);
-        let folio = mm.filemap_get(mapping, index).map_err(|why| match why {
-            FileError::Alloc(why) => FaultError::Oom(why),
-            FileError::End | FileError::Io => FaultError::Bus,
-        })?;
+        let folio = mm
+            .filemap_get(mapping, index, self.memcg())
+            .map_err(|why| match why {
+                FileError::Alloc(why) => FaultError::Oom(why),
+                FileError::End | FileError::Io => FaultError::Bus,
+            })?;
         if write && vma.is_cow() {
             let page = folio.head().add((index - folio.index()) as u32);
             return self.copy_to(vma, slot, Entry::NONE, page, addr);
@@ -467,7 +475,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
         addr: u64,
     ) -> Result<Step, FaultError> {
         let (mm, core) = (self.mm, self.core());
-        let head = mm.alloc_folio(gfp::GFP_HIGHUSER_MOVABLE, 0, FolioKind::Anon)?;
+        let head = self.new_anon(gfp::GFP_HIGHUSER_MOVABLE, 0)?;
         let folio = mm.folio_of(head);
         folio.enter(mm.family_handle(core.family), addr / PAGE);
         mm.copy_pages(page, head, 0);

@@ -40,7 +40,8 @@ impl<'m, P: Platform> MmStruct<'m, P> {
     ///
     /// No memory; what was made of the child is gone then.
     pub fn fork(&self, asid: u64) -> Result<MmStruct<'m, P>, AllocError> {
-        let child = MmStruct::in_family(self.mm, asid, self.core().family, self.top())?;
+        let (family, memcg) = (self.core().family, self.memcg());
+        let child = MmStruct::in_family(self.mm, asid, family, self.top(), memcg)?;
         let _lock = self.write_lock();
         for vma in self.core().vmas() {
             let object = self.mm.kmalloc(size_of::<Vma>(), gfp::GFP_KERNEL)?;
@@ -105,7 +106,8 @@ impl<'m, P: Platform> MmStruct<'m, P> {
             Err(WalkError::Alloc(why)) => return Err(why),
             Err(WalkError::Huge) => unreachable!("a child's area is mapped once"),
         };
-        let deposit = mm.new_table(Self::gfp(), theirs.asid, 1, base)?;
+        let memcg = child.memcg();
+        let deposit = mm.new_table(Self::gfp(), theirs.asid, 1, base, memcg)?;
         let copied = {
             let _lock = mm.ptl(slot.table);
             let seen = slot.entry.load();
@@ -271,7 +273,8 @@ impl<'m, P: Platform> MmStruct<'m, P> {
         addr: u64,
     ) -> Result<bool, AllocError> {
         let mm = self.mm;
-        let head = mm.alloc_folio(gfp::GFP_HIGHUSER_MOVABLE, 0, FolioKind::Anon)?;
+        let (flags, memcg) = (gfp::GFP_HIGHUSER_MOVABLE, mm.memcg_of_table(theirs.root));
+        let head = mm.alloc_folio_memcg(flags, 0, FolioKind::Anon, memcg)?;
         let folio = mm.folio_of(head);
         folio.enter(mm.family_handle(theirs.family), addr / PAGE);
         let done = {

@@ -9,6 +9,7 @@ use crate::address::{PAGE_SIZE, Pfn};
 use crate::error::AllocError;
 use crate::gfp::{self, Flags};
 use crate::lockdep::classes;
+use crate::memcg::MemCgroup;
 use crate::mm::Mm;
 use crate::platform::{Holder, Platform};
 use crate::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
@@ -135,7 +136,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
     /// No memory.
     pub fn new(mm: &'m Mm<P>, asid: u64) -> Result<Self, AllocError> {
         let family = mm.family_new(gfp::GFP_KERNEL)?;
-        let space = Self::in_family(mm, asid, family, HIGHEST);
+        let space = Self::in_family(mm, asid, family, HIGHEST, mm.active_memcg());
         // A member has a reference of its own.
         mm.family_put(family);
         space
@@ -148,7 +149,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
     /// No memory.
     pub fn with_top(mm: &'m Mm<P>, asid: u64, top: u64) -> Result<Self, AllocError> {
         let family = mm.family_new(gfp::GFP_KERNEL)?;
-        let space = Self::in_family(mm, asid, family, top.min(HIGHEST));
+        let space = Self::in_family(mm, asid, family, top.min(HIGHEST), mm.active_memcg());
         mm.family_put(family);
         space
     }
@@ -159,8 +160,9 @@ impl<'m, P: Platform> MmStruct<'m, P> {
         asid: u64,
         family: NonNull<Family>,
         top: u64,
+        memcg: u16,
     ) -> Result<Self, AllocError> {
-        let root = mm.new_table(gfp::GFP_KERNEL, asid, 4, 0)?;
+        let root = mm.new_table(gfp::GFP_KERNEL, asid, 4, 0, memcg)?;
         let object = match mm.kmalloc(size_of::<SpaceCore>(), gfp::GFP_KERNEL) {
             Ok(object) => object,
             Err(why) => {
@@ -211,6 +213,32 @@ impl<'m, P: Platform> MmStruct<'m, P> {
     /// The number it was made with.
     pub fn asid(&self) -> u64 {
         self.core().asid
+    }
+
+    /// The group that its pages and tables are charged to; 0 for nobody. A new space begins with [`Platform::current_memcg`]'s, a forked one with its
+    /// parent's. The charge for the root of its tables keeps the group.
+    pub fn memcg(&self) -> u16 {
+        self.mm.memcg_of_table(self.root())
+    }
+
+    /// Charges to this group from here on, or to nobody. What it has stays charged as it is, but for the root of its tables, which goes along
+    /// (`mem_cgroup_attach_task`, without moving charges, as in the second version of cgroups).
+    ///
+    /// # Errors
+    ///
+    /// [`AllocError::Limit`] if not even the root fits. Everything is as it was then.
+    ///
+    /// # Panics
+    ///
+    /// If the group belongs to another memory manager.
+    pub fn set_memcg(&self, group: Option<&MemCgroup<'m, P>>) -> Result<(), AllocError> {
+        assert!(
+            group.is_none_or(|group| group.is_of(self.mm)),
+            "another memory manager's group"
+        );
+        let _lock = self.write_lock();
+        let memcg = group.map_or(0, MemCgroup::id);
+        self.mm.memcg_move_table(self.root(), memcg)
     }
 
     /// One past its highest address.

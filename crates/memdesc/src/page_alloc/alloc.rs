@@ -18,6 +18,7 @@ use crate::freepage::Services;
 use crate::freepage::reporting::Reporting;
 use crate::gfp::{self, Flags};
 use crate::lockdep::classes;
+use crate::memcg::Memcgs;
 use crate::memmap::{BootSlice, MemMap, PageType, Word};
 use crate::page_alloc::{MigrateType, ZoneType};
 use crate::platform::{FaultPoint, Holder, Pin, Platform, ReclaimRequest, might_lock, might_sleep};
@@ -104,6 +105,8 @@ pub(crate) struct PageAllocator<P> {
     pub(crate) pcps: BootSlice<PerCpuPages>,
     pub(crate) stats: BootSlice<CpuStats>,
     pub(crate) zonelists: [[ZoneList; ZoneType::COUNT]; MAX_NODES],
+    /// Whom pages are charged to.
+    pub(crate) memcg: Memcgs,
     /// Locks sleep ([`Config::preempt_rt`](crate::Config::preempt_rt)).
     pub(crate) rt: bool,
     /// What is done to free memory.

@@ -25,6 +25,12 @@ impl<P: Platform> PageAllocator<P> {
     #[inline]
     pub(crate) fn prep_free(&self, pfn: Pfn, word: Word) -> Word {
         let order = word.order();
+        // Whoever is charged for it no longer is.
+        let word = if word.number() != 0 {
+            self.uncharge_block(pfn, word)
+        } else {
+            word
+        };
         let contents = if self.services.on_free() {
             self.serve_free(pfn, order)
         } else {

@@ -73,18 +73,25 @@ impl<P: Platform> Mm<P> {
         self.ptdesc(table).lock.lock(holder)
     }
 
+    /// A table for this level; `memcg` is charged for it.
     pub(crate) fn new_table(
         &self,
         gfp: Flags,
         owner: u64,
         level: u8,
         addr: u64,
+        memcg: u16,
     ) -> Result<Pfn, AllocError> {
-        let table = self.alloc_page_table(gfp | gfp::__GFP_ZERO, 0)?;
+        let table = self.alloc_page_table_memcg(gfp | gfp::__GFP_ZERO, 0, memcg)?;
         let covers = if level == 4 { TOP } else { span(level + 1) };
         self.ptdesc(table)
             .set_owner(owner, level, addr & !(covers - 1));
         Ok(table)
+    }
+
+    /// Whom a table is charged to; all of a tree are charged to whom the root is.
+    pub(crate) fn memcg_of_table(&self, table: Pfn) -> u16 {
+        self.pages.memcg_of(self.pages.map.word(table).load_owned())
     }
 
     /// The entry for an address in the table of this level, if there is one: a walk without a lock. The caller is in a read section, or
@@ -124,7 +131,7 @@ impl<P: Platform> Mm<P> {
             let mut seen = entry.load();
             if seen.is_none() {
                 let new = self
-                    .new_table(gfp, owner, at - 1, addr)
+                    .new_table(gfp, owner, at - 1, addr, self.memcg_of_table(root))
                     .map_err(WalkError::Alloc)?;
                 let lock = self.ptl(table);
                 seen = entry.load();
@@ -223,7 +230,7 @@ impl<'m, P: Platform> PageTables<'m, P> {
     ///
     /// No memory.
     pub fn new(mm: &'m Mm<P>, gfp: Flags) -> Result<Self, AllocError> {
-        let root = mm.new_table(gfp, 0, 4, 0)?;
+        let root = mm.new_table(gfp, 0, 4, 0, mm.memcg_for(gfp))?;
         Ok(PageTables { mm, root })
     }
 

@@ -369,6 +369,15 @@ impl<P: Platform> Mm<P> {
         waiting: &[AtomicU64],
     ) -> usize {
         let map = &self.pages.map;
+        if core.flags.has_owners() {
+            for (i, word) in waiting.iter().enumerate() {
+                let mut bits = word.load(Ordering::Relaxed);
+                while bits != 0 {
+                    self.uncharge_index(core, slab, i * 64 + bits.trailing_zeros() as usize);
+                    bits &= bits - 1;
+                }
+            }
+        }
         if core.is_debug() {
             // One by one, each checked as ever.
             let mut freed = 0;

@@ -52,6 +52,10 @@ impl CacheFlags {
     /// Objects can be freed after a grace period by [`kfree_rcu_prepaid`](crate::Mm::kfree_rcu_prepaid), without a head, memory or
     /// waiting: 2 bits an object and 16 bytes a slab.
     pub const RCU_PREPAID: CacheFlags = CacheFlags(1 << 9);
+    /// Each object is charged to whom [`Platform::current_memcg`](crate::Platform::current_memcg) says (`SLAB_ACCOUNT`): 2 bytes an object for who that is.
+    pub const ACCOUNT: CacheFlags = CacheFlags(1 << 10);
+    /// Objects asked for with [`__GFP_ACCOUNT`](crate::gfp::__GFP_ACCOUNT) are charged, the others are not: 2 bytes an object.
+    pub const OWNERS: CacheFlags = CacheFlags(1 << 11);
     /// Slabs of single pages: the caches that the page allocator itself lives on.
     pub(crate) const SINGLE_PAGES: CacheFlags = CacheFlags(1 << 7);
 
@@ -88,6 +92,8 @@ impl fmt::Debug for CacheFlags {
             (Self::NO_SHEAVES, "-"),
             (Self::TYPESAFE_BY_RCU, "R"),
             (Self::RCU_PREPAID, "p"),
+            (Self::ACCOUNT, "C"),
+            (Self::OWNERS, "c"),
         ];
         f.write_str("slab flags ")?;
         names
@@ -129,6 +135,8 @@ pub(crate) struct Geometry {
     align: u32,
     /// Slabs have the bits of prepaid frees.
     prepaid: bool,
+    /// Slabs have a vector of whom objects are charged to.
+    owners: bool,
     /// `ceil(2^32 / size)`: a division by multiplication.
     reciprocal: u64,
 }
@@ -176,6 +184,7 @@ impl Geometry {
             link: if keeps { (size - lead - 8) as u32 } else { 0 },
             align: align as u32,
             prepaid: flags.contains(CacheFlags::RCU_PREPAID),
+            owners: flags.has_owners(),
             reciprocal: (1u64 << 32).div_ceil(size as u64),
         };
         let mut geometry = geometry.with_order(order);
@@ -195,14 +204,19 @@ impl Geometry {
         let (bytes, size) = (PAGE_SIZE << order, self.size as usize);
         let mut objects = bytes / size;
         let mut first = 0;
-        if objects > BITMAP_INLINE || self.prepaid {
+        if objects > BITMAP_INLINE || self.prepaid || self.owners {
             let header = |objects| {
                 let prepaid = if self.prepaid {
                     crate::rcu::prepaid::bytes(objects)
                 } else {
                     0
                 };
-                Slab::bitmap_bytes(objects) + prepaid
+                let owners = if self.owners {
+                    crate::memcg::owners_bytes(objects)
+                } else {
+                    0
+                };
+                Slab::bitmap_bytes(objects) + prepaid + owners
             };
             // The bits take the place of some objects.
             while objects > 0 && (first + objects * size > bytes || first < header(objects)) {

@@ -9,6 +9,7 @@ use super::object::Caller;
 use crate::address::{MAX_ORDER, PAGE_SHIFT, PAGE_SIZE, Pfn};
 use crate::error::AllocError;
 use crate::gfp::{self, Flags};
+use crate::memcg::{Charge, MemcgStat};
 use crate::memmap::{DescClass, Found, PageType};
 use crate::mm::Mm;
 use crate::page_alloc::nolock::Try;
@@ -17,6 +18,17 @@ use crate::report::Corruption;
 
 /// The largest size served by a cache; above it, pages.
 pub const KMALLOC_MAX_CACHE_SIZE: usize = 8192;
+
+/// The largest size that is charged as an object; above it, pages: their vector of owners costs nothing.
+const KMALLOC_MAX_CHARGED_SIZE: usize = 2048;
+
+/// Flags of requests that other caches serve.
+const NOT_NORMAL: Flags = Flags::from_bits(
+    gfp::__GFP_DMA.bits()
+        | gfp::__GFP_RECLAIMABLE.bits()
+        | gfp::__GFP_RCU_PREPAID.bits()
+        | gfp::__GFP_ACCOUNT.bits(),
+);
 
 /// The size classes.
 pub(crate) const CLASSES: [usize; 13] = [
@@ -32,11 +44,19 @@ pub(crate) enum Kind {
     Dma = 2,
     /// Objects whose deferred free is paid for.
     Prepaid = 3,
+    /// Objects that somebody is charged for. Their deferred free is paid for as well: their slabs have bits before the objects in any case.
+    Cgroup = 4,
 }
 
 impl Kind {
-    pub(crate) const COUNT: usize = 4;
-    pub(crate) const ALL: [Kind; 4] = [Kind::Normal, Kind::Reclaim, Kind::Dma, Kind::Prepaid];
+    pub(crate) const COUNT: usize = 5;
+    pub(crate) const ALL: [Kind; 5] = [
+        Kind::Normal,
+        Kind::Reclaim,
+        Kind::Dma,
+        Kind::Prepaid,
+        Kind::Cgroup,
+    ];
 
     pub(crate) const fn prefix(self) -> &'static str {
         match self {
@@ -44,6 +64,7 @@ impl Kind {
             Kind::Reclaim => "kmalloc-rcl-",
             Kind::Dma => "dma-kmalloc-",
             Kind::Prepaid => "kmalloc-rcu-",
+            Kind::Cgroup => "kmalloc-cg-",
         }
     }
 
@@ -111,25 +132,77 @@ impl<P: Platform> Mm<P> {
     ///
     /// # Errors
     ///
-    /// [`AllocError::BadSize`] for 0 and for more than 4 MiB; [`AllocError::NoZone`] for prepaid objects from ZONE_DMA; else why there was no
-    /// memory.
+    /// [`AllocError::BadSize`] for 0 and for more than 4 MiB; [`AllocError::NoZone`] for prepaid or charged objects from ZONE_DMA;
+    /// [`AllocError::Limit`] if it does not fit who is charged; else why there was no memory.
     #[inline]
     #[track_caller]
     pub fn kmalloc(&self, size: usize, gfp: Flags) -> Result<NonNull<u8>, AllocError> {
         let caller = Location::caller();
         match class_of(size) {
-            Some(_) if gfp.contains(gfp::__GFP_RCU_PREPAID | gfp::__GFP_DMA) => {
-                Err(AllocError::NoZone)
+            Some(class) if !gfp.intersects(NOT_NORMAL) => {
+                self.kmalloc_in(self.kmalloc_cache(Kind::Normal, class), size, gfp, caller)
             }
-            Some(class) => {
-                let core = self.kmalloc_cache(Kind::of(gfp), class);
-                if core.is_debug() {
-                    return self.kmalloc_debug(core, size, gfp, caller);
-                }
-                self.cache_alloc(core, gfp, caller)
-            }
+            Some(class) => self.kmalloc_other(class, size, gfp, caller),
             None if gfp.contains(gfp::__GFP_FAST_TRY) => self.try_large(size, gfp, Try::Lists),
             None => self.kmalloc_large(size, gfp),
+        }
+    }
+
+    #[inline]
+    fn kmalloc_in(
+        &self,
+        core: &CacheCore,
+        size: usize,
+        gfp: Flags,
+        caller: Caller,
+    ) -> Result<NonNull<u8>, AllocError> {
+        if core.is_debug() {
+            return self.kmalloc_debug(core, size, gfp, caller);
+        }
+        self.cache_alloc(core, gfp, caller)
+    }
+
+    /// What is not of the normal kind.
+    #[inline(never)]
+    fn kmalloc_other(
+        &self,
+        class: usize,
+        size: usize,
+        gfp: Flags,
+        caller: Caller,
+    ) -> Result<NonNull<u8>, AllocError> {
+        if gfp.contains(gfp::__GFP_RCU_PREPAID | gfp::__GFP_DMA) {
+            return Err(AllocError::NoZone);
+        }
+        let memcg = self.memcg_for(gfp);
+        if memcg == 0 {
+            return self.kmalloc_in(self.kmalloc_cache(Kind::of(gfp), class), size, gfp, caller);
+        }
+        if gfp.contains(gfp::__GFP_DMA) {
+            return Err(AllocError::NoZone);
+        }
+        if CLASSES[class] > KMALLOC_MAX_CHARGED_SIZE {
+            // The vector would take an object's place; pages are charged for nothing.
+            return if gfp.contains(gfp::__GFP_FAST_TRY) {
+                self.try_large(size, gfp, Try::Lists)
+            } else {
+                self.kmalloc_large(size, gfp)
+            };
+        }
+        let core = self.kmalloc_cache(Kind::Cgroup, class);
+        let charge = self.charge_object(core, memcg, gfp)?;
+        let object = self.kmalloc_in(core, size, gfp, caller)?;
+        self.keep_charge(core, object, charge);
+        Ok(object)
+    }
+
+    /// Whom an allocation with these flags is charged to.
+    #[inline]
+    pub(crate) fn memcg_for(&self, gfp: Flags) -> u16 {
+        if gfp.contains(gfp::__GFP_ACCOUNT) {
+            self.active_memcg()
+        } else {
+            0
         }
     }
 
@@ -159,10 +232,13 @@ impl<P: Platform> Mm<P> {
     #[inline(never)]
     fn kmalloc_large(&self, size: usize, gfp: Flags) -> Result<NonNull<u8>, AllocError> {
         let order = large_order(size)?;
+        let (memcg, stat) = (self.memcg_for(gfp), MemcgStat::Kernel);
+        let charge = self.charge_pages(memcg, gfp, order, stat)?;
         let block = self
             .pages
             .alloc_block(PageType::LargeKmalloc, gfp, order, None, self)?;
         let word = self.own_block(block, DescClass::Buddy, PageType::LargeKmalloc, Some(gfp))?;
+        let word = self.pages.set_memcg(word, charge.map_or(0, Charge::keep));
         self.pages.map.publish_block(block.pfn, word);
         let ptr = self.pages.map.virt(block.pfn.phys());
         NonNull::new(ptr).ok_or(AllocError::NoBlock)

@@ -106,7 +106,7 @@ impl<P: Platform> Mm<P> {
     ///
     /// # Errors
     ///
-    /// Why there was no memory.
+    /// Why there was no memory; [`AllocError::Limit`] and [`AllocError::NoOwners`] if it is to be charged and cannot be.
     ///
     /// # Panics
     ///
@@ -118,7 +118,11 @@ impl<P: Platform> Mm<P> {
         cache: &Cache<'_>,
         gfp: Flags,
     ) -> Result<NonNull<u8>, AllocError> {
-        self.cache_alloc(self.checked(cache), gfp, Location::caller())
+        let core = self.checked(cache);
+        if core.flags.has_owners() || gfp.contains(gfp::__GFP_ACCOUNT) {
+            return self.cache_alloc_charged(core, gfp, Location::caller());
+        }
+        self.cache_alloc(core, gfp, Location::caller())
     }
 
     /// Gives an object back (`kmem_cache_free`).
@@ -160,7 +164,12 @@ impl<P: Platform> Mm<P> {
         while n < out.len() {
             // By the slab, past the sheaf, where many are wanted.
             let rest = &mut out[n..];
-            let taken = if core.is_debug() || rest.len() < core.sheaves.capacity() / 2 {
+            let taken = if core.flags.has_owners() || gfp.contains(gfp::__GFP_ACCOUNT) {
+                self.cache_alloc_charged(core, gfp, caller).map(|object| {
+                    rest[0] = object.as_ptr();
+                    1
+                })
+            } else if core.is_debug() || rest.len() < core.sheaves.capacity() / 2 {
                 self.cache_alloc(core, gfp, caller).map(|object| {
                     rest[0] = object.as_ptr();
                     1
@@ -204,7 +213,8 @@ impl<P: Platform> Mm<P> {
         let core = self.checked(cache);
         let caller = Location::caller();
         let path = self.pages.free_path();
-        if core.is_debug() || objects.len() < core.sheaves.capacity() / 2 {
+        let one_by_one = core.is_debug() || core.flags.has_owners();
+        if one_by_one || objects.len() < core.sheaves.capacity() / 2 {
             for object in objects.iter().filter_map(|o| NonNull::new(*o)) {
                 self.cache_free(self.pages.free_path(), core, object, false, caller);
             }

@@ -17,6 +17,7 @@ use crate::desc::{DescList, Slab};
 use crate::error::AllocError;
 use crate::gfp::Flags;
 use crate::lockdep::classes;
+use crate::memcg::{Charge, MemcgStat};
 use crate::memmap::{DescClass, PageType, Word};
 use crate::mm::Mm;
 use crate::page_alloc::nolock::Try;
@@ -219,6 +220,9 @@ impl<P: Platform> Mm<P> {
 
     /// An object comes back, from any context.
     pub(crate) fn free_object_nolock(&self, core: &CacheCore, object: NonNull<u8>) {
+        if core.flags.has_owners() {
+            self.uncharge_object(core, object);
+        }
         let pin = Pin::try_new(&self.pages.platform);
         let stats = self.pages.any_stats(pin.as_ref());
         if core.sheaves.capacity() > 0
@@ -325,10 +329,20 @@ impl<P: Platform> Mm<P> {
         caller: Caller,
     ) -> Result<NonNull<u8>, AllocError> {
         let mut why = AllocError::Empty;
+        let memcg = self.memcg_for(gfp);
+        let kind = if memcg == 0 {
+            Kind::of(gfp)
+        } else {
+            Kind::Cgroup
+        };
         for class in class..CLASSES.len().min(class + 1 + LARGER) {
-            let core = self.kmalloc_cache(Kind::of(gfp), class);
+            let core = self.kmalloc_cache(kind, class);
+            let charge = self.charge_object(core, memcg, Flags::EMPTY)?;
             match self.cache_try_alloc(core, gfp, Try::Locks, caller) {
-                Ok(object) => return Ok(object),
+                Ok(object) => {
+                    self.keep_charge(core, object, charge);
+                    return Ok(object);
+                }
                 // What stood in the way first is the reason.
                 Err(new) if why == AllocError::Empty => why = new,
                 Err(_) => {}
@@ -345,10 +359,12 @@ impl<P: Platform> Mm<P> {
     ) -> Result<NonNull<u8>, AllocError> {
         let kind = PageType::LargeKmalloc;
         let order = large_order(size)?;
+        let (memcg, stat) = (self.memcg_for(gfp), MemcgStat::Kernel);
+        let charge = self.charge_pages(memcg, Flags::EMPTY, order, stat)?;
         let block = self.pages.try_block(kind, gfp, order, None, how, self)?;
-        self.pages
-            .map
-            .publish_block(block.pfn, block.word.to_owned(kind));
+        let word = block.word.to_owned(kind);
+        let word = self.pages.set_memcg(word, charge.map_or(0, Charge::keep));
+        self.pages.map.publish_block(block.pfn, word);
         let ptr = self.pages.map.virt(block.pfn.phys());
         NonNull::new(ptr).ok_or(AllocError::Empty)
     }
@@ -399,12 +415,14 @@ impl<P: Platform> Mm<P> {
         order: usize,
     ) -> Result<Pfn, AllocError> {
         let kind = PageType::Bare;
+        let (memcg, stat) = (self.memcg_for(gfp), MemcgStat::Kernel);
+        let charge = self.charge_pages(memcg, Flags::EMPTY, order, stat)?;
         let block = self
             .pages
             .try_block(kind, gfp, order, node, Try::Locks, self)?;
-        self.pages
-            .map
-            .publish_block(block.pfn, block.word.to_owned(kind));
+        let word = block.word.to_owned(kind);
+        let word = self.pages.set_memcg(word, charge.map_or(0, Charge::keep));
+        self.pages.map.publish_block(block.pfn, word);
         Ok(block.pfn)
     }
 

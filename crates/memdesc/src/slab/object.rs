@@ -246,6 +246,7 @@ impl<P: Platform> Mm<P> {
             self_described,
         );
         self.prepaid_init(core, slab);
+        self.owners_init(core, slab);
         if core.is_debug() || core.ctor.is_some() {
             let base = map.virt(pfn.phys());
             for index in 0..geometry.objects as usize {
@@ -283,6 +284,9 @@ impl<P: Platform> Mm<P> {
         caller: Caller,
     ) {
         might_lock(&self.pages.platform, &classes::SLAB_LISTS);
+        if core.flags.has_owners() {
+            self.uncharge_object(core, object);
+        }
         let pin = path.pin();
         let stats = self.pages.stats(pin);
         if core.role == Role::Objects {
@@ -338,7 +342,8 @@ impl<P: Platform> Mm<P> {
     /// Takes many objects of one cache back: into the sheaf as far as they fit, the rest straight to the slabs.
     pub(crate) fn cache_free_run(&self, core: &CacheCore, objects: &[*mut u8], caller: Caller) {
         let checked = cfg!(any(debug_assertions, feature = "checked"));
-        if core.is_debug() || core.sheaves.capacity() == 0 || checked {
+        let one_by_one = core.is_debug() || core.flags.has_owners() || checked;
+        if one_by_one || core.sheaves.capacity() == 0 {
             for object in objects.iter().filter_map(|o| NonNull::new(*o)) {
                 self.cache_free(self.pages.free_path(), core, object, false, caller);
             }

@@ -5,7 +5,6 @@
 
 use core::fmt;
 use core::ops::{Deref, DerefMut};
-use core::panic::Location;
 use core::ptr::NonNull;
 
 use super::cache::{Cache, CacheFlags, DestroyError};
@@ -50,10 +49,7 @@ impl<'m, P: Platform, T> KmemCache<'m, P, T> {
     /// Why there was no memory; the value comes back.
     #[track_caller]
     pub fn alloc(&self, gfp: Flags, value: T) -> Result<SlabBox<'_, P, T>, (AllocError, T)> {
-        match self
-            .mm
-            .cache_alloc(self.cache().core(), gfp, Location::caller())
-        {
+        match self.mm.kmem_cache_alloc(self.cache(), gfp) {
             Ok(object) => {
                 let ptr = object.cast::<T>();
                 // SAFETY: the object is ours, of `T`'s size and alignment.

@@ -38,6 +38,7 @@ use crate::address::{PAGE_SHIFT, PAGE_SIZE, PAGEBLOCK_ORDER, Pfn};
 use crate::desc::{VmArea, VmAreaKind};
 use crate::error::AllocError;
 use crate::gfp::{self, Flags};
+use crate::memcg::{Charge, area_stat};
 use crate::memmap::{BootSlice, Word};
 use crate::mm::Mm;
 use crate::platform::{Context, Platform, might_sleep};
@@ -222,9 +223,16 @@ impl<P: Platform> Mm<P> {
         }
         might_sleep(&self.pages.platform, "vmalloc");
         self.vfree_deferred();
+        let bytes = (want.pages * PAGE_SIZE) as u64;
+        let memcg = self.memcg_for(gfp);
+        let charge = self.memcg_charge(memcg, bytes, area_stat(want.kind), gfp)?;
         let area = self.new_area(want, gfp)?;
         match self.fill_area(area, want, gfp) {
-            Ok(()) => Ok(area),
+            Ok(()) => {
+                // SAFETY: just made, and nobody else's yet.
+                unsafe { area.as_ref() }.set_memcg(charge.map_or(0, Charge::keep));
+                Ok(area)
+            }
             Err(why) => {
                 self.undo_area(area);
                 Err(why)

@@ -7,6 +7,7 @@ use crate::address::{PAGE_SHIFT, PAGE_SIZE, Pfn};
 use crate::desc::{VMAREA_INLINE, VmArea, VmAreaKind};
 use crate::error::AllocError;
 use crate::gfp::Flags;
+use crate::memcg::area_stat;
 use crate::memmap::{PageType, Word};
 use crate::mm::{BuiltIn, Mm};
 use crate::owner::DescPtr;
@@ -160,6 +161,7 @@ impl<P: Platform> Mm<P> {
             self.pages.platform.vunmap(start, start + bytes);
             crate::inject::point("vmalloc: unmapped");
         }
+        self.uncharge_area(desc);
         if desc.kind() != VmAreaKind::Vmap {
             let mut index = 0;
             // SAFETY: as above.
@@ -171,6 +173,18 @@ impl<P: Platform> Mm<P> {
         }
         crate::inject::point("vmalloc: empty");
         self.free_list(desc);
+    }
+
+    /// Whoever is charged for the area no longer is. Of an area that is the caller's.
+    pub(super) fn uncharge_area(&self, desc: &VmArea) {
+        let memcg = desc.take_memcg();
+        if memcg != 0 {
+            let bytes = (desc.pages() * PAGE_SIZE) as u64;
+            let address = self.vmalloc.mapped(desc).0.addr();
+            let of = (Pfn::NONE, Word::ZERO, address);
+            self.pages
+                .memcg_uncharge(memcg, bytes, area_stat(desc.kind()), of);
+        }
     }
 
     fn free_list(&self, desc: &VmArea) {

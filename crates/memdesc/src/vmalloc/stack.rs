@@ -12,6 +12,7 @@ use crate::address::{PAGE_SHIFT, PAGE_SIZE};
 use crate::desc::{VmArea, VmAreaKind};
 use crate::error::AllocError;
 use crate::gfp::{self, GFP_KERNEL};
+use crate::memcg::{Charge, MemcgStat};
 use crate::mm::Mm;
 use crate::platform::{Pin, Platform, might_sleep};
 use crate::sync::atomic::{AtomicPtr, Ordering};
@@ -133,6 +134,9 @@ impl<P: Platform> Mm<P> {
             return Err(AllocError::BadSize);
         }
         might_sleep(&self.pages.platform, "alloc_kernel_stack");
+        // Also of one that is kept from before: it was nobody's.
+        let (memcg, bytes) = (self.active_memcg(), (pages * PAGE_SIZE) as u64);
+        let charge = self.memcg_charge(memcg, bytes, MemcgStat::KernelStack, GFP_KERNEL)?;
         let cpu = self.pages.pin().cpu();
         let cached = self.vmalloc.stacks[cpu].take(
             |area| area.pages() == pages,
@@ -162,6 +166,7 @@ impl<P: Platform> Mm<P> {
             // SAFETY: mapped, and ours alone.
             unsafe { bottom.write_bytes(0, size) };
         }
+        desc.set_memcg(charge.map_or(0, Charge::keep));
         Ok(KernelStack { area, bottom, size })
     }
 
@@ -176,7 +181,9 @@ impl<P: Platform> Mm<P> {
     /// Any, as [`vfree`](Self::vfree).
     pub unsafe fn free_kernel_stack(&self, stack: KernelStack) {
         // SAFETY: a live area, the stack's.
-        unsafe { stack.area.as_ref() }.set_owner(None);
+        let desc = unsafe { stack.area.as_ref() };
+        desc.set_owner(None);
+        self.uncharge_area(desc);
         if let Some(pin) = Pin::try_new(&self.pages.platform)
             && self.vmalloc.stacks[pin.cpu()].put(stack.area)
         {

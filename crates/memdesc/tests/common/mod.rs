@@ -687,6 +687,9 @@ unsafe impl Platform for Hooked {
     fn should_fail(&self, point: FaultPoint) -> bool {
         self.host.should_fail(point)
     }
+    fn current_memcg(&self) -> u16 {
+        self.host.current_memcg()
+    }
     fn now(&self) -> u64 {
         self.host.now()
     }
