@@ -172,7 +172,7 @@ impl<P: Platform> MemCgroup<'_, P> {
         self.group.counter.usage()
     }
 
-    /// The most that was ever charged.
+    /// The most that was ever charged; as in Linux, a charge that a group above refused counts for the moment that it took.
     pub fn watermark(&self) -> u64 {
         self.group.counter.watermark()
     }
