@@ -1,7 +1,7 @@
 //! Guard pages: memory that nobody may touch, in the place of memory that somebody could.
 //!
 //! A guard is a block whose word says so. Whoever frees it, maps it or takes it for something else is told by its name, and
-//! where the platform can, a stray access faults ([`Platform::pages_freed`]). Its `struct buddy` stays with it, in the word, so going back needs no
+//! where the platform can, a stray access faults ([`Platform::kernel_map_pages`]). Its `struct buddy` stays with it, in the word, so going back needs no
 //! memory and cannot fail.
 //!
 //! Source: `set_page_guard`, `clear_page_guard`, `debug_guardpage_minorder` of Linux, where a guard is what is left over of a split.
@@ -100,6 +100,11 @@ impl<P: Platform> Mm<P> {
         if word.kind() != PageType::Bare || !pfn.is_aligned(order) {
             return Err(AllocError::Busy);
         }
+        let word = if word.is_charged() {
+            self.pages.uncharge_block(pfn, word)
+        } else {
+            word
+        };
         // The word has no room for where a descriptor came from: it is a `struct buddy`, or becomes one.
         let mut kept = word.desc();
         if word.class() != DescClass::Buddy {
@@ -112,7 +117,7 @@ impl<P: Platform> Mm<P> {
         }
         self.count_retyped(PageType::Bare, PageType::Poisoned, order);
         self.pages.map.publish_block(pfn, Word::guard(order, kept));
-        self.pages.platform.pages_freed(pfn, order);
+        self.pages.platform.kernel_map_pages(pfn, order, false);
         Ok(())
     }
 
@@ -128,7 +133,7 @@ impl<P: Platform> Mm<P> {
     pub unsafe fn unguard_pages(&self, pfn: Pfn) {
         let word = self.pages.map.word(pfn).load_owned();
         if word.inline_facts() == Some(Facts::Poisoned(Poisoned::Guard)) {
-            self.pages.platform.pages_allocated(pfn, word.order());
+            self.pages.platform.kernel_map_pages(pfn, word.order(), true);
             self.inline_to_bare(pfn, word.guard_buddy());
         }
     }

@@ -323,6 +323,7 @@ impl<P: Platform> Mm<P> {
         };
         self.put(spare);
         self.pages.platform.pages_allocated(head, order);
+        self.pages.platform.kernel_map_pages(head, order, true);
         self.pages.map.bad.add_out(-(1i64 << order));
         {
             let pin = self.pages.pin();
@@ -432,6 +433,7 @@ impl<P: Platform> Mm<P> {
         self.pages.map.bad.add_out(1);
         self.pages.map.publish_block(pfn, Word::hwpoison(0));
         self.pages.platform.pages_freed(pfn, 0);
+        self.pages.platform.kernel_map_pages(pfn, 0, false);
         self.put_desc(bare.desc());
         (FailedPage::Free, MfResult::Recovered, 0, false)
     }
@@ -453,7 +455,7 @@ impl<P: Platform> Mm<P> {
                     .take_bad(pfn, &mut freed);
                 self.put(freed);
                 if taken {
-                    self.pages.platform.pages_freed(pfn, 0);
+                    self.pages.platform.kernel_map_pages(pfn, 0, false);
                     return done(FailedPage::Free);
                 }
                 if word.is_in_pcp() {

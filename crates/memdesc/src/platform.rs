@@ -226,8 +226,8 @@ pub unsafe trait Platform: Sync {
         true
     }
 
-    /// Makes pages of the direct map inaccessible, or accessible again (`__kernel_map_pages`); asked for with
-    /// [`Config::debug_pagealloc`](crate::Config::debug_pagealloc). They may be accessible already. When it returns, no CPU reaches
+    /// Makes pages of the direct map inaccessible, or accessible again (`__kernel_map_pages`): free ones with
+    /// [`Config::debug_pagealloc`](crate::Config::debug_pagealloc), guards, and those that are bad. They may be accessible already. When it returns, no CPU reaches
     /// what is inaccessible. Called outside all locks. From any context; cannot fail.
     fn kernel_map_pages(&self, _pfn: Pfn, _order: usize, _enable: bool) {}
 
