@@ -19,7 +19,7 @@ use crate::inline::Reserved;
 use crate::memcg::Memcgs;
 use crate::memmap::map::SECTION_SHIFT;
 use crate::memmap::word::AtomicWord;
-use crate::memmap::{BootSlice, MemMap, PageType, Region};
+use crate::memmap::{BootSlice, Checks, MemMap, PageType, Region};
 use crate::mm::{BuiltIn, CacheList, Mm};
 use crate::netpool::{PoolCore, Pools};
 use crate::own::OwnTypes;
@@ -33,6 +33,8 @@ use crate::platform::{Platform, phys_to_virt};
 use crate::rcu::block::Krc;
 use crate::rcu::discard::Discards;
 use crate::rcu::prepaid::Prepaid;
+use crate::report::depot::{self, Cell, Depot};
+use crate::report::history::{Entry, History, SetInfo, WAYS};
 use crate::slab::cache::{Geometry, Role};
 use crate::slab::kmalloc::{CLASSES, Kind};
 use crate::slab::sheaf::Sheaves;
@@ -188,6 +190,8 @@ impl<P: Platform> Mm<P> {
                 zones: parts.zones,
                 pcps: parts.pcps,
                 stats: parts.stats,
+                depot: parts.depot,
+                history: parts.history,
                 zonelists,
                 memcg: Memcgs::new(),
                 rt: config.preempt_rt,
@@ -338,6 +342,8 @@ struct Parts {
     lruvecs: BootSlice<Lruvec>,
     stacks: BootSlice<StackCache>,
     caches: BootSlice<CacheCore>,
+    depot: Depot<BootSlice<AtomicU32>, BootSlice<Cell>>,
+    history: History,
     layout: BootLayout,
 }
 
@@ -414,7 +420,12 @@ fn lay_out<P: Platform>(
             .count() as u16
     });
     layout.map_tables += (bump.used - before + nr_pieces * size_of::<Region>()) as u64;
-    let map = MemMap::new(platform.direct_map(), sections, regions);
+    let map = MemMap::new(
+        platform.direct_map(),
+        sections,
+        regions,
+        Checks::new(config.check_pages),
+    );
 
     let before = bump.used;
     let zone_ptr = bump.take::<Zone>(nr_zones);
@@ -499,6 +510,12 @@ fn lay_out<P: Platform>(
     };
     // SAFETY: as for the regions.
     let caches = unsafe { BootSlice::new(cache_ptr, filled) };
+    let (buckets, cells) = depot::tables(config.stack_depot);
+    let buckets = bump.fill(buckets, |_| AtomicU32::new(0));
+    let depot = Depot::new(buckets, bump.fill(cells, |_| Cell::new()));
+    let sets = History::sets_for(config.page_owner);
+    let entries = bump.fill(sets * WAYS, |_| Entry::new());
+    let history = History::new(entries, bump.fill(sets, |_| SetInfo::new()));
     layout.tables = (bump.used - before) as u64;
     Parts {
         map,
@@ -510,6 +527,8 @@ fn lay_out<P: Platform>(
         lruvecs,
         stacks,
         caches,
+        depot,
+        history,
         layout,
     }
 }

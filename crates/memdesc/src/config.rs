@@ -47,6 +47,14 @@ pub struct Config {
     /// How long a block of pointers that does not get full lies before its grace period is asked for, in nanoseconds (`KFREE_DRAIN_JIFFIES`:
     /// 5 s).
     pub kvfree_drain_ns: u64,
+    /// Bytes for call stacks (`stack_depot`), each of which is kept once; 0 for none. Counted as metadata, like the next.
+    pub stack_depot: usize,
+    /// Blocks of which it is remembered who had them last and who gave them back (`page_owner`), 64 bytes and more each; 0 for none. When more change
+    /// hands, those are forgotten that did so longest ago.
+    pub page_owner: usize,
+    /// Words, links and counts are checked before they are followed, as they always are in debug builds (`CONFIG_DEBUG_LIST`, `check_pages`): a stray write
+    /// into the memory map or a descriptor then gives a report.
+    pub check_pages: bool,
     /// Debug flags for every cache (`slab_debug=`).
     pub slab_debug: crate::slab::CacheFlags,
     /// Zero pages when they are handed out (`init_on_alloc`).
@@ -81,6 +89,9 @@ impl Default for Config {
             preempt_rt: false,
             kvfree_backlog: 4096,
             kvfree_drain_ns: 5_000_000_000,
+            stack_depot: 0,
+            page_owner: 0,
+            check_pages: false,
             slab_debug: crate::slab::CacheFlags::EMPTY,
             init_on_alloc: false,
             init_on_free: false,

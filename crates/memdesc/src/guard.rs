@@ -133,7 +133,9 @@ impl<P: Platform> Mm<P> {
     pub unsafe fn unguard_pages(&self, pfn: Pfn) {
         let word = self.pages.map.word(pfn).load_owned();
         if word.inline_facts() == Some(Facts::Poisoned(Poisoned::Guard)) {
-            self.pages.platform.kernel_map_pages(pfn, word.order(), true);
+            self.pages
+                .platform
+                .kernel_map_pages(pfn, word.order(), true);
             self.inline_to_bare(pfn, word.guard_buddy());
         }
     }

@@ -117,6 +117,12 @@ pub mod platform;
 pub mod rcu;
 #[cfg(not(loom))]
 pub mod report;
+#[cfg(loom)]
+mod report {
+    pub(crate) mod depot;
+    #[cfg(test)]
+    mod models;
+}
 #[cfg(not(loom))]
 mod shrinker;
 #[cfg(not(loom))]
@@ -158,7 +164,10 @@ pub use {
     owner::{DescPtr, FolioKind, Memory},
     page_alloc::{MigrateType, PcpView, ZoneType},
     platform::{BalloonOp, Context, FaultPoint, Platform, ReclaimRequest},
-    report::{Corruption, Report, Track},
+    report::{
+        Corruption, DepotInfo, DescState, PageHistory, PageOwnerInfo, PageState, PageTrack,
+        Recorded, Report, Stack, StackId, Track, Validation,
+    },
     shrinker::Shrinker,
     slab::{Cache, CacheFlags, CacheView, DestroyError, KmemCache, SlabBox},
     stats::Event,

@@ -362,6 +362,7 @@ impl<P: Platform> Mm<P> {
     /// # Safety
     ///
     /// Each is as [`free_pages`](Self::free_pages) wants it.
+    #[track_caller]
     pub unsafe fn free_pages_bulk(&self, pages: &[Pfn]) {
         for &pfn in pages {
             // SAFETY: the caller's promise.
@@ -473,6 +474,13 @@ impl<P: Platform> Mm<P> {
             self.report_page(pfn, word, caller);
             return None;
         }
+        if self.pages.map.checks.on() && !self.word_is_sane(pfn, word) {
+            // Whose they are is not known any more: they are left alone.
+            let address = pfn.phys().0 as usize;
+            let report = self.report_at(Corruption::BadWord, pfn, address, caller);
+            self.pages.platform.corruption(&report);
+            return None;
+        }
         if word.is_counted() {
             let folio = self.folio_at(word.desc());
             if folio.put_counts(Held::REF, pfn) == Put::Alive {
@@ -499,17 +507,8 @@ impl<P: Platform> Mm<P> {
             _ if found.is_some_and(|f| f.head != pfn) => Corruption::NotAHead,
             _ => Corruption::WrongType,
         };
-        self.pages.platform.corruption(&Report {
-            what,
-            cache: None,
-            pfn,
-            word,
-            address: pfn.phys().0 as usize,
-            byte: None,
-            allocated: None,
-            freed: None,
-            caller,
-        });
+        let report = self.report_at(what, pfn, pfn.phys().0 as usize, caller);
+        self.pages.platform.corruption(&Report { word, ..report });
     }
 
     /// Which memory a page is part of. Any page of an allocation gives the same answer.
@@ -601,6 +600,7 @@ impl<P: Platform> Mm<P> {
     /// Gives a fresh block the descriptor its owner wants: its own if the class is right, else a new one. On failure the block
     /// goes back. Says the word to publish.
     #[inline]
+    #[track_caller]
     pub(crate) fn own_block(
         &self,
         block: Block,
@@ -719,11 +719,13 @@ impl<P: Platform> Mm<P> {
 
     /// A handed-out block comes back: its descriptor becomes the free block's.
     #[inline]
+    #[track_caller]
     pub(crate) fn take_back(&self, path: FreePath<'_, P>, pfn: Pfn, word: Word) {
         self.take_back_as(path, word.kind(), pfn, word);
     }
 
     #[inline]
+    #[track_caller]
     fn take_back_as(&self, path: FreePath<'_, P>, kind: PageType, pfn: Pfn, word: Word) {
         let stats = self.pages.stats(path.pin());
         stats.block_back(path.pin(), kind, word.order());

@@ -297,6 +297,22 @@ pub unsafe trait Platform: Sync {
         0
     }
 
+    /// The caller's return addresses, innermost first, as many as fit; says how many (`stack_trace_save`). For call stacks in reports
+    /// ([`Config::stack_depot`](crate::Config::stack_depot)). None by default: then there is only who called the memory manager. From any context: a platform
+    /// that cannot unwind in some gives none there.
+    fn save_stack(&self, _frames: &mut [usize]) -> usize {
+        0
+    }
+
+    /// Writes what is at a return address, for a report that is printed: the address by default. From any context, as far as reports are printed there.
+    ///
+    /// # Errors
+    ///
+    /// The writer's.
+    fn symbol(&self, address: usize, out: &mut dyn core::fmt::Write) -> core::fmt::Result {
+        write!(out, "{address:#x}")
+    }
+
     /// Corruption was found. Panics by default. If it returns, what was being freed is left alone for good; what was being
     /// allocated is handed out all the same.
     fn corruption(&self, report: &Report<'_>) {

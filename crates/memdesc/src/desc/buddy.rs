@@ -7,7 +7,7 @@
 //! The memory of a buddy that is not in use is itself a link in a [`DescList`].
 
 use crate::address::{Pfn, PhysAddr};
-use crate::memmap::MemMap;
+use crate::memmap::{MemMap, Word};
 use crate::sync::atomic::{AtomicU32, Ordering};
 
 /// The links of a free block, and the first 8 bytes of every descriptor.
@@ -120,6 +120,37 @@ impl PfnList {
         } else {
             map.buddy(prev).set_next(pfn);
         }
+    }
+
+    /// Do the blocks that this one's links lead to lead back to it (`__list_del_entry_valid`)? Nothing is read but words, and links of blocks that are
+    /// free with the same order and mobility as this one's `word` says.
+    #[cold]
+    pub(crate) fn agrees(&self, map: &MemMap, pfn: Pfn, word: Word) -> bool {
+        if !map.is_in_slab(word.desc()) {
+            return false;
+        }
+        let links = map.buddy_at(word.desc());
+        let back = |at: Pfn, link: fn(&Buddy) -> Pfn| {
+            let found = map.region(at).map(|r| r.word(at).load_owned());
+            found.is_some_and(|w| {
+                w.is_free_in_zone(word.order())
+                    && w.migratetype() == word.migratetype()
+                    && map.is_in_slab(w.desc())
+                    && link(map.buddy_at(w.desc())) == pfn
+            })
+        };
+        let (next, prev) = (links.next(), links.prev());
+        let right = if next == Pfn::NONE {
+            self.tail == pfn
+        } else {
+            back(next, Buddy::prev)
+        };
+        let left = if prev == Pfn::NONE {
+            self.head == pfn
+        } else {
+            back(prev, Buddy::next)
+        };
+        right && left
     }
 
     /// Takes a block out.

@@ -41,7 +41,7 @@ impl SlabList {
     /// Its place in the table of lists.
     #[inline]
     pub(crate) const fn index(self) -> usize {
-        self.0 as usize - 1
+        (self.0 as usize).wrapping_sub(1)
     }
 }
 
@@ -210,6 +210,31 @@ impl Slab {
         self.inuse
             .store((self.inuse() - n) as u16, Ordering::Relaxed);
         (bits & before == 0).then_some(n)
+    }
+
+    /// How many of its objects are free, by the bitmap; and do bits stand where there are no objects?
+    pub(crate) fn count_free(&self, map: &MemMap) -> (usize, bool) {
+        let (mut free, mut astray) = (0, false);
+        for (i, word) in self.bitmap(map).iter().enumerate() {
+            let bits = word.load(Ordering::Relaxed);
+            free += bits.count_ones() as usize;
+            let left = self.objects() - i * 64;
+            astray |= left < 64 && bits >> left != 0;
+        }
+        (free, astray)
+    }
+
+    /// Sets both counts right: of a slab of so many objects.
+    pub(crate) fn repair(&self, map: &MemMap, objects: usize) {
+        self.objects.store(objects as u16, Ordering::Relaxed);
+        if let Some(last) = self.bitmap(map).last()
+            && !objects.is_multiple_of(64)
+        {
+            let bits = last.load(Ordering::Relaxed);
+            last.store(bits & ((1 << (objects % 64)) - 1), Ordering::Relaxed);
+        }
+        let (free, _) = self.count_free(map);
+        self.inuse.store((objects - free) as u16, Ordering::Relaxed);
     }
 
     /// Is this object free?

@@ -80,17 +80,14 @@ impl<P: Platform> PageAllocator<P> {
             let pin = Pin::try_new(&self.platform);
             self.any_stats(pin.as_ref()).add_any(Event::PgPoisonBad, 1);
         }
+        let what = Corruption::PagePoison(damage);
+        let report = self.report_plain(what, pfn, ptr.addr(), caller);
+        let freed = report.last_freed();
         self.platform.corruption(&Report {
-            what: Corruption::PagePoison(damage),
-            cache: None,
-            pfn,
             word,
-            address: ptr.addr(),
             byte: first,
-            allocated: None,
-            // Who freed it last is for a history of pages to say.
-            freed: None,
-            caller,
+            freed,
+            ..report
         });
     }
 }

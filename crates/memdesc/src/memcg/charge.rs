@@ -104,17 +104,9 @@ impl<P: Platform> PageAllocator<P> {
     ) {
         if self.memcg.uncharge(id, bytes, stat).is_err() {
             let (pfn, word, address) = of;
-            self.platform.corruption(&Report {
-                what: Corruption::Uncharged,
-                cache: None,
-                pfn,
-                word,
-                address,
-                byte: None,
-                allocated: None,
-                freed: None,
-                caller: Location::caller(),
-            });
+            let what = Corruption::Uncharged;
+            let report = self.report_plain(what, pfn, address, Location::caller());
+            self.platform.corruption(&Report { word, ..report });
         }
     }
 }

@@ -11,10 +11,10 @@ use core::ptr::NonNull;
 use super::bad::BadPages;
 use super::heads::{Found, blocks, climb};
 use super::word::{AtomicWord, PageType, TAIL_WORDS_ORDER, Word};
-use crate::address::{PAGEBLOCK_ORDER, Pfn, PhysAddr};
+use crate::address::{MAX_ORDER, PAGEBLOCK_ORDER, Pfn, PhysAddr};
 use crate::page_alloc::MigrateType;
 use crate::platform::phys_to_virt;
-use crate::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, Ordering};
+use crate::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 /// log2 of the pages in a section: 128 MiB, as in Linux.
 pub(crate) const SECTION_SHIFT: u32 = 15;
@@ -132,6 +132,30 @@ impl Region {
         }
     }
 
+    /// The blocks that there are words of, by address. What makes no sense is passed over.
+    pub(crate) fn blocks(&self) -> impl Iterator<Item = (Pfn, Word)> + '_ {
+        let mut at = self.start;
+        core::iter::from_fn(move || {
+            while at < self.end {
+                let (start, end) = self.untouched();
+                if at >= start && at < end {
+                    at = end;
+                    continue;
+                }
+                let pfn = Pfn(at);
+                let word = self.word(pfn).load();
+                let whole = word.order() <= MAX_ORDER && pfn.is_aligned(word.order());
+                if word.is_tail() || !whole {
+                    at += 1;
+                    continue;
+                }
+                at = at.saturating_add(1 << word.order());
+                return Some((pfn, word));
+            }
+            None
+        })
+    }
+
     /// Pageblocks of this region, whole or in part.
     pub(crate) fn pageblocks(start: u32, end: u32) -> usize {
         (((end - 1) >> PAGEBLOCK_ORDER) - (start >> PAGEBLOCK_ORDER) + 1) as usize
@@ -178,6 +202,67 @@ impl Region {
 
 /// At most so many ranges of device memory.
 pub(crate) const MAX_DEVICES: usize = 16;
+/// Are links and words checked before they are followed; and what was found that could not be reported there, under a lock.
+#[derive(Debug)]
+pub(crate) struct Checks {
+    on: bool,
+    /// A page and what is wrong with it, as [`Checks::note`] packs them; 0 for nothing. The first that nobody has reported yet.
+    found: AtomicU64,
+}
+
+impl Checks {
+    /// Always where debug assertions are on.
+    pub(crate) fn new(on: bool) -> Checks {
+        Checks {
+            on: on || cfg!(any(debug_assertions, feature = "checked")),
+            found: AtomicU64::new(0),
+        }
+    }
+
+    #[inline]
+    pub(crate) fn on(&self) -> bool {
+        self.on
+    }
+
+    /// Something is wrong with this page. From any context.
+    #[cold]
+    pub(crate) fn note(&self, pfn: Pfn, what: Flaw) {
+        let found = u64::from(pfn.0) << 8 | what as u64;
+        let _ = self
+            .found
+            .compare_exchange(0, found, Ordering::Relaxed, Ordering::Relaxed);
+    }
+
+    /// Is there something to report?
+    #[inline]
+    pub(crate) fn pending(&self) -> bool {
+        self.on && self.found.load(Ordering::Relaxed) != 0
+    }
+
+    /// Takes what is to be reported.
+    pub(crate) fn take(&self) -> Option<(Pfn, Flaw)> {
+        let found = self.found.swap(0, Ordering::Relaxed);
+        let what = match found & 0xff {
+            1 => Flaw::Word,
+            2 => Flaw::Links,
+            3 => Flaw::Counts,
+            _ => return None,
+        };
+        Some((Pfn((found >> 8) as u32), what))
+    }
+}
+
+/// What a check can find wrong.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub(crate) enum Flaw {
+    /// The word says what cannot be.
+    Word = 1,
+    /// Links lead to what does not lead back.
+    Links = 2,
+    /// Counts do not agree with what they count.
+    Counts = 3,
+}
 
 /// The memory map.
 #[derive(Debug)]
@@ -189,6 +274,7 @@ pub(crate) struct MemMap {
     devices: [AtomicPtr<Region>; MAX_DEVICES],
     /// Pages that shall not come back.
     pub(crate) bad: BadPages,
+    pub(crate) checks: Checks,
 }
 
 // SAFETY: the direct map's base is only a number to add to; what is reached through it has its own rules.
@@ -202,6 +288,7 @@ impl MemMap {
         direct_map: *mut u8,
         sections: BootSlice<u16>,
         regions: BootSlice<Region>,
+        checks: Checks,
     ) -> MemMap {
         MemMap {
             direct_map,
@@ -209,6 +296,7 @@ impl MemMap {
             regions,
             devices: [const { AtomicPtr::new(core::ptr::null_mut()) }; MAX_DEVICES],
             bad: BadPages::new(),
+            checks,
         }
     }
 
@@ -221,7 +309,7 @@ impl MemMap {
                 BootSlice::new(self.regions.ptr, self.regions.len),
             )
         };
-        MemMap::new(self.direct_map, sections, regions)
+        MemMap::new(self.direct_map, sections, regions, Checks::new(false))
     }
 
     /// A pointer to physical memory.

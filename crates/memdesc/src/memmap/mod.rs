@@ -8,6 +8,6 @@ pub(crate) mod map;
 pub(crate) mod word;
 
 pub use heads::Found;
-pub(crate) use map::{BootSlice, MemMap, Region};
+pub(crate) use map::{BootSlice, Checks, Flaw, MemMap, Region};
 pub(crate) use word::{COUNTED, Contents, TailCount};
 pub use word::{DescClass, PageType, TAIL_WORDS_ORDER, Word};

@@ -287,17 +287,8 @@ impl<P: Platform> Mm<P> {
             self.report_page(page, word, caller);
             return;
         }
-        self.pages.platform.corruption(&Report {
-            what,
-            cache: None,
-            pfn: page,
-            word,
-            address: page.phys().0 as usize,
-            byte: None,
-            allocated: None,
-            freed: None,
-            caller,
-        });
+        let report = self.report_at(what, page, page.phys().0 as usize, caller);
+        self.pages.platform.corruption(&Report { word, ..report });
     }
 
     /// Nobody has this page of a pool any more. From any context.

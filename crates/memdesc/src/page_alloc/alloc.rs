@@ -22,7 +22,10 @@ use crate::memcg::Memcgs;
 use crate::memmap::{BootSlice, MemMap, PageType, Word};
 use crate::page_alloc::{MigrateType, ZoneType};
 use crate::platform::{FaultPoint, Holder, Pin, Platform, ReclaimRequest, might_lock, might_sleep};
+use crate::report::depot::{Cell, Depot};
+use crate::report::history::History;
 use crate::stats::{CpuStats, Event, FreePath};
+use crate::sync::atomic::AtomicU32;
 
 /// Orders above this are not worth retrying for (`PAGE_ALLOC_COSTLY_ORDER`).
 const COSTLY_ORDER: usize = 3;
@@ -47,6 +50,8 @@ pub(crate) trait Descriptors {
     fn try_get(&self, n: usize) -> Result<DescList, AllocError>;
     /// As `put`, from any context.
     fn try_put(&self, list: DescList);
+    /// A check found something under a lock, and nobody has said so yet.
+    fn report_flaw(&self) {}
     /// Memory is short: says how many pages or objects came free. May sleep.
     fn reclaim(&self, request: &ReclaimRequest) -> usize;
 }
@@ -104,6 +109,9 @@ pub(crate) struct PageAllocator<P> {
     /// `cpu * zones + zone`.
     pub(crate) pcps: BootSlice<PerCpuPages>,
     pub(crate) stats: BootSlice<CpuStats>,
+    /// Call stacks, and who had which block: for reports.
+    pub(crate) depot: Depot<BootSlice<AtomicU32>, BootSlice<Cell>>,
+    pub(crate) history: History,
     pub(crate) zonelists: [[ZoneList; ZoneType::COUNT]; MAX_NODES],
     /// Whom pages are charged to.
     pub(crate) memcg: Memcgs,
@@ -188,6 +196,10 @@ impl<P: Platform> PageAllocator<P> {
             None => self.alloc_zone(kind, gfp, order, node, descs)?,
         };
         self.prep_alloc(block.pfn, order, block.word, gfp);
+        self.note_alloc(kind, block.pfn, order);
+        if self.map.checks.pending() {
+            descs.report_flaw();
+        }
         Ok(block)
     }
 
@@ -262,6 +274,7 @@ impl<P: Platform> PageAllocator<P> {
                 });
             for &block in &blocks[..got] {
                 self.prep_alloc(block.pfn, 0, block.word, gfp);
+                self.note_alloc(kind, block.pfn, 0);
                 each(block);
             }
             taken += got;
@@ -510,6 +523,15 @@ impl<P: Platform> PageAllocator<P> {
     /// A look at a zone's lists under its lock.
     pub(crate) fn with_zone<R>(&self, index: usize, look: impl FnOnce(&LockedZone<'_>) -> R) -> R {
         look(&self.lock(index))
+    }
+
+    /// The same, to set something right.
+    pub(crate) fn with_zone_mut<R>(
+        &self,
+        index: usize,
+        work: impl FnOnce(&mut LockedZone<'_>) -> R,
+    ) -> R {
+        work(&mut self.lock(index))
     }
 
     /// What happened under a zone's lock so far.

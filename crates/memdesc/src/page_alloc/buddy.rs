@@ -11,11 +11,11 @@
 //! | handed out bare | bare, order | same word up to order 3, zero above | kept |
 //! | handed out to an owner | his type, order | same word up to order 3, zero above | his |
 
-use super::zone::LockedZone;
+use super::zone::{FreeList, LockedZone};
 use crate::address::{MAX_ORDER, PAGEBLOCK_ORDER, Pfn};
 use crate::desc::DescList;
 use crate::memmap::heads::{climb, first_block_order};
-use crate::memmap::{Contents, DescClass, Found, PageType, Region, Word};
+use crate::memmap::{Contents, DescClass, Flaw, Found, PageType, Region, Word};
 use crate::page_alloc::MigrateType;
 use crate::sync::atomic::Ordering;
 
@@ -53,6 +53,9 @@ impl LockedZone<'_> {
         self.map.word(pfn).publish(word);
         self.lists.events.words_written += 1;
         let map = self.map;
+        if map.checks.on() {
+            self.check_ends(order, mt);
+        }
         let list = &mut self.lists.lists[order][mt as usize];
         list.ends
             .link(map, pfn, word.desc(), at_tail, "zone: about to link");
@@ -67,6 +70,11 @@ impl LockedZone<'_> {
         let (order, mt) = (word.order(), word.migratetype() as usize);
         let map = self.map;
         let list = &mut self.lists.lists[order][mt];
+        if map.checks.on() && !list.ends.agrees(map, pfn, word) {
+            // What its links say is not believed, nor is what is left of the list; the block itself is free by its word.
+            map.checks.note(pfn, Flaw::Links);
+            return self.drop_list(order, word.migratetype());
+        }
         debug_assert!(
             word.is_free_in_zone(order) && list.nr > 0,
             "{pfn:?} is in no list: {word:?}"
@@ -78,6 +86,49 @@ impl LockedZone<'_> {
         self.lists.nr_morphed -= u64::from(word.class() != DescClass::Buddy);
     }
 
+    /// Are the blocks at both ends of a list such as belong there? Something will be written into their links.
+    #[cold]
+    fn check_ends(&mut self, order: usize, mt: MigrateType) {
+        let (map, ends) = (self.map, self.lists.lists[order][mt as usize].ends);
+        for pfn in [ends.head, ends.tail]
+            .into_iter()
+            .filter(|&p| p != Pfn::NONE)
+        {
+            let word = map
+                .region(pfn)
+                .map_or(Word::ZERO, |r| r.word(pfn).load_owned());
+            let fits = word.is_free_in_zone(order) && word.migratetype() == mt;
+            if !fits || !map.is_in_slab(word.desc()) {
+                map.checks.note(pfn, Flaw::Word);
+                return self.drop_list(order, mt);
+            }
+        }
+    }
+
+    /// Forgets a list whose links are broken. Its blocks are free by their words still, so they merge with their neighbours as these come back;
+    /// [`Mm::validate`](crate::Mm::validate) makes lists of the rest.
+    #[cold]
+    fn drop_list(&mut self, order: usize, mt: MigrateType) {
+        let list = core::mem::replace(&mut self.lists.lists[order][mt as usize], FreeList::EMPTY);
+        self.lists.nr_listed -= u64::from(list.nr) << order;
+    }
+
+    /// Makes all lists anew, from the words. At a moment when no block of the zone is on its way from one state to another.
+    pub(crate) fn relink(&mut self) {
+        let (first, end) = self.zone.regions;
+        let (map, index) = (self.map, self.zone.index);
+        self.lists.lists = [[FreeList::EMPTY; MigrateType::COUNT]; MAX_ORDER + 1];
+        (self.lists.nr_listed, self.lists.nr_morphed) = (0, 0);
+        let regions = &map.regions()[first as usize..end as usize];
+        for region in regions.iter().filter(|r| r.zone == index) {
+            for (pfn, word) in region.blocks() {
+                if word.is_free_in_zone(word.order()) && map.is_in_slab(word.desc()) {
+                    self.link(pfn, word.order(), word.migratetype(), word, true);
+                }
+            }
+        }
+    }
+
     /// Takes the first block of exactly this list. Its word stays as it is: [`detach`](Self::detach) or link it before the
     /// lock is dropped.
     pub(crate) fn pop(&mut self, order: usize, mt: MigrateType) -> Option<Block> {
@@ -86,6 +137,12 @@ impl LockedZone<'_> {
             return None;
         }
         let word = self.map.word(pfn).load_owned();
+        if self.map.checks.on() && (!word.is_free_in_zone(order) || word.migratetype() != mt) {
+            // Whatever it is, it is not ours to hand out.
+            self.map.checks.note(pfn, Flaw::Word);
+            self.drop_list(order, mt);
+            return None;
+        }
         self.unlink(pfn, word);
         Some(Block { pfn, word })
     }

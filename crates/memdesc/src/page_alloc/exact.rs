@@ -95,6 +95,7 @@ impl<P: Platform> PageAllocator<P> {
             if let Some(result) = result {
                 if let Ok(block) = result {
                     self.prep_alloc(block.pfn, order, block.word, Flags::EMPTY);
+                    self.note_alloc(PageType::Bare, block.pfn, order);
                     let pin = self.pin();
                     self.stats(&pin).add(&pin, Event::AllocAt, 1);
                     self.stats(&pin).block_out(&pin, PageType::Bare, order);
@@ -112,6 +113,7 @@ impl<P: Platform> PageAllocator<P> {
             for index in self.zonelists[node][ZoneType::Normal as usize].iter() {
                 if let Some(block) = self.pcp(&pin, index).pop(&pin, &self.map, 0, mt) {
                     self.prep_alloc(block.pfn, 0, block.word, Flags::EMPTY);
+                    self.note_alloc(PageType::Slab, block.pfn, 0);
                     return Some(block);
                 }
             }
@@ -132,6 +134,7 @@ impl<P: Platform> PageAllocator<P> {
                         drop(zone);
                         let word = found.word.unwrap_or(Word::ZERO);
                         self.prep_alloc(found.pfn, found.order, word, Flags::EMPTY);
+                        self.note_alloc(PageType::Slab, found.pfn, found.order);
                         return Ok(found);
                     }
                 }

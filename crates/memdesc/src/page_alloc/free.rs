@@ -22,6 +22,7 @@ impl<P: Platform> PageAllocator<P> {
     /// `nested` for pages given back while descriptors are given back: they stay in the per-CPU list, which ends the
     /// recursion; the next free drains them.
     #[inline]
+    #[track_caller]
     pub(crate) fn free_block(
         &self,
         path: FreePath<'_, P>,
@@ -48,6 +49,9 @@ impl<P: Platform> PageAllocator<P> {
         let over = pcp.push(path.pin(), &self.map, region.word(pfn), pfn, word, mt);
         if (over.is_some() || pcp.has_deferred()) && !nested {
             self.drain_some(path, index, over.unwrap_or(0), descs);
+        }
+        if self.map.checks.pending() {
+            descs.report_flaw();
         }
     }
 

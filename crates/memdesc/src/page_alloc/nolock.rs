@@ -70,6 +70,7 @@ impl<P: Platform> PageAllocator<P> {
         if let Ok(block) = &result {
             stats.block_out_any(kind, order);
             self.prep_alloc(block.pfn, order, block.word, gfp);
+            self.note_alloc(kind, block.pfn, order);
         }
         result
     }
@@ -157,6 +158,7 @@ impl<P: Platform> PageAllocator<P> {
     }
 
     /// As [`free_block`](Self::free_block), from any context; the block was handed out as `kind`.
+    #[track_caller]
     pub(crate) fn free_block_nolock(&self, kind: PageType, pfn: Pfn, word: Word) {
         let order = word.order();
         let pin = Pin::try_new(&self.platform);

@@ -10,7 +10,7 @@ use super::buddy::Block;
 use crate::address::{PAGEBLOCK_ORDER, Pfn};
 use crate::lockdep::{Acquire, classes};
 use crate::memmap::word::AtomicWord;
-use crate::memmap::{MemMap, Word};
+use crate::memmap::{Flaw, MemMap, Word};
 use crate::page_alloc::MigrateType;
 use crate::platform::{Checked, Pin, Platform, PlatformBarriers};
 use crate::sync::atomic::{AtomicU32, Ordering};
@@ -443,6 +443,9 @@ impl Lists {
             return None;
         }
         let word = map.word(pfn).load_owned();
+        if map.checks.on() && !self.check(map, list, pfn, word) {
+            return None;
+        }
         debug_assert!(word.is_in_pcp(), "{pfn:?} in a per-CPU list says {word:?}");
         crate::inject::point("pcp: about to unlink");
         self.heads[list] = map.buddy_at(word.desc()).next();
@@ -450,6 +453,38 @@ impl Lists {
         self.counts[list] -= 1;
         self.count -= 1 << order_of(list);
         Some(Block { pfn, word })
+    }
+
+    /// Is the first block of a list one that belongs there, and the next one too? If not, what is left of the list is forgotten.
+    #[cold]
+    fn check(&mut self, map: &MemMap, list: usize, pfn: Pfn, word: Word) -> bool {
+        let fits = |word: Word| {
+            word.is_in_pcp()
+                && map.is_in_slab(word.desc())
+                && index(word.order(), word.migratetype()) == list
+        };
+        let forget = |lists: &mut Lists, kept: u32| {
+            lists.count -= (lists.counts[list] - kept) << order_of(list);
+            lists.counts[list] = kept;
+        };
+        if !fits(word) {
+            map.checks.note(pfn, Flaw::Word);
+            forget(self, 0);
+            self.heads[list] = Pfn::NONE;
+            return false;
+        }
+        let links = map.buddy_at(word.desc());
+        let next = links.next();
+        if next != Pfn::NONE
+            && !map
+                .region(next)
+                .is_some_and(|r| fits(r.word(next).load_owned()))
+        {
+            map.checks.note(pfn, Flaw::Links);
+            forget(self, 1);
+            links.set_next(Pfn::NONE);
+        }
+        true
     }
 
     #[inline]

@@ -23,8 +23,10 @@ impl<P: Platform> PageAllocator<P> {
     /// A block came back, and nobody will touch it until it is handed out again. Gives the word as it is to be when free, with what is known of the
     /// contents.
     #[inline]
+    #[track_caller]
     pub(crate) fn prep_free(&self, pfn: Pfn, word: Word) -> Word {
         let order = word.order();
+        self.note_free(word.kind(), pfn, order);
         // Whoever is charged for it no longer is.
         let word = if word.number() != 0 {
             self.uncharge_block(pfn, word)

@@ -20,7 +20,7 @@ pub(crate) struct FreeList {
 }
 
 impl FreeList {
-    const EMPTY: FreeList = FreeList {
+    pub(super) const EMPTY: FreeList = FreeList {
         ends: PfnList::EMPTY,
         nr: 0,
     };

@@ -12,9 +12,9 @@ use core::ptr::NonNull;
 
 use super::sheaf::Sheaves;
 use crate::address::{MAX_ORDER, PAGE_SIZE, Pfn};
-use crate::desc::{BITMAP_INLINE, Slab, SlabList};
+use crate::desc::{BITMAP_INLINE, Buddy, Slab, SlabList};
 use crate::gfp::Flags;
-use crate::memmap::MemMap;
+use crate::memmap::{Flaw, MemMap};
 use crate::sync::SpinLock;
 use crate::sync::atomic::{AtomicPtr, AtomicU32};
 
@@ -361,8 +361,47 @@ impl Lists {
         self.by_share.iter().map(|list| list.nr).sum()
     }
 
+    /// Do the slabs that this one's links lead to lead back to it?
+    #[cold]
+    pub(crate) fn agrees(&self, map: &MemMap, slab: &Slab) -> bool {
+        let back = |at: Pfn, link: fn(&Buddy) -> Pfn| {
+            let found = map.region(at).and_then(|_| map.slab_behind(at.phys()));
+            found.is_some_and(|(other, offset)| {
+                offset == 0
+                    && core::ptr::eq(other.cache_ptr(), slab.cache_ptr())
+                    && other.list() == slab.list()
+                    && link(other.links()) == slab.pfn()
+            })
+        };
+        let Some(list) = self.by_share.get(slab.list().index()) else {
+            return false;
+        };
+        let (next, prev) = (slab.links().next(), slab.links().prev());
+        let left = if prev == Pfn::NONE {
+            list.head == slab.pfn()
+        } else {
+            back(prev, Buddy::next)
+        };
+        left && (next == Pfn::NONE || back(next, Buddy::prev))
+    }
+
+    /// Forgets a list whose links are broken; [`Mm::validate`](crate::Mm::validate) finds the slabs again.
+    #[cold]
+    pub(crate) fn drop_list(&mut self, map: &MemMap, at: usize, pfn: Pfn, flaw: Flaw) {
+        map.checks.note(pfn, flaw);
+        self.by_share[at] = SlabHead {
+            head: Pfn::NONE,
+            nr: 0,
+        };
+    }
+
     /// Takes a slab out of its list.
     pub(crate) fn remove(&mut self, map: &MemMap, slab: &Slab) {
+        if map.checks.on() && !self.agrees(map, slab) {
+            let at = slab.list().index().min(SlabList::COUNT - 1);
+            self.drop_list(map, at, slab.pfn(), Flaw::Links);
+            return slab.set_list(SlabList::NONE);
+        }
         let (next, prev) = (slab.links().next(), slab.links().prev());
         if next != Pfn::NONE {
             slab_of(map, next).links().set_prev(prev);

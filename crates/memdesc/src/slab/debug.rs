@@ -17,10 +17,9 @@ use core::ptr::NonNull;
 use super::cache::{CacheCore, CacheFlags};
 use super::object::Caller;
 use crate::address::Pfn;
-use crate::memmap::Word;
 use crate::mm::Mm;
 use crate::platform::Platform;
-use crate::report::{Corruption, Report, Track};
+use crate::report::{Corruption, StackId, Track};
 
 const RED_INACTIVE: u8 = 0xbb;
 const RED_ACTIVE: u8 = 0xcc;
@@ -42,12 +41,14 @@ struct RawTrack {
     cpu: u32,
     /// What was asked for, in bytes.
     asked: u32,
+    stack: StackId,
     check: u64,
 }
 
 impl RawTrack {
-    fn seal(location: usize, when: u64, cpu: u32, asked: u32) -> u64 {
-        (location as u64 ^ when.rotate_left(17) ^ u64::from(cpu) << 32 ^ u64::from(asked))
+    fn seal(location: usize, when: u64, cpu: u32, asked: u32, stack: StackId) -> u64 {
+        let stack = u64::from(stack.bits()).rotate_left(48);
+        (location as u64 ^ when.rotate_left(17) ^ u64::from(cpu) << 32 ^ u64::from(asked) ^ stack)
             .wrapping_mul(0x9e37_79b9_7f4a_7c15)
             ^ 0x6d65_6d64_6573_6321
     }
@@ -241,6 +242,42 @@ pub(crate) fn on_free<P: Platform>(
     fit
 }
 
+/// What is wrong with an object in its slab: free or in use.
+pub(crate) fn check(
+    core: &CacheCore,
+    object: NonNull<u8>,
+    free: bool,
+) -> [Option<(Corruption, (isize, u8, u8))>; 3] {
+    let size = core.geometry.object_size as usize;
+    let poison = (free && poisons(core))
+        .then(|| {
+            first_bad(object, 0, size - 1, POISON_FREE)
+                .or_else(|| first_bad(object, size as isize - 1, 1, POISON_END))
+        })
+        .flatten();
+    let (mut left, mut right) = (None, None);
+    if core.flags.contains(CacheFlags::RED_ZONE) {
+        let (pattern, asked) = if free {
+            (RED_INACTIVE, size)
+        } else {
+            (RED_ACTIVE, asked(core, object).unwrap_or(size).min(size))
+        };
+        let lead = core.geometry.lead as usize;
+        left = first_bad(object, -(lead as isize), lead, pattern);
+        right = first_bad(
+            object,
+            asked as isize,
+            rounded(core) + RED_TAIL - asked,
+            pattern,
+        );
+    }
+    [
+        poison.map(|byte| (Corruption::Poison, byte)),
+        left.map(|byte| (Corruption::RedzoneLeft, byte)),
+        right.map(|byte| (Corruption::RedzoneRight, byte)),
+    ]
+}
+
 /// The size of the object changed in place (`krealloc`): the red zone moves.
 pub(crate) fn on_resize(core: &CacheCore, object: NonNull<u8>, asked: usize) {
     if core.flags.contains(CacheFlags::RED_ZONE) {
@@ -261,7 +298,7 @@ pub(crate) fn on_resize(core: &CacheCore, object: NonNull<u8>, asked: usize) {
             let mut raw = track.read();
             raw.asked = asked as u32;
             let at = raw.location.map_or(0, |l| (&raw const *l).addr());
-            raw.check = RawTrack::seal(at, raw.when, raw.cpu, raw.asked);
+            raw.check = RawTrack::seal(at, raw.when, raw.cpu, raw.asked, raw.stack);
             track.write(raw);
         }
     }
@@ -279,12 +316,14 @@ fn write_track<P: Platform>(
         return;
     }
     let (when, cpu) = (mm.pages.platform.now(), mm.pages.pin().cpu() as u32);
-    let check = RawTrack::seal((&raw const *caller).addr(), when, cpu, asked as u32);
+    let stack = mm.pages.save_stack(caller);
+    let check = RawTrack::seal((&raw const *caller).addr(), when, cpu, asked as u32, stack);
     let raw = RawTrack {
         location: Some(caller),
         when,
         cpu,
         asked: asked as u32,
+        stack,
         check,
     };
     // SAFETY: within the slot and aligned to 8 like it; the object is ours alone.
@@ -301,8 +340,8 @@ fn read_track(core: &CacheCore, object: NonNull<u8>, which: usize) -> Option<Raw
     unsafe {
         let location = (&raw const (*track).location).cast::<usize>().read();
         let (when, cpu) = ((*track).when, (*track).cpu);
-        let (asked, check) = ((*track).asked, (*track).check);
-        let sealed = location != 0 && check == RawTrack::seal(location, when, cpu, asked);
+        let (asked, stack, check) = ((*track).asked, (*track).stack, (*track).check);
+        let sealed = location != 0 && check == RawTrack::seal(location, when, cpu, asked, stack);
         sealed.then(|| track.read())
     }
 }
@@ -319,6 +358,7 @@ pub(crate) fn tracks(core: &CacheCore, object: NonNull<u8>) -> (Option<Track>, O
             location: raw.location?,
             cpu: raw.cpu,
             when: raw.when,
+            stack: raw.stack,
         })
     };
     (track(0), track(1))
@@ -334,16 +374,8 @@ fn report<P: Platform>(
     caller: Caller,
 ) {
     let pfn = Pfn::containing(mm.pages.phys(object.as_ptr()));
-    let (allocated, freed) = tracks(core, object);
-    mm.pages.platform.corruption(&Report {
-        what,
-        cache: Some(core.name()),
-        pfn,
-        word: mm.pages.map.lookup(pfn).map_or(Word::ZERO, |f| f.word),
-        address: object.addr().get(),
-        byte: Some(byte),
-        allocated,
-        freed,
-        caller,
-    });
+    let mut report = mm.report_at(what, pfn, object.addr().get(), caller);
+    report.byte = Some(byte);
+    let report = mm.report_with(report, core, object);
+    mm.pages.platform.corruption(&report);
 }

@@ -230,6 +230,7 @@ impl<P: Platform> Mm<P> {
 
     #[cold]
     #[inline(never)]
+    #[track_caller]
     fn kmalloc_large(&self, size: usize, gfp: Flags) -> Result<NonNull<u8>, AllocError> {
         let order = large_order(size)?;
         let (memcg, stat) = (self.memcg_for(gfp), MemcgStat::Kernel);
@@ -250,6 +251,11 @@ impl<P: Platform> Mm<P> {
         let found = self.pages.map.lookup(Pfn(pfn)).ok_or(Corruption::NotRam)?;
         match found.word.kind() {
             PageType::Slab => {
+                if self.pages.map.checks.on() {
+                    let slab = self.pages.map.slab_behind(phys);
+                    let core = slab.and_then(|(slab, _)| self.cache_at(slab.cache_ptr()));
+                    return core.map(Where::Object).ok_or(Corruption::BadWord);
+                }
                 let cache = self.pages.map.slab_at(found.word.desc()).cache();
                 // SAFETY: the cache of a slab lives as long as the slab, which the caller's object keeps.
                 Ok(Where::Object(unsafe { cache.as_ref() }))

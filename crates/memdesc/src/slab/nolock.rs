@@ -477,6 +477,9 @@ impl<P: Platform> Mm<P> {
         let map = &self.pages.map;
         let mut n = 0;
         while n < out.len() && lists.next_partial() != Pfn::NONE {
+            if map.checks.on() && !self.next_fits(core, lists) {
+                break;
+            }
             let slab = super::cache::slab_of(map, lists.next_partial());
             if slab.inuse() == 0 {
                 lists.nr_empty -= 1;

@@ -11,12 +11,12 @@ use crate::desc::{DescList, Slab, SlabList};
 use crate::error::AllocError;
 use crate::gfp::{self, Flags};
 use crate::lockdep::classes;
-use crate::memmap::{DescClass, PageType, Word};
+use crate::memmap::{DescClass, Flaw, PageType, Word};
 use crate::mm::Mm;
 use crate::page_alloc::alloc::Descriptors;
 use crate::page_alloc::nolock::Try;
 use crate::platform::{FaultPoint, Holder, Pin, Platform, ReclaimRequest, might_lock, might_sleep};
-use crate::report::{Corruption, Report};
+use crate::report::Corruption;
 use crate::stats::{Event, FreePath};
 use crate::sync::SpinGuard;
 
@@ -118,6 +118,9 @@ impl<P: Platform> Mm<P> {
         let mut batch = [core::ptr::null_mut(); BATCH];
         let want = (core.sheaves.capacity() / 2).clamp(1, BATCH);
         let taken = self.slabs_take(core, gfp, &mut batch[..want]);
+        if self.pages.map.checks.pending() {
+            self.report_flaws();
+        }
         let pin = self.pages.pin();
         let stats = self.pages.stats(&pin);
         let n = match taken {
@@ -362,6 +365,47 @@ impl<P: Platform> Mm<P> {
         }
     }
 
+    /// Is the slab that would be allocated from next one of this cache, and do its counts agree? They are set right if not; if it is none, its list is
+    /// forgotten. Under the list lock.
+    #[cold]
+    pub(crate) fn next_fits(&self, core: &CacheCore, lists: &mut Lists) -> bool {
+        let map = &self.pages.map;
+        let head = lists.next_partial();
+        let at = lists.by_share.iter().rposition(|list| list.head == head);
+        let slab = map.region(head).and_then(|_| map.slab_behind(head.phys()));
+        let slab = slab.filter(|(slab, _)| core::ptr::eq(slab.cache_ptr(), core));
+        let (Some((slab, _)), Some(at)) = (slab, at) else {
+            lists.drop_list(map, at.unwrap_or(0), head, Flaw::Word);
+            return false;
+        };
+        if slab.list().index() != at || !lists.agrees(map, slab) {
+            lists.drop_list(map, at, head, Flaw::Links);
+            return false;
+        }
+        self.check_counts(core, slab);
+        // By its list it has a free object.
+        slab.inuse() < slab.objects() || {
+            lists.relist(map, slab);
+            false
+        }
+    }
+
+    /// Sets a slab's counts right if they do not agree. Under the list lock.
+    #[cold]
+    pub(crate) fn check_counts(&self, core: &CacheCore, slab: &Slab) -> bool {
+        let map = &self.pages.map;
+        let objects = core.geometry_of(slab).objects as usize;
+        let right = slab.objects() == objects && {
+            let (free, astray) = slab.count_free(map);
+            !astray && slab.inuse() + free == objects
+        };
+        if !right {
+            map.checks.note(slab.pfn(), Flaw::Counts);
+            slab.repair(map, objects);
+        }
+        right
+    }
+
     /// Which slab of this cache an object is from, and which object it is there.
     pub(crate) fn locate(
         &self,
@@ -375,6 +419,9 @@ impl<P: Platform> Mm<P> {
         let found = self.pages.map.lookup(Pfn(pfn)).ok_or(Corruption::NotRam)?;
         if found.word.kind() != PageType::Slab {
             return Err(Corruption::WrongType);
+        }
+        if self.pages.map.checks.on() && self.pages.map.slab_behind(phys).is_none() {
+            return Err(Corruption::BadWord);
         }
         let slab = self.pages.map.slab_at(found.word.desc());
         if slab.cache() != NonNull::from(core) {
@@ -433,6 +480,9 @@ impl<P: Platform> Mm<P> {
                         continue;
                     }
                 };
+                if map.checks.on() {
+                    self.check_counts(core, slab);
+                }
                 crate::inject::point("slab lists: about to give");
                 if !slab.give(map, index) {
                     wrong = Some((Corruption::DoubleFree, object));
@@ -457,6 +507,9 @@ impl<P: Platform> Mm<P> {
         }
         if let Some((what, object)) = wrong {
             self.report_object(what, Some(core), object, caller);
+        }
+        if map.checks.pending() {
+            self.report_flaws();
         }
         self.discard_from(core, empty, nested);
     }
@@ -526,26 +579,14 @@ impl<P: Platform> Mm<P> {
     ) {
         let phys = self.pages.map.phys(object);
         let pfn = u32::try_from(phys.0 >> PAGE_SHIFT).map_or(Pfn::NONE, Pfn);
-        let word = self.pages.map.lookup(pfn).map_or(Word::ZERO, |f| f.word);
-        let tracks = match (core, NonNull::new(object.cast_mut())) {
-            (Some(core), Some(object))
-                if what != Corruption::WrongCache && what != Corruption::NotRam =>
-            {
-                debug::tracks(core, object)
+        let mut report = self.report_at(what, pfn, object.addr(), caller);
+        if let Some(core) = core {
+            report.cache = Some(core.name());
+            if let Some(object) = NonNull::new(object.cast_mut()) {
+                report = self.report_with(report, core, object);
             }
-            _ => (None, None),
-        };
-        self.pages.platform.corruption(&Report {
-            what,
-            cache: core.map(CacheCore::name),
-            pfn,
-            word,
-            address: object.addr(),
-            byte: None,
-            allocated: tracks.0,
-            freed: tracks.1,
-            caller,
-        });
+        }
+        self.pages.platform.corruption(&report);
     }
 }
 
@@ -603,6 +644,10 @@ impl<P: Platform> Descriptors for Mm<P> {
             freed += self.compact(request.order) << request.order;
         }
         freed
+    }
+
+    fn report_flaw(&self) {
+        self.report_flaws();
     }
 
     fn put(&self, list: DescList) {

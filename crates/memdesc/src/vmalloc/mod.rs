@@ -39,10 +39,10 @@ use crate::desc::{VmArea, VmAreaKind};
 use crate::error::AllocError;
 use crate::gfp::{self, Flags};
 use crate::memcg::{Charge, area_stat};
-use crate::memmap::{BootSlice, Word};
+use crate::memmap::BootSlice;
 use crate::mm::Mm;
 use crate::platform::{Context, Platform, might_sleep};
-use crate::report::{Corruption, Report};
+use crate::report::Corruption;
 use crate::sync::atomic::AtomicU64;
 use crate::sync::{PtrStack, SpinLock};
 
@@ -401,17 +401,9 @@ impl<P: Platform> Mm<P> {
         // Which page it leads to is known under a lock only.
         let look = |this: &Self| this.vmalloc_to_pfn(ptr.as_ptr());
         let pfn = self.may_free_here().then(|| look(self)).flatten();
-        self.pages.platform.corruption(&Report {
-            what,
-            cache: None,
-            pfn: pfn.unwrap_or(Pfn::NONE),
-            word: pfn.map_or(Word::ZERO, |pfn| self.pages.map.word(pfn).load()),
-            address: ptr.addr().get(),
-            byte: None,
-            allocated: None,
-            freed: None,
-            caller,
-        });
+        let pfn = pfn.unwrap_or(Pfn::NONE);
+        let report = self.report_at(what, pfn, ptr.addr().get(), caller);
+        self.pages.platform.corruption(&report);
     }
 
     /// Is this an address of the vmalloc range (`is_vmalloc_addr`)?

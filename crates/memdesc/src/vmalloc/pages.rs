@@ -114,12 +114,20 @@ impl<P: Platform> Mm<P> {
                 let n = (want.pages - first).min(BULK);
                 self.pages
                     .alloc_bulk(kind, gfp, n, |block| own(block.pfn, block.word));
+                for index in first..desc.pages() {
+                    // SAFETY: the area is ours.
+                    if let Some((pfn, _)) = unsafe { desc.page(index) } {
+                        self.pages.note_alloc_by(kind, pfn, 0, want.caller);
+                    }
+                }
                 if desc.pages() > first {
                     continue;
                 }
             }
             // Nothing in this CPU's list: one by the ordinary way, which refills it.
             let block = self.pages.alloc_block(kind, gfp, want.order, None, self)?;
+            self.pages
+                .note_alloc_by(kind, block.pfn, want.order, want.caller);
             own(block.pfn, block.word);
         }
         Ok(())

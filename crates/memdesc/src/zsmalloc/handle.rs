@@ -29,7 +29,7 @@ use core::num::NonZeroU64;
 use super::pool::{Caller, PoolCore};
 use super::{ZsError, zspage::Part};
 use crate::address::Pfn;
-use crate::memmap::{PageType, Word};
+use crate::memmap::PageType;
 use crate::mm::Mm;
 use crate::platform::Platform;
 use crate::report::{Corruption, Report};
@@ -324,16 +324,11 @@ impl<P: Platform> Mm<P> {
             _ if handle.pool() != pool.number => Corruption::WrongCache,
             _ => Corruption::DoubleFree,
         };
+        let address = at.page.phys().0 as usize + at.index as usize * size_of::<Slot>();
+        let report = self.report_at(what, at.page, address, caller);
         self.pages.platform.corruption(&Report {
-            what,
             cache: Some(pool.name()),
-            pfn: at.page,
-            word: region.map_or(Word::ZERO, |region| region.word(at.page).load()),
-            address: at.page.phys().0 as usize + at.index as usize * size_of::<Slot>(),
-            byte: None,
-            allocated: None,
-            freed: None,
-            caller,
+            ..report
         });
     }
 }
