@@ -12,6 +12,7 @@ pub mod interrupt;
 mod memcg;
 mod mmu;
 pub mod rcu;
+mod stacks;
 mod window;
 
 use std::ptr::NonNull;
@@ -55,6 +56,8 @@ pub struct Host {
     /// membarrier(2) works, so the owner's side of a local lock needs only a compiler fence.
     asymmetric: bool,
     guard: guard::Guard,
+    /// Call stacks are taken.
+    stacks: bool,
     nodes: usize,
     faults: Faults,
     reclaim: Option<Box<ReclaimFn>>,
@@ -83,6 +86,7 @@ pub struct HostBuilder {
     stall: Option<(u64, Box<rcu::StallFn>)>,
     lockdep: Option<Box<LockdepFn>>,
     vmalloc: Option<usize>,
+    stacks: bool,
 }
 
 /// Addresses that a host has for vmalloc if nothing else is said.
@@ -190,6 +194,14 @@ impl HostBuilder {
         self
     }
 
+    /// Take call stacks for reports ([`memdesc::Config::stack_depot`]), and print their symbols. Unwinding takes locks, so there are none from
+    /// signal handlers, and it is slow: for looking for a bug.
+    #[must_use]
+    pub fn stacks(mut self, stacks: bool) -> Self {
+        self.stacks = stacks;
+        self
+    }
+
     /// Reserves the address space.
     ///
     /// # Errors
@@ -216,6 +228,7 @@ impl HostBuilder {
             vmalloc,
             cpus: Cpus::new(cpus, self.floating),
             asymmetric: register_membarrier(),
+            stacks: self.stacks,
             nodes: self.nodes.max(1),
             faults: Faults::default(),
             reclaim: self.reclaim,
@@ -476,6 +489,23 @@ unsafe impl Platform for Host {
         match self.clock.load(Ordering::Relaxed) {
             0 => self.start.elapsed().as_nanos() as u64,
             now => now,
+        }
+    }
+
+    #[inline(never)]
+    fn save_stack(&self, frames: &mut [usize]) -> usize {
+        if self.stacks && interrupt::context() <= Context::Atomic {
+            stacks::save(frames)
+        } else {
+            0
+        }
+    }
+
+    fn symbol(&self, address: usize, out: &mut dyn std::fmt::Write) -> std::fmt::Result {
+        if interrupt::context() <= Context::Atomic {
+            stacks::symbol(address, out)
+        } else {
+            write!(out, "{address:#x}")
         }
     }
 

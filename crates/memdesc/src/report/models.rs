@@ -62,9 +62,7 @@ fn found_by_others(publish: Ordering) {
         let handle = thread::spawn(move || other.save_as(here, &[5], publish, true));
         // In a depot of one bucket that is its place, if it is there.
         let place = StackId::from_bits(1);
-        let got = depot.get(place);
-        std::eprintln!("{:?}", got.map(|s| s.frames().to_vec()));
-        if let Some(stack) = got {
+        if let Some(stack) = depot.get(place) {
             assert_eq!(stack.frames(), [5]);
         }
         handle.join().unwrap();

@@ -693,6 +693,12 @@ unsafe impl Platform for Hooked {
     fn now(&self) -> u64 {
         self.host.now()
     }
+    fn save_stack(&self, frames: &mut [usize]) -> usize {
+        self.host.save_stack(frames)
+    }
+    fn symbol(&self, address: usize, out: &mut dyn std::fmt::Write) -> std::fmt::Result {
+        self.host.symbol(address, out)
+    }
     fn corruption(&self, report: &Report<'_>) {
         self.host.corruption(report);
     }
