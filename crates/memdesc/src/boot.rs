@@ -424,7 +424,7 @@ fn lay_out<P: Platform>(
         platform.direct_map(),
         sections,
         regions,
-        Checks::new(config.check_pages),
+        Checks::new(config.check_pages, config.page_owner > 0),
     );
 
     let before = bump.used;

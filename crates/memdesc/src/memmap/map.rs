@@ -206,15 +206,19 @@ pub(crate) const MAX_DEVICES: usize = 16;
 #[derive(Debug)]
 pub(crate) struct Checks {
     on: bool,
+    /// Something is checked or recorded when pages change hands: one look for both.
+    watched: bool,
     /// A page and what is wrong with it, as [`Checks::note`] packs them; 0 for nothing. The first that nobody has reported yet.
     found: AtomicU64,
 }
 
 impl Checks {
-    /// Always where debug assertions are on.
-    pub(crate) fn new(on: bool) -> Checks {
+    /// Always where debug assertions are on. `recorded`: who has which page is.
+    pub(crate) fn new(on: bool, recorded: bool) -> Checks {
+        let on = on || cfg!(any(debug_assertions, feature = "checked"));
         Checks {
-            on: on || cfg!(any(debug_assertions, feature = "checked")),
+            on,
+            watched: on || recorded,
             found: AtomicU64::new(0),
         }
     }
@@ -222,6 +226,11 @@ impl Checks {
     #[inline]
     pub(crate) fn on(&self) -> bool {
         self.on
+    }
+
+    #[inline]
+    pub(crate) fn watched(&self) -> bool {
+        self.watched
     }
 
     /// Something is wrong with this page. From any context.

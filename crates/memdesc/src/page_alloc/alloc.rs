@@ -196,9 +196,11 @@ impl<P: Platform> PageAllocator<P> {
             None => self.alloc_zone(kind, gfp, order, node, descs)?,
         };
         self.prep_alloc(block.pfn, order, block.word, gfp);
-        self.note_alloc(kind, block.pfn, order);
-        if self.map.checks.pending() {
-            descs.report_flaw();
+        if self.map.checks.watched() {
+            self.note_alloc(kind, block.pfn, order);
+            if self.map.checks.pending() {
+                descs.report_flaw();
+            }
         }
         Ok(block)
     }

@@ -50,9 +50,6 @@ impl<P: Platform> PageAllocator<P> {
         if (over.is_some() || pcp.has_deferred()) && !nested {
             self.drain_some(path, index, over.unwrap_or(0), descs);
         }
-        if self.map.checks.pending() {
-            descs.report_flaw();
-        }
     }
 
     #[cold]
@@ -70,6 +67,9 @@ impl<P: Platform> PageAllocator<P> {
             .free_block(block, block.word.order(), &mut freed);
         if !freed.is_empty() {
             descs.put(freed);
+        }
+        if self.map.checks.pending() {
+            descs.report_flaw();
         }
     }
 
@@ -92,6 +92,9 @@ impl<P: Platform> PageAllocator<P> {
         let _path = self.may_sleep(path);
         self.free_chain(chain, index, descs);
         self.free_chain(deferred, index, descs);
+        if self.map.checks.pending() {
+            descs.report_flaw();
+        }
     }
 
     /// The periodic work of one CPU: the marks of its lists fall, and what is above them goes back (`refresh_cpu_vm_stats`).

@@ -72,6 +72,9 @@ impl<P: Platform> PageAllocator<P> {
             self.prep_alloc(block.pfn, order, block.word, gfp);
             self.note_alloc(kind, block.pfn, order);
         }
+        if self.map.checks.pending() {
+            descs.report_flaw();
+        }
         result
     }
 

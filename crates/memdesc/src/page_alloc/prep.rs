@@ -26,7 +26,9 @@ impl<P: Platform> PageAllocator<P> {
     #[track_caller]
     pub(crate) fn prep_free(&self, pfn: Pfn, word: Word) -> Word {
         let order = word.order();
-        self.note_free(word.kind(), pfn, order);
+        if self.map.checks.watched() {
+            self.note_free(word.kind(), pfn, order);
+        }
         // Whoever is charged for it no longer is.
         let word = if word.number() != 0 {
             self.uncharge_block(pfn, word)

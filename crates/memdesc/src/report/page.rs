@@ -219,7 +219,7 @@ impl<P: Platform> PageAllocator<P> {
             None => [None; 2],
         };
         let history = match self.history.look(pfn) {
-            _ if !self.history.is_on() => Recorded::Off,
+            _ if !self.history.is_on() || page.is_none() => Recorded::Off,
             (Some(history), _) => Recorded::History(history),
             (None, true) => Recorded::Dropped,
             (None, false) => Recorded::Nothing,

@@ -346,7 +346,8 @@ fn read_track(core: &CacheCore, object: NonNull<u8>, which: usize) -> Option<Raw
     }
 }
 
-fn asked(core: &CacheCore, object: NonNull<u8>) -> Option<usize> {
+/// How many of its bytes the object's owner asked for, if that is recorded.
+pub(crate) fn asked(core: &CacheCore, object: NonNull<u8>) -> Option<usize> {
     read_track(core, object, 0).map(|t| t.asked as usize)
 }
 

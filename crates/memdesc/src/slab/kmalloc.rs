@@ -330,7 +330,13 @@ impl<P: Platform> Mm<P> {
             if let Ok(Where::Object(core)) = self.where_is(ptr.as_ptr())
                 && core.is_debug()
             {
+                // What lies between was red zone, not what the caller left there.
+                let had = debug::asked(core, ptr).unwrap_or(size);
                 debug::on_resize(core, ptr, size);
+                if gfp.contains(gfp::__GFP_ZERO) && had < size {
+                    // SAFETY: within the object, which is the caller's.
+                    unsafe { ptr.add(had).write_bytes(0, size - had) };
+                }
             }
             return Ok(ptr);
         }

@@ -579,6 +579,12 @@ impl<P: Platform> Mm<P> {
     ) {
         let phys = self.pages.map.phys(object);
         let pfn = u32::try_from(phys.0 >> PAGE_SHIFT).map_or(Pfn::NONE, Pfn);
+        // The page of a vmalloc address is known under a lock only.
+        let area = self.is_vmalloc_addr(object) && self.may_free_here();
+        let (what, pfn) = match area.then(|| self.vmalloc_to_pfn(object)).flatten() {
+            Some(pfn) => (Corruption::WrongType, pfn),
+            None => (what, pfn),
+        };
         let mut report = self.report_at(what, pfn, object.addr(), caller);
         if let Some(core) = core {
             report.cache = Some(core.name());
