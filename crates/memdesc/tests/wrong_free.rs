@@ -176,9 +176,14 @@ fn each_kind_of_memory_by_each_wrong_call() {
         .rfind(|&p| matches!(mm.lookup(p).2, Memory::Reserved(_)))
         .unwrap();
     add("the memory map", "reserved", reserved, at(reserved), &[]);
+    let offline = (1..30)
+        .map(|n| Pfn(n << 9))
+        .find(|&p| mm.offline_pages(p, 512).is_ok())
+        .unwrap();
+    add("offline memory", "offline", offline, at(offline), &[]);
     let untouched = (0..16384)
         .map(Pfn)
-        .find(|&p| matches!(mm.lookup(p).2, Memory::Untouched))
+        .rfind(|&p| matches!(mm.lookup(p).2, Memory::Untouched))
         .unwrap();
     add(
         "what was never handed out",
@@ -187,11 +192,6 @@ fn each_kind_of_memory_by_each_wrong_call() {
         at(untouched),
         &[],
     );
-    let offline = (1..30)
-        .map(|n| Pfn(n << 9))
-        .find(|&p| mm.offline_pages(p, 512).is_ok())
-        .unwrap();
-    add("offline memory", "offline", offline, at(offline), &[]);
 
     let before = mm.census();
     let mut cases = 0;

@@ -271,6 +271,10 @@ pub(crate) fn check(
             pattern,
         );
     }
+    // Found bad when it was freed, reported, and left alone: in use by the bitmap, and all of it as free objects are.
+    if !free && (left.is_some() || right.is_some()) && check(core, object, true) == [None; 3] {
+        return [None; 3];
+    }
     [
         poison.map(|byte| (Corruption::Poison, byte)),
         left.map(|byte| (Corruption::RedzoneLeft, byte)),

@@ -341,9 +341,14 @@ impl<P: Platform> Mm<P> {
             return Ok(ptr);
         }
         let new = self.kmalloc(size, gfp)?;
+        // Of a debug cache's object what was asked for: behind it is red zone.
+        let had = match self.where_is(ptr.as_ptr()) {
+            Ok(Where::Object(core)) if core.is_debug() => debug::asked(core, ptr).unwrap_or(old),
+            _ => old,
+        };
         // SAFETY: both are live, distinct, and at least this long; the old one is the caller's to give up.
         unsafe {
-            ptr.copy_to_nonoverlapping(new, old.min(size));
+            ptr.copy_to_nonoverlapping(new, had.min(size));
             self.kfree(ptr);
         }
         Ok(new)
