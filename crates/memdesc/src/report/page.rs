@@ -422,12 +422,13 @@ impl<P: Platform> Mm<P> {
                 }
             }
             PageType::Vmalloc => match self.vm_area_of(word) {
-                // SAFETY: it lies in a slab of such descriptors, which are type-stable in the caller's read section; all of its fields are
-                // atomics.
-                Some(area) => DescState::VmArea {
-                    address: area.as_ptr().addr(),
-                    pages: unsafe { area.as_ref() }.pages(),
-                },
+                Some(area) => {
+                    // SAFETY: it lies in a slab of such descriptors, which are type-stable in the caller's read section; all of its fields
+                    // are atomics.
+                    let pages = unsafe { area.as_ref() }.pages();
+                    let address = area.as_ptr().addr();
+                    DescState::VmArea { address, pages }
+                }
                 None => DescState::Astray { physical: desc.0 },
             },
             PageType::Bare | PageType::LargeKmalloc => DescState::Kept { address },

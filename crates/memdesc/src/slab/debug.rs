@@ -27,6 +27,9 @@ const POISON_FREE: u8 = 0x6b;
 const POISON_END: u8 = 0xa5;
 const POISON_INUSE: u8 = 0x5a;
 
+/// A bad byte: its offset from the object's start, what was found, what was expected.
+type Byte = (isize, u8, u8);
+
 /// Bytes of right red zone behind the rounded object.
 const RED_TAIL: usize = 8;
 /// Bytes of one track.
@@ -95,7 +98,7 @@ unsafe fn fill(object: NonNull<u8>, from: isize, len: usize, pattern: u8) {
 }
 
 /// The first byte of a stretch of the slot that is not the pattern.
-fn first_bad(object: NonNull<u8>, from: isize, len: usize, pattern: u8) -> Option<(isize, u8, u8)> {
+fn first_bad(object: NonNull<u8>, from: isize, len: usize, pattern: u8) -> Option<Byte> {
     (from..from + len as isize).find_map(|offset| {
         // SAFETY: callers pass stretches of the object's slot, which is initialised from slab creation on; a read
         // through a volatile pointer, since a faulty user may be writing to it, which is what we are looking for.
@@ -247,7 +250,7 @@ pub(crate) fn check(
     core: &CacheCore,
     object: NonNull<u8>,
     free: bool,
-) -> [Option<(Corruption, (isize, u8, u8))>; 3] {
+) -> [Option<(Corruption, Byte)>; 3] {
     let size = core.geometry.object_size as usize;
     let poison = (free && poisons(core))
         .then(|| {
