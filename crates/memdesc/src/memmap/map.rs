@@ -318,7 +318,12 @@ impl MemMap {
                 BootSlice::new(self.regions.ptr, self.regions.len),
             )
         };
-        MemMap::new(self.direct_map, sections, regions, Checks::new(false))
+        MemMap::new(
+            self.direct_map,
+            sections,
+            regions,
+            Checks::new(false, false),
+        )
     }
 
     /// A pointer to physical memory.
