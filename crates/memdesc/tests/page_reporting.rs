@@ -15,12 +15,14 @@ use memdesc_host::Host;
 
 const SECOND: u64 = 1_000_000_000;
 
+type Report = Vec<(Pfn, usize)>;
+
 /// What was reported.
 #[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<Vec<(Pfn, usize)>>>>);
+struct Log(Arc<Mutex<Vec<Report>>>);
 
 impl Log {
-    fn take(&self) -> Vec<(Pfn, usize)> {
+    fn take(&self) -> Report {
         let batches = std::mem::take(&mut *self.0.lock().unwrap());
         for batch in &batches {
             assert!((1..=32).contains(&batch.len()), "{}", batch.len());
@@ -142,7 +144,7 @@ fn never_twice_while_it_stays_free() {
     }
 }
 
-fn log_after(mm: &Mm<Hooked>, log: &Log) -> Vec<(Pfn, usize)> {
+fn log_after(mm: &Mm<Hooked>, log: &Log) -> Report {
     mm.page_report().unwrap();
     log.take()
 }

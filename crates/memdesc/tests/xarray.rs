@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use common::{Rng, scaled};
 use memdesc::rcu::{self, Rcu};
 use memdesc::xarray::*;
-use memdesc::{Config, Mm, Platform, gfp, inject};
+use memdesc::{Mm, Platform, gfp, inject};
 use memdesc_host::Host;
 
 /// Nodes are objects of the slab, prepaid.
