@@ -39,7 +39,7 @@ enum Command {
         #[arg(long)]
         all: bool,
     },
-    /// The owner map and the other threaded tests, for a long time.
+    /// The owner map and the other threaded tests, for a long time; the core's tests with each free-page service.
     Stress {
         /// Seconds for each test.
         #[arg(long, default_value_t = 60)]
@@ -60,6 +60,7 @@ fn main() -> ExitCode {
             runner.lint();
             runner.tests();
             if !quick {
+                runner.free_pages(false);
                 runner.loom(Some(3));
                 runner.miri(false);
             }
@@ -75,6 +76,7 @@ fn main() -> ExitCode {
         Command::Miri { all } => runner.miri(all),
         Command::Stress { seconds } => {
             runner.stress(seconds);
+            runner.free_pages(true);
             runner.storm(seconds);
             runner.scenarios(seconds);
         }

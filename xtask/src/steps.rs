@@ -83,6 +83,28 @@ impl Runner {
         self.command("owner map, optimised and checked", owner_map());
     }
 
+    /// The core's integration tests with free memory filled, checked, inaccessible, zeroed and reported: with all of it, or also with each
+    /// service by itself.
+    pub(crate) fn free_pages(&mut self, each: bool) {
+        let settings: &[&str] = if each {
+            &[
+                "pagealloc",
+                "poison",
+                "init_on_free",
+                "init_on_alloc",
+                "reporting",
+                "all",
+            ]
+        } else {
+            &["all"]
+        };
+        for setting in settings {
+            let mut command = cargo(&["test", "-p", "memdesc", "--tests"]);
+            command.env("MEMDESC_FREEPAGE", setting);
+            self.command(&format!("the core, free pages: {setting}"), command);
+        }
+    }
+
     pub(crate) fn loom(&mut self, preemptions: Option<u32>) {
         let mut command = cargo(&[
             "test",
@@ -181,6 +203,7 @@ impl Runner {
             scenario(&["address-spaces", "--seconds", &seconds]),
         );
         self.command("file pages make room", scenario(&["page-cache"]));
+        self.command("a spike is given back", scenario(&["free-page-reporting"]));
     }
 
     pub(crate) fn replay_built_in(&mut self) {

@@ -3,7 +3,7 @@
 //!
 //! Every range of pages that is inaccessible beside one that is not is a mapping of its own, and a process may have no more than
 //! `vm.max_map_count` of them. When that many are there, guarding ends: everything is made accessible, which is one mapping, and standard
-//! error says so once. A test that relies on the guard asks [`Host::guards_free_pages`].
+//! error says so once. A test that relies on the guard asks [`Host::guards_free_pages`](crate::Host::guards_free_pages).
 
 use std::fmt::Write;
 use std::sync::OnceLock;

@@ -57,13 +57,14 @@ pub struct Config {
     pub check_pages: bool,
     /// Debug flags for every cache (`slab_debug=`).
     pub slab_debug: crate::slab::CacheFlags,
-    /// Zero pages when they are handed out (`init_on_alloc`).
+    /// Zero pages when they are handed out (`init_on_alloc`). Of pages only: objects of slabs are zeroed for who asks for it.
     pub init_on_alloc: bool,
     /// Zero pages when they come back (`init_on_free`): what was in them is gone. Who asks for zeroed pages gets those that still are without
     /// another pass.
     pub init_on_free: bool,
     /// Fill pages with 0xaa when they come back, with zeros if [`init_on_free`](Self::init_on_free) is on too, and see whether that is still
-    /// there when they are handed out (`page_poison`).
+    /// there when they are handed out (`page_poison`). Memory that was never handed out is not filled, so a block that merges with such is
+    /// not checked until it has been handed out as a whole.
     pub page_poison: bool,
     /// Make free pages inaccessible (`debug_pagealloc`), by [`Platform::kernel_map_pages`](crate::Platform::kernel_map_pages). Memory that was
     /// never handed out stays as the platform mapped it.

@@ -221,7 +221,7 @@ pub unsafe trait Platform: Sync {
     /// Nobody has these pages of a device any more: they are the device's again (`dev_pagemap_ops.page_free`). From any context.
     fn device_page_free(&self, _pfn: Pfn, _order: usize) {}
     /// Does a page still hold after [`pages_allocated`](Self::pages_allocated) what it held before [`pages_freed`](Self::pages_freed)? If not, poison is not
-    /// checked, and no page is taken to be zero. Asked once.
+    /// checked, and no page is taken to be zero. Asked once, when the memory is taken over.
     fn keeps_free_contents(&self) -> bool {
         true
     }

@@ -14,6 +14,10 @@
 //! The order of things, as in Linux. A block that comes back: filled, made inaccessible (`kernel_map_pages`), the platform's own hook
 //! (`pages_freed`). A block that is handed out: the platform's own hook (`pages_allocated`), made accessible, checked, zeroed if it has to be.
 //!
+//! Memory that was never handed out has no word, and nothing is known of it; that a machine says its memory is zero
+//! ([`Config::memory_is_zeroed`]) speaks of the memory map only. A page that is checked and found bad is reported, and handed out all the same, as in
+//! Linux. Objects of slabs are not these services' business: their pages are, when a slab comes and goes.
+//!
 //! Source: `mm/page_poison.c`, `mm/page_reporting.c`, `free_pages_prepare` and `post_alloc_hook` of Linux.
 
 mod init;
