@@ -189,8 +189,13 @@ impl Text {
 impl Write for Text {
     fn write_str(&mut self, s: &str) -> std::fmt::Result {
         // What is too long is cut, with room for the end of the line.
-        let room = self.bytes.len() - 1 - self.len;
-        let end = if s == "\n" { 1 } else { room.min(s.len()) };
+        let room = self.bytes.len() - self.len;
+        let end = if s == "\n" { 1 } else { s.len() };
+        let end = end.min(if s == "\n" {
+            room
+        } else {
+            room.saturating_sub(1)
+        });
         self.bytes[self.len..self.len + end].copy_from_slice(&s.as_bytes()[..end]);
         self.len += end;
         Ok(())

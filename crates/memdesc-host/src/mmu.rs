@@ -378,8 +378,8 @@ extern "C" fn on_segv(signal: libc::c_int, info: *mut libc::siginfo_t, context: 
             return;
         }
     }
-    crate::guard::tell_stray(addr, access == Access::Write);
-    // Nobody's fault: back to the default, and the access happens again.
+    // Nobody's fault: back to the default, and the access happens again. First, or a fault in what follows would come here again.
     // SAFETY: a valid signal and disposition.
     unsafe { libc::signal(signal, libc::SIG_DFL) };
+    crate::guard::tell_stray(addr, access == Access::Write);
 }

@@ -185,6 +185,22 @@ fn zeroing_is_saved_where_it_may_be() {
     assert!(out.iter().all(|&pfn| all_are(held(&mm, pfn, 0), 0)));
     assert_eq!(mm.event(Event::PgZeroSaved) - before, 500);
     out.iter().for_each(|&pfn| free(&mm, pfn));
+    // Blocks that lay on the descriptors of folios, and got buddies of their own.
+    let get = |_| mm.alloc_folio(GFP_HIGHUSER_MOVABLE, 0, FolioKind::File);
+    let mut folios: Vec<Pfn> = (0..3000).map_while(|i| get(i).ok()).collect();
+    folios.sort_unstable();
+    for pair in folios.chunks(2) {
+        fill(page(&mm, pair[0]), PAGE_SIZE, 0x44);
+        free(&mm, pair[0]);
+    }
+    mm.shrink();
+    let before = mm.event(Event::PgZeroSaved);
+    let gfp = GFP_HIGHUSER_MOVABLE | __GFP_ZERO;
+    assert_eq!(mm.alloc_pages_bulk(gfp, &mut out), out.len());
+    assert!(out.iter().all(|&pfn| all_are(held(&mm, pfn, 0), 0)));
+    assert_eq!(mm.event(Event::PgZeroSaved) - before, 500);
+    let rest = folios.chunks(2).filter_map(|pair| pair.get(1));
+    rest.chain(&out).for_each(|&pfn| free(&mm, pfn));
     teardown(&machine, &mm);
 }
 
