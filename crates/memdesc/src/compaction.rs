@@ -1,4 +1,4 @@
-//! A contiguous range out of what lies in it: free pages are taken, folios are moved away, and the range is the caller's.
+//! A contiguous range out of what lies in it: free pages are taken, folios and compressed memory are moved away, and the range is the caller's.
 //!
 //! No page of the range goes back to a free list on the way: moving a folio exchanges its pages for bare ones that are handed to who moves, so
 //! what has been gathered cannot be lost to others, and needs no mark that keeps others off (Linux: `MIGRATE_ISOLATE`).
@@ -19,6 +19,7 @@ use crate::page_alloc::alloc::Descriptors;
 use crate::platform::Platform;
 use crate::stats::Event;
 use crate::sync::atomic::Ordering;
+use crate::zsmalloc;
 
 /// Rounds over a range before it is given up.
 const ROUNDS: u32 = 8;
@@ -222,12 +223,24 @@ impl<P: Platform> Mm<P> {
         let obstacle = Obstacle {
             pfn: at,
             kind,
-            movable: found.word.is_folio(),
+            movable: is_movable(found.word),
         };
         if !obstacle.movable {
             return Step::Stays(obstacle);
         }
         let flags = gfp::GFP_HIGHUSER_MOVABLE & !gfp::__GFP_RECLAIM | gfp::__GFP_NOWARN;
+        if kind == PageType::Zsmalloc {
+            let Ok(to) = self.alloc_pages(flags, 0) else {
+                return Step::Stays(obstacle);
+            };
+            if !self.zs_migrate(at, to) {
+                // SAFETY: ours, bare.
+                unsafe { self.free_pages(to) };
+                return Step::Stays(obstacle);
+            }
+            gathered.push(self, at, 0);
+            return Step::Past(next);
+        }
         match self.migrate_away(at, |order| self.alloc_pages(flags, order)) {
             // As large as it is now: the folio that was looked at may have been split meanwhile, or become part of a larger one.
             // A bad page in it goes out of use as the block comes back: not to the caller.
@@ -338,7 +351,7 @@ impl<P: Platform> Mm<P> {
                 Some(f) if f.word.kind() == PageType::Free => {
                     fit &= f.word.order() < order;
                 }
-                Some(f) if f.word.is_folio() => used += next - at.0,
+                Some(f) if is_movable(f.word) => used += next - at.0,
                 // Untouched memory is as good as free, and as a whole.
                 _ => fit = false,
             }
@@ -362,6 +375,11 @@ impl<P: Platform> Mm<P> {
             unsafe { self.free_pages(block) };
         }
     }
+}
+
+/// Can what this word speaks for be moved, if nobody is at it?
+fn is_movable(word: Word) -> bool {
+    word.is_folio() || zsmalloc::is_movable(word)
 }
 
 /// One past the last page of the block that a page is in.

@@ -5,10 +5,10 @@
 mod common;
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::*;
-use memdesc::gfp::{__GFP_FAST_TRY, GFP_ATOMIC, GFP_KERNEL, GFP_NOWAIT};
+use memdesc::gfp::{__GFP_FAST_TRY, __GFP_MOVABLE, GFP_ATOMIC, GFP_KERNEL, GFP_NOWAIT};
 use memdesc::zsmalloc::{SIZE_CLASSES, ZsError, ZsHandle, ZsPool};
 use memdesc::*;
 use memdesc_host::Host;
@@ -432,6 +432,137 @@ fn what_is_read_is_not_moved() {
     teardown(&machine, &mm);
 }
 
+#[test]
+fn pages_move_with_what_is_in_them() {
+    let machine = Machine::flat(8192);
+    let mm = machine.boot_on(machine.host().guard_free_pages().build().unwrap());
+    let pool = mm.zs_create_pool("migration").unwrap();
+    let mut model = Model::new(&mm, &pool, 1);
+    let mut rng = Rng(11);
+    for _ in 0..4000 {
+        model
+            .store(size(&mut rng), GFP_KERNEL | __GFP_MOVABLE)
+            .unwrap();
+    }
+    for _ in 0..1000 {
+        model.free(rng.below(model.order.len()));
+    }
+    let pages = mm.zs_get_total_pages(&pool);
+    let ours = |pfn: u32| match mm.lookup(Pfn(pfn)).2 {
+        // SAFETY: objects keep it.
+        Memory::Zsmalloc(desc) => Some(unsafe { desc.as_ref() }.class()),
+        _ => None,
+    };
+    let handles = SIZE_CLASSES.len();
+    let (mut whole, mut moved) = (0, 0);
+    for start in (512..8192).step_by(64) {
+        let all = start..start + 64;
+        let here = all.clone().filter(|&p| ours(p).is_some()).count();
+        let fixed = all.clone().find(|&p| ours(p) == Some(handles));
+        match mm.alloc_contig_range(Pfn(start), 64) {
+            Ok(()) => {
+                assert_eq!(fixed, None);
+                assert!(all.clone().all(|p| ours(p).is_none()));
+                model.check();
+                check_counts(&mm, &pool, model.objects.len());
+                // SAFETY: the range is ours, and nobody has it.
+                unsafe { mm.free_contig_range(Pfn(start), 64) };
+                (whole, moved) = (whole + 1, moved + here);
+            }
+            Err(obstacle) if obstacle.kind == PageType::Zsmalloc => {
+                assert!(
+                    !obstacle.movable && Some(obstacle.pfn.0) == fixed,
+                    "{obstacle:?}"
+                );
+            }
+            Err(_) => {}
+        }
+    }
+    assert!(
+        whole > 50 && moved > 1500,
+        "{whole} ranges, {moved} of {pages} pages"
+    );
+    assert_eq!(mm.zs_get_total_pages(&pool), pages);
+    // What is read keeps all pages that it lies in.
+    let mut copies = vec![[0; 1]; model.order.len()];
+    let views: Vec<_> = copies
+        .iter_mut()
+        .zip(&model.order)
+        .map(|(copy, &handle)| mm.zs_obj_read_begin(&pool, handle, copy).unwrap())
+        .collect();
+    let read: Vec<u32> = (512..8192)
+        .filter(|&p| ours(p).is_some_and(|c| c < handles))
+        .collect();
+    let mut stayed = 0;
+    for &page in &read {
+        let moves = mm.alloc_contig_range(Pfn(page), 1);
+        stayed += usize::from(moves.is_err());
+        match moves {
+            // SAFETY: ours.
+            Ok(()) => unsafe { mm.free_contig_range(Pfn(page), 1) },
+            Err(obstacle) => assert!(obstacle.movable, "{obstacle:?}"),
+        }
+    }
+    // The rest has only free objects: a quarter of them are.
+    assert!(stayed * 4 > read.len() * 3, "{stayed} of {}", read.len());
+    for (view, handle) in views.iter().zip(&model.order) {
+        assert_eq!(view[0], model.objects[handle][0]);
+    }
+    drop(views);
+    // And compaction of memory finds large blocks where there was compressed memory all over.
+    model.check();
+    mm.zs_compact(&pool);
+    model.check();
+    check_counts(&mm, &pool, model.objects.len());
+    model.free_all();
+    mm.zs_destroy_pool(pool).unwrap();
+    teardown(&machine, &mm);
+}
+
+#[test]
+fn pages_with_what_is_read_stay() {
+    let machine = Machine::flat(8192);
+    let mm = machine.boot();
+    let pool = mm.zs_create_pool("full").unwrap();
+    let mut model = Model::new(&mm, &pool, 1);
+    for size in [1300, 3600, 4096, 700] {
+        let class = SIZE_CLASSES[mm.zs_lookup_class_index(&pool, size).unwrap()];
+        for _ in 0..2 * class.objects {
+            model.store(size, GFP_KERNEL | __GFP_MOVABLE).unwrap();
+        }
+    }
+    let ours = |pfn: &u32| match mm.lookup(Pfn(*pfn)).2 {
+        // SAFETY: objects keep it.
+        Memory::Zsmalloc(desc) => unsafe { desc.as_ref() }.class() < SIZE_CLASSES.len(),
+        _ => false,
+    };
+    let mut copies = vec![[0; 1]; model.order.len()];
+    let views: Vec<_> = copies
+        .iter_mut()
+        .zip(&model.order)
+        .map(|(copy, &handle)| mm.zs_obj_read_begin(&pool, handle, copy).unwrap())
+        .collect();
+    let pages: Vec<u32> = (0..8192).filter(ours).collect();
+    assert_eq!(pages.len() as u64, mm.zs_get_total_pages(&pool));
+    for &page in &pages {
+        let why = mm.alloc_contig_range(Pfn(page), 1).unwrap_err();
+        assert_eq!(
+            (why.pfn, why.kind, why.movable),
+            (Pfn(page), PageType::Zsmalloc, true)
+        );
+    }
+    drop(views);
+    for &page in &pages {
+        mm.alloc_contig_range(Pfn(page), 1).unwrap();
+        model.check();
+        // SAFETY: ours.
+        unsafe { mm.free_contig_range(Pfn(page), 1) };
+    }
+    model.free_all();
+    mm.zs_destroy_pool(pool).unwrap();
+    teardown(&machine, &mm);
+}
+
 #[derive(Clone, Debug)]
 enum Op {
     Store { size: usize, n: usize, gfp: usize },
@@ -441,6 +572,7 @@ enum Op {
     Compact,
     Shrink,
     Tick,
+    Contig { start: u32, pages: u32 },
     Cpu { cpu: usize },
 }
 
@@ -454,6 +586,7 @@ fn op() -> impl Strategy<Value = Op> {
         4 => Just(Op::Compact),
         1 => Just(Op::Shrink),
         1 => Just(Op::Tick),
+        4 => (0..8192u32, 1..600u32).prop_map(|(start, pages)| Op::Contig { start, pages }),
         2 => (0..4usize).prop_map(|cpu| Op::Cpu { cpu }),
     ]
 }
@@ -469,7 +602,7 @@ fn run(machine: &Machine, ops: &[Op]) {
             Op::Store { size, n, gfp } => {
                 for i in 0..n {
                     let size = (size + i).min(4096);
-                    let gfp = [GFP_KERNEL, GFP_NOWAIT, GFP_ATOMIC][gfp];
+                    let gfp = [GFP_KERNEL | __GFP_MOVABLE, GFP_NOWAIT, GFP_ATOMIC][gfp];
                     if model.store(size, gfp).is_err() {
                         break;
                     }
@@ -495,6 +628,16 @@ fn run(machine: &Machine, ops: &[Op]) {
                 model.check();
             }
             Op::Tick => mm.tick(),
+            Op::Contig { start, pages } => {
+                let start = 1 + start % (machine.end() - 1);
+                let pages = pages.min(machine.end() - start);
+                if mm.alloc_contig_range(Pfn(start), pages).is_ok() {
+                    model.check();
+                    // SAFETY: the range is ours, and nobody has it.
+                    unsafe { mm.free_contig_range(Pfn(start), pages) };
+                }
+                model.check();
+            }
             Op::Cpu { cpu: to } => {
                 drop(cpu);
                 cpu = mm.platform().claim(to % machine.cpus);
@@ -526,23 +669,26 @@ fn threads(rt: bool) {
     machine.config.preempt_rt = rt;
     let mm = machine.boot_on(machine.host().guard_free_pages().build().unwrap());
     let pool = mm.zs_create_pool("threads").unwrap();
-    let (stop, left, moved) = (
-        AtomicBool::new(false),
-        AtomicUsize::new(2),
-        AtomicUsize::new(0),
-    );
+    let (left, moved) = (AtomicUsize::new(2), AtomicUsize::new(0));
+    let ranges = AtomicUsize::new(0);
     std::thread::scope(|scope| {
         for seed in 1..=2 {
-            let (mm, pool, left) = (&mm, &pool, &left);
+            let (mm, pool, left, ranges) = (&mm, &pool, &left, &ranges);
             scope.spawn(move || {
                 let _cpu = mm.platform().claim(seed - 1);
                 let mut model = Model::new(mm, pool, seed as u64);
                 let mut rng = Rng(seed as u64);
-                for round in 0..scaled(60_000, 100) {
+                for round in 0..3_000_000 {
+                    // Until the third has had its share, on a machine that others are busy on too.
+                    if round >= 60_000 && ranges.load(Ordering::Relaxed) > 10 {
+                        break;
+                    }
                     // Up for a while, down for a while: so that there is something to compact.
                     let up = round / 5000 % 2 == 0;
                     match rng.below(10) {
-                        0..=3 if up => model.store(size(&mut rng), GFP_KERNEL).unwrap(),
+                        0..=3 if up => model
+                            .store(size(&mut rng), GFP_KERNEL | __GFP_MOVABLE)
+                            .unwrap(),
                         0..=3 => model.free(rng.below(model.order.len().max(1))),
                         4..=7 if !model.order.is_empty() => {
                             model.check_one(model.order[rng.below(model.order.len())]);
@@ -560,18 +706,25 @@ fn threads(rt: bool) {
             });
         }
         let _cpu = mm.platform().claim(2);
+        let mut rng = Rng(77);
         while left.load(Ordering::Relaxed) > 0 && !std::thread::panicking() {
             moved.fetch_add(mm.zs_compact(&pool), Ordering::Relaxed);
             mm.rcu_work();
+            let start = Pfn(64 * (1 + rng.below(200) as u32));
+            if mm.alloc_contig_range(start, 64).is_ok() {
+                ranges.fetch_add(1, Ordering::Relaxed);
+                // SAFETY: the range is ours, and nobody has it.
+                unsafe { mm.free_contig_range(start, 64) };
+            }
             std::thread::yield_now();
         }
-        stop.store(true, Ordering::Relaxed);
     });
     let stats = mm.zs_pool_stats(&pool);
     assert!(
         stats.objects_moved > 1000 && moved.into_inner() > 0,
         "{stats:?}"
     );
+    assert!(ranges.into_inner() > 10);
     mm.zs_destroy_pool(pool).unwrap();
     teardown(&machine, &mm);
 }

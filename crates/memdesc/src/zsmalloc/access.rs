@@ -80,7 +80,8 @@ impl<P: Platform> Mm<P> {
     ///
     /// # Context
     ///
-    /// With `__GFP_DIRECT_RECLAIM` it may sleep; else any context that may pin a CPU.
+    /// With `__GFP_DIRECT_RECLAIM` it may sleep; else any context that may pin a CPU. With `__GFP_MOVABLE` its pages lie among those that can be
+    /// moved, which they can.
     ///
     /// # Errors
     ///
@@ -136,13 +137,15 @@ impl<P: Platform> Mm<P> {
             page,
             offset: (state.index() as usize * usize::from(class.size)) & (PAGE_SIZE - 1),
         };
+        let mut lists = self.class_lock(core, index);
+        // Under the lock: the first page may move, if nothing of this object is in it.
         let head = self.zs_head(page);
         if self.zsdesc(head).pool() != core.number {
             // A number that was made up, and met an object of another pool.
+            drop(lists);
             slot.disown();
             return self.report_handle(core, handle, ZsError::NoSuchObject, Location::caller());
         }
-        let mut lists = self.class_lock(core, index);
         let empty = self.zs_relist(&mut lists, head, class, |desc| {
             self.zs_push(desc, class, at, state.index());
             desc.inuse() == 0

@@ -246,6 +246,7 @@ impl<P: Platform> Mm<P> {
         let region = self.pages.map.region(at.page)?;
         // A word that leads to a descriptor, so not of a page that is on its way out: what is freed in this section stays till it ends.
         let word = region.word(at.page).load();
+        crate::inject::point("zsmalloc: handle found");
         (word.kind() == PageType::Zsmalloc && Part::of(word) == Part::Handles && at.index < 511)
             .then(|| self.slot_at(at))
     }

@@ -62,6 +62,7 @@ mod access;
 mod class;
 mod compact;
 mod handle;
+mod migrate;
 mod pool;
 mod zspage;
 
@@ -71,5 +72,6 @@ pub use class::{
     ZS_SIZE_CLASS_DELTA, ZS_SIZE_CLASSES, linux_class_index,
 };
 pub use handle::ZsHandle;
+pub(crate) use migrate::is_movable;
 pub(crate) use pool::ZsPools;
 pub use pool::{ZsDestroyError, ZsPool, ZsPoolStats};

@@ -427,7 +427,7 @@ impl<P: Platform> Mm<P> {
 
     /// A free slot for a handle, the caller's.
     pub(super) fn take_slot(&self, pool: &PoolCore, gfp: Flags) -> Result<SlotRef, AllocError> {
-        self.zs_take(pool, HANDLES, gfp, |page, desc| {
+        self.zs_take(pool, HANDLES, handle_flags(gfp), |page, desc| {
             let index = desc.free();
             let at = SlotRef { page, index };
             desc.set_free(self.slot_at(at).next_free());
@@ -453,7 +453,12 @@ impl<P: Platform> Mm<P> {
     }
 }
 
-/// Flags that say which pages: a pool takes those that cannot be moved, and does not want them zeroed.
+/// Flags for pages of objects: where they lie is the caller's to say, and nobody wants them zeroed.
 pub(super) fn page_flags(gfp: Flags) -> Flags {
-    gfp & !(gfp::__GFP_MOVABLE | gfp::__GFP_RECLAIMABLE | gfp::__GFP_ZERO | gfp::__GFP_HIGHMEM)
+    gfp & !(gfp::__GFP_RECLAIMABLE | gfp::__GFP_ZERO)
+}
+
+/// Flags for pages of handles, which cannot be moved.
+fn handle_flags(gfp: Flags) -> Flags {
+    gfp & !(gfp::__GFP_MOVABLE | gfp::__GFP_HIGHMEM)
 }
