@@ -389,7 +389,7 @@ impl<P: Platform> Mm<P> {
             pages,
             kind: self.census_kind(word, reading.as_ref()),
             order: Some(order),
-            class: word.kind().has_descriptor().then(|| word.class()),
+            class: class_of(word),
         }
     }
 
@@ -432,6 +432,14 @@ impl<P: Platform> Mm<P> {
         let bytes = cache.addr().checked_sub(first.addr())?;
         self.built_in.get(bytes / size_of::<CacheCore>())
     }
+}
+
+/// Where the descriptor of a block came from. A guard keeps its `struct buddy` beside the word's facts.
+fn class_of(word: Word) -> Option<DescClass> {
+    if word.inline_facts() == Some(Facts::Poisoned(Poisoned::Guard)) {
+        return Some(DescClass::Buddy);
+    }
+    word.kind().has_descriptor().then(|| word.class())
 }
 
 /// The order of the block that this word says begins here, and how many of its pages are among the `left` that there are. `None` if

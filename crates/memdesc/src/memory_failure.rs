@@ -329,6 +329,7 @@ impl<P: Platform> Mm<P> {
             let pin = self.pages.pin();
             let stats = self.pages.stats(&pin);
             // Out of which type it came was counted when it came back.
+            stats.add(&pin, Event::AllocAt, 1);
             stats.block_out(&pin, PageType::Poisoned, order);
             stats.block_retyped(&pin, PageType::Poisoned, PageType::Bare, order);
         }
@@ -578,9 +579,9 @@ impl<P: Platform> Mm<P> {
         let mut users = 0;
         if folio.has_flag(FolioFlags::DIRTY) {
             users = self.rmap_poison(folio, head, pfn, None);
-            mapping.set_error();
             if self.order_of(head) > 0 {
                 // It cannot be split, and its other pages are good: they stay.
+                mapping.set_error();
                 return (FailedPage::DirtyFile, users, true);
             }
         }

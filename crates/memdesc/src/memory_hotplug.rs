@@ -10,7 +10,7 @@ use crate::gfp::Flags;
 use crate::inline::Offline;
 use crate::memmap::bad::MAX_PENDING;
 use crate::memmap::heads::blocks;
-use crate::memmap::{DescClass, PageType, Word};
+use crate::memmap::{DescClass, Found, PageType, Word};
 use crate::mm::Mm;
 use crate::page_alloc::alloc::Descriptors;
 use crate::platform::Platform;
@@ -109,7 +109,7 @@ impl<P: Platform> Mm<P> {
         Ok(())
     }
 
-    /// Visits all pages of a range that keep it from going off line for good: a page of each block that is neither free nor a folio.
+    /// Visits all pages of a range that keep it from going off line for good: a page of each block that is neither free nor a folio nor bad.
     pub fn for_each_obstacle(&self, start: Pfn, pages: u32, mut visit: impl FnMut(Obstacle)) {
         let end = start.0 + pages;
         let mut at = start;
@@ -119,7 +119,9 @@ impl<P: Platform> Mm<P> {
             let kind = found.map_or(PageType::None, |f| f.word.kind());
             let free =
                 kind == PageType::Free || found.is_none() && self.pages.map.region(at).is_some();
-            if !free && !found.is_some_and(|f| f.word.is_folio()) {
+            // Bad memory may be in a range that goes off line.
+            let no_obstacle = |f: &Found| f.word.is_folio() || f.word.is_hwpoison();
+            if !free && !found.as_ref().is_some_and(no_obstacle) {
                 visit(Obstacle {
                     pfn: at,
                     kind,

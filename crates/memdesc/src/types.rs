@@ -200,7 +200,8 @@
 //!
 //! # Reserved, offline
 //!
-//! No descriptor: the word says it all.
+//! No descriptor: the word says it all. What it can say is [`Reserved`](crate::Reserved), [`Offline`](crate::Offline) and [`Poisoned`](crate::Poisoned). Users can map
+//! none of it, and who frees it is reported with its name.
 //!
 //! ```
 //! # use memdesc::{*, gfp::*};
@@ -210,6 +211,56 @@
 //! mm.offline_pages(Pfn(8192), 1024)?;
 //! assert!(matches!(mm.lookup(Pfn(9000)).2, Memory::Offline));
 //! mm.online_pages(Pfn(8192), 1024)?;
+//! mm.reserve_pages(Pfn(256), 512, Reserved::KernelText)?;
+//! assert_eq!(mm.lookup(Pfn(300)).2.name(), "kernel_text");
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Balloon
+//!
+//! Memory given to the hypervisor: the words of the blocks are the balloon's list. See [`Balloon`](crate::Balloon).
+//!
+//! ```
+//! # use memdesc::{*, gfp::*};
+//! # let (host, ram) = memdesc_host::Host::small(16384)?;
+//! # let mm = Mm::new(host, &Config::default(), &ram)?;
+//! let balloon = Balloon::new(&mm);
+//! assert_eq!(balloon.inflate(1024, GFP_HIGHUSER), 1024);
+//! assert_eq!(mm.ledger().by_type[PageType::Offline as usize], 1024);
+//! assert_eq!(balloon.deflate(100), 100);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Guards
+//!
+//! Nobody may touch them. Their `struct buddy` waits in the word.
+//!
+//! ```
+//! # use memdesc::{*, gfp::*};
+//! # let (host, ram) = memdesc_host::Host::small(16384)?;
+//! # let mm = Mm::new(host, &Config::default(), &ram)?;
+//! let guard = mm.alloc_guard(GFP_KERNEL, 0)?;
+//! assert!(matches!(mm.lookup(guard).2, Memory::Guard));
+//! // SAFETY: ours.
+//! unsafe {
+//!     mm.unguard_pages(guard);
+//!     mm.free_pages(guard);
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Bad memory
+//!
+//! What failed goes out of use, at once or when it comes back ([`Mm::memory_failure`](crate::Mm::memory_failure)).
+//!
+//! ```
+//! # use memdesc::{*, gfp::*};
+//! # let (host, ram) = memdesc_host::Host::small(16384)?;
+//! # let mm = Mm::new(host, &Config::default(), &ram)?;
+//! let failure = mm.memory_failure(Pfn(777));
+//! assert_eq!(failure.result, MfResult::Recovered);
+//! assert_eq!(failure.to_string(), "pfn 0x309: recovery action for page never handed out: recovered");
+//! assert!(matches!(mm.lookup(Pfn(777)).2, Memory::HwPoison));
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!

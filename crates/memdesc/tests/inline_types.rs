@@ -6,7 +6,7 @@ mod common;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use common::{Machine, Rng, free, ledger, scaled};
+use common::{Machine, Rng, descriptors, free, ledger, scaled};
 use memdesc::gfp::*;
 use memdesc::mmap::*;
 use memdesc::*;
@@ -203,6 +203,7 @@ fn guards_come_and_go() {
             assert_eq!(of(&mm, CensusKind::Guard), pages);
             assert_eq!(ledger(&mm).by_type[PageType::Poisoned as usize], pages);
             mm.shrink();
+            descriptors(&mm, 0);
         }
     }
     // A free block, by number; unguarding allocates nothing.
@@ -220,6 +221,8 @@ fn guards_come_and_go() {
     let (passed, _) = mm.platform().faults().off();
     assert_eq!(passed, 0, "nothing was asked for");
     assert_eq!(of(&mm, CensusKind::Guard), 0);
+    mm.shrink();
+    descriptors(&mm, 0);
     ledger(&mm);
 }
 
@@ -290,6 +293,7 @@ fn what_is_in_a_balloon_is_the_systems() {
     holds(&mm, kept, 512, 7);
     assert_eq!(balloon.deflate(123), 123);
     assert_eq!(balloon.pages(), 7877);
+    descriptors(&mm, 32);
     assert_eq!(of(&mm, CensusKind::Balloon), 7877);
     assert_eq!(balloon.deflate(u32::MAX), 7877);
     assert_eq!(balloon.deflate(1), 0);
@@ -412,6 +416,53 @@ fn a_balloon_deflates_without_descriptors() {
     ledger(&mm);
 }
 
+/// The platform hears of blocks while they are nobody's: before they can be taken out again, and before they are free.
+#[test]
+fn the_platform_hears_of_blocks_that_are_nobodys() {
+    let machine = Machine::flat(MACHINE);
+    let later = common::Later::<common::Hooked>::default();
+    let mut hooked = common::Hooked::new(machine.host().build().unwrap());
+    let inside = Arc::new(Mutex::new(std::collections::BTreeSet::new()));
+    let (mm_of, model) = (later.clone(), inside.clone());
+    hooked.on_balloon = Some(Box::new(move |blocks, op| {
+        assert!(!blocks.is_empty() && blocks.len() <= 32);
+        for &(pfn, order) in blocks {
+            let (head, is, memory) = mm_of.get().expect("set").lookup(pfn);
+            assert_eq!((head, is), (pfn, order));
+            for page in (0..1 << order).map(|nth| pfn.add(nth)) {
+                let changed = match op {
+                    BalloonOp::Inflate => model.lock().unwrap().insert(page),
+                    BalloonOp::Deflate => model.lock().unwrap().remove(&page),
+                };
+                assert!(changed, "{page:?} twice");
+            }
+            match op {
+                BalloonOp::Inflate => assert!(matches!(memory, Memory::Bare), "{memory:?}"),
+                BalloonOp::Deflate => assert!(matches!(memory, Memory::Balloon), "{memory:?}"),
+            }
+        }
+    }));
+    let mm = machine.boot_on(hooked);
+    later.set(&mm);
+    let balloon = Balloon::new(&mm);
+    let mut rng = Rng(4);
+    let mut held = 0;
+    for _ in 0..scaled(500, 20) {
+        let n = rng.below(3000) as u32;
+        if rng.one_in(2) {
+            held += balloon.inflate(n, GFP_HIGHUSER);
+        } else {
+            assert_eq!(balloon.deflate(n), n.min(held));
+            held -= n.min(held);
+        }
+        assert_eq!(inside.lock().unwrap().len() as u32, held);
+    }
+    descriptors(&mm, 32);
+    drop(balloon);
+    assert!(inside.lock().unwrap().is_empty());
+    ledger(&mm);
+}
+
 /// Balloons on two CPUs beside allocations whose contents are looked at: what is in use never goes to the system.
 #[test]
 fn balloons_under_load() {
@@ -464,5 +515,6 @@ fn balloons_under_load() {
     drop(balloon);
     assert_eq!(of(&mm, CensusKind::Balloon), 0);
     mm.shrink();
+    descriptors(&mm, 0);
     ledger(&mm);
 }

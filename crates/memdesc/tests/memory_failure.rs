@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use common::{Machine, Rng, free, kfree, ledger, scaled};
+use common::{Machine, Rng, descriptors, free, kfree, ledger, scaled};
 use memdesc::filemap::{FileError, Mapping, MappingOps};
 use memdesc::gfp::*;
 use memdesc::mmap::*;
@@ -573,6 +573,9 @@ fn a_page_fails_in_each_state() {
         mm.shrink();
         use_all(&mm, &bad, 1);
         bad.iter().for_each(|&page| assert_bad(&mm, page));
+        if !name.contains("kernel's own") {
+            descriptors(&mm, 0);
+        }
         // And back.
         while let Some(page) = bad.pop() {
             mm.unpoison_memory(page).unwrap();
@@ -643,6 +646,8 @@ fn what_still_works_is_moved() {
     assert_eq!(mm.num_poisoned_pages(), bad.len() as u64);
     drop((space, child, file));
     use_all(&mm, &bad, 3);
+    mm.shrink();
+    descriptors(&mm, 0);
 }
 
 #[test]
@@ -744,6 +749,8 @@ fn without_memory_more_goes_out_of_use() {
             mm.unpoison_memory(head).unwrap();
             assert_eq!(mm.census().of(CensusKind::HwPoison).pages, 0);
             ledger(&mm);
+            mm.shrink();
+            descriptors(&mm, 0);
         }
     }
 }

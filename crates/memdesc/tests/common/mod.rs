@@ -284,6 +284,30 @@ pub fn slabinfo<P: Platform>(mm: &Mm<P>, name: &str) -> (u64, u64, u64) {
     found.unwrap_or_else(|| panic!("no cache {name}"))
 }
 
+/// Every descriptor of a block that is in use is some block's, but for so many that are kept for later.
+#[track_caller]
+pub fn descriptors<P: Platform>(mm: &Mm<P>, kept: u64) {
+    let of_blocks = [
+        "kmem_cache_buddy",
+        "kmem_cache_slab",
+        "folio_file",
+        "folio_anon",
+        "ptdesc",
+    ];
+    let mut active = 0;
+    mm.slabinfo(|cache| {
+        if of_blocks.contains(&cache.name) {
+            active += cache.active_objs;
+        }
+    });
+    let described: u64 = mm.census().iter().map(|(_, of)| of.descriptors).sum();
+    assert_eq!(
+        described + kept,
+        active,
+        "descriptors of blocks, and in use"
+    );
+}
+
 /// The ledger, which must balance, and agree with the zones' own view.
 #[track_caller]
 pub fn ledger<P: Platform>(mm: &Mm<P>) -> Ledger {
@@ -585,6 +609,8 @@ pub struct Hooked {
     pub host: Host,
     /// Called for pages that come back.
     pub on_free: Option<Box<dyn Fn(Pfn, usize) + Send + Sync>>,
+    /// Called for what goes into a balloon or comes out of it.
+    pub on_balloon: Option<Box<dyn Fn(&[(Pfn, usize)], BalloonOp) + Send + Sync>>,
     /// Called for direct reclaim.
     pub on_reclaim: Option<Box<dyn Fn(ReclaimRequest) -> usize + Send + Sync>>,
     /// What it answers.
@@ -600,6 +626,7 @@ impl Hooked {
         Hooked {
             host,
             on_free: None,
+            on_balloon: None,
             on_reclaim: None,
             on_report: None,
             keeps_free_contents: true,
@@ -683,6 +710,12 @@ unsafe impl Platform for Hooked {
     }
     fn taken_over(&self, config: &Config, words: PageWords) {
         self.host.taken_over(config, words);
+    }
+    fn balloon_pages(&self, blocks: &[(Pfn, usize)], op: BalloonOp) {
+        self.host.balloon_pages(blocks, op);
+        if let Some(f) = &self.on_balloon {
+            f(blocks, op);
+        }
     }
     fn should_fail(&self, point: FaultPoint) -> bool {
         self.host.should_fail(point)
