@@ -117,7 +117,6 @@ impl FailedPage {
 
 /// What [`Mm::memory_failure`] found and did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[must_use]
 pub struct MemoryFailure {
     /// The page.
     pub pfn: Pfn,

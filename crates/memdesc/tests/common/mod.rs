@@ -603,6 +603,8 @@ impl Pages {
 pub const ALL: CacheFlags = CacheFlags::DEBUG;
 
 pub type ReportFn = dyn Fn(&[(Pfn, usize)]) -> Result<Reported, NotReported> + Send + Sync;
+/// A function that hears of blocks that go into a balloon or come out of it.
+pub type OnBalloon = dyn Fn(&[(Pfn, usize)], BalloonOp) + Send + Sync;
 
 /// A host with hooks of the test's own before it.
 pub struct Hooked {
@@ -610,7 +612,7 @@ pub struct Hooked {
     /// Called for pages that come back.
     pub on_free: Option<Box<dyn Fn(Pfn, usize) + Send + Sync>>,
     /// Called for what goes into a balloon or comes out of it.
-    pub on_balloon: Option<Box<dyn Fn(&[(Pfn, usize)], BalloonOp) + Send + Sync>>,
+    pub on_balloon: Option<Box<OnBalloon>>,
     /// Called for direct reclaim.
     pub on_reclaim: Option<Box<dyn Fn(ReclaimRequest) -> usize + Send + Sync>>,
     /// What it answers.
