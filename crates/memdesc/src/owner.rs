@@ -196,7 +196,8 @@ impl<P: Platform> Mm<P> {
         self.new_pages(node, gfp, order, 0)
     }
 
-    #[inline]
+    // In two places; the one where nobody is charged must not pay for the other.
+    #[inline(always)]
     fn new_pages(
         &self,
         node: Option<usize>,
@@ -267,7 +268,8 @@ impl<P: Platform> Mm<P> {
         self.new_folio(gfp, order, kind, 0)
     }
 
-    #[inline]
+    // In two places; the one where nobody is charged must not pay for the other.
+    #[inline(always)]
     pub(crate) fn new_folio(
         &self,
         gfp: Flags,
@@ -318,7 +320,8 @@ impl<P: Platform> Mm<P> {
         })
     }
 
-    #[inline]
+    // In two places; the one where nobody is charged must not pay for the other.
+    #[inline(always)]
     fn new_page_table(&self, gfp: Flags, order: usize, memcg: u16) -> Result<Pfn, AllocError> {
         let block = self
             .pages
@@ -599,7 +602,7 @@ impl<P: Platform> Mm<P> {
 
     /// Gives a fresh block the descriptor its owner wants: its own if the class is right, else a new one. On failure the block
     /// goes back. Says the word to publish.
-    #[inline]
+    #[inline(always)]
     #[track_caller]
     pub(crate) fn own_block(
         &self,

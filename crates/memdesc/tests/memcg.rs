@@ -137,7 +137,7 @@ fn names_and_numbers() {
     assert_eq!(seen, 601);
     // 601 groups of 256 bytes and three leaves more.
     let more = ledger(&mm).metadata_bytes() - bytes;
-    assert!(more >= 600 * 256 && more < 600 * 256 + 64 * 1024, "{more}");
+    assert!((600 * 256..600 * 256 + 64 * 1024).contains(&more), "{more}");
     assert_eq!(again.stat().pins, 601);
     drop(many);
     assert_eq!((again.stat().pins, mm.memcg_zombies()), (1, 0));
@@ -198,6 +198,10 @@ fn off_is_nothing() {
 type Way = (&'static str, fn(&Mm<Host>) -> Had);
 /// What was had, and how it goes.
 type Had = Box<dyn FnOnce(&Mm<Host>)>;
+/// The same of a cache that it makes.
+type CacheWay = Box<dyn Fn(&Mm<Host>) -> Had>;
+/// Allocates and frees, or says why not.
+type Try<'a> = Box<dyn Fn(&Mm<Host>) -> Result<(), AllocError> + 'a>;
 
 fn page_ways() -> Vec<Way> {
     const ACCOUNT: Flags = GFP_KERNEL_ACCOUNT;
@@ -347,10 +351,11 @@ fn object_ways() -> Vec<Way> {
         }),
         ("more than a sheaf, by kfree_nolock", |mm| {
             let all: Vec<_> = (0..500).map(|_| mm.kmalloc(64, ACCOUNT).unwrap()).collect();
-            // SAFETY: ours.
             Box::new(move |mm| {
-                all.into_iter()
-                    .for_each(|ptr| unsafe { mm.kfree_nolock(ptr) })
+                for ptr in all {
+                    // SAFETY: ours.
+                    unsafe { mm.kfree_nolock(ptr) };
+                }
             })
         }),
         ("krealloc", |mm| {
@@ -388,7 +393,7 @@ fn object_ways() -> Vec<Way> {
 }
 
 /// Of a cache of these flags.
-fn cache_ways(flags: CacheFlags) -> Vec<(String, Box<dyn Fn(&Mm<Host>) -> Had>)> {
+fn cache_ways(flags: CacheFlags) -> Vec<(String, CacheWay)> {
     type Free = fn(&Mm<Host>, &Cache<'_>, &[*mut u8]);
     let frees: [(&str, Free); 4] = [
         ("kmem_cache_free", |mm, cache, all| {
@@ -434,7 +439,7 @@ fn cache_ways(flags: CacheFlags) -> Vec<(String, Box<dyn Fn(&Mm<Host>) -> Had>)>
                     mm.kmem_cache_destroy(cache).unwrap();
                 })
             };
-            let boxed: Box<dyn Fn(&Mm<Host>) -> Had> = Box::new(way);
+            let boxed: CacheWay = Box::new(way);
             (format!("{name} of {flags:?}"), boxed)
         })
         .collect()
@@ -706,7 +711,7 @@ fn an_address_space_from_birth_to_death() {
 
     drop(child);
     mm.shrink();
-    assert_eq!(other.stat().of(MemcgStat::Anon), PAGE * 0);
+    assert_eq!(other.stat().of(MemcgStat::Anon), 0);
     parent.munmap(at, bytes).unwrap();
     drop(parent);
     // The file keeps its group's pin, and its pages what they are charged to, until it goes.
@@ -768,7 +773,7 @@ fn each_allocation_fails_once_and_nothing_stays_charged() {
     let cache = mm
         .kmem_cache_create("charged", 104, 8, CacheFlags::ACCOUNT, None)
         .unwrap();
-    let ways: Vec<(&str, Box<dyn Fn(&Mm<Host>) -> Result<(), AllocError>>)> = vec![
+    let ways: Vec<(&str, Try<'_>)> = vec![
         (
             "pages",
             Box::new(|mm| mm.alloc_pages(GFP_KERNEL_ACCOUNT, 4).map(|p| free(mm, p))),

@@ -68,7 +68,7 @@
 //!     mm.kfree(object);
 //! }
 //! assert_eq!((all.usage(), mm.memcg_zombies()), (0, 0));
-//! assert_eq!((all.watermark() / PAGE_SIZE as u64, all.failcnt()), (8, 1));
+//! assert_eq!((all.watermark() / PAGE_SIZE as u64, all.failcnt()), (8, 2));
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
@@ -182,7 +182,7 @@ impl<P: Platform> MemCgroup<'_, P> {
         self.group.counter.reset_watermark();
     }
 
-    /// How often its limit refused a charge, also one that fitted after reclaim.
+    /// How often its limit refused a charge: each attempt, so also when it fitted after reclaim, and more than once when it did not.
     pub fn failcnt(&self) -> u64 {
         self.group.counter.failcnt()
     }

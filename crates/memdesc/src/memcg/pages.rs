@@ -153,9 +153,11 @@ impl<P: Platform> Mm<P> {
     pub fn memcg_of_page(&self, pfn: Pfn) -> u16 {
         match self.pages.map.lookup(pfn) {
             Some(found) if found.word.kind() == PageType::Vmalloc => {
+                let Some(area) = self.vm_area_of(found.word) else {
+                    return 0;
+                };
                 // SAFETY: the caller has the area.
-                let area = self.vm_area_of(found.word);
-                area.map_or(0, |area| unsafe { area.as_ref() }.memcg())
+                unsafe { area.as_ref() }.memcg()
             }
             Some(found) => self.pages.memcg_of(found.word),
             None => 0,
