@@ -628,7 +628,7 @@ impl<P: Platform> Mm<P> {
     }
 
     /// A descriptor of this class in place of the word's; `None` if the word's will do. The old one goes back.
-    #[inline]
+    #[inline(always)]
     fn swap_desc(
         &self,
         word: Word,
