@@ -10,7 +10,7 @@
 //! - `check`: the listing, and a walk over all memory that counts again.
 //!
 //! **Who is charged** is said by [`Platform::current_memcg`], for whatever is asked for with
-//! [`__GFP_ACCOUNT`](crate::gfp::__GFP_ACCOUNT), from a cache with [`CacheFlags::ACCOUNT`], and for kernel stacks; an address space
+//! [`__GFP_ACCOUNT`](crate::gfp::__GFP_ACCOUNT), from a cache with [`CacheFlags::ACCOUNT`](crate::CacheFlags::ACCOUNT), and for kernel stacks; an address space
 //! ([`MmStruct::set_memcg`](crate::mmap::MmStruct::set_memcg)) and a file ([`Mapping::set_memcg`](crate::filemap::Mapping::set_memcg)) have groups of their own; and
 //! [`Mm::alloc_folio_memcg`] is told. A group is a number of 16 bits, 0 for nobody:
 //!
@@ -31,7 +31,7 @@
 //!
 //! **No per-CPU stock.** Linux charges 64 pages at a time to its CPU, since its counters are shared by hundreds of CPUs; so a group
 //! may be refused memory that is only in stock elsewhere, until that is drained. Here a charge is two atomic instructions, and one more for each level
-//! above, and what is refused is what does not fit.
+//! above, and what is refused is what does not fit. It costs more than the allocation itself where that is a page or an object from this CPU's list.
 //!
 //! Lock order: `memcg` (sleeps) is held while groups are made and limits change, over nothing but allocations' locks. Charging takes no lock.
 //!
