@@ -960,6 +960,15 @@ fn two_at_a_limit_are_never_above_it() {
     groups.iter().for_each(|g| empty(&mm, g, "one"));
 }
 
+/// Says that it is over, also if a test fails.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn groups_come_and_go_while_others_charge_them() {
     let machine = Machine::flat(8192).cpus(2);
@@ -981,6 +990,7 @@ fn groups_come_and_go_while_others_charge_them() {
             had.into_iter().for_each(|pfn| free(&mm, pfn));
         });
         let _cpu = mm.platform().claim(1).unwrap();
+        let over = Stop(&stop);
         for _ in 0..scaled(20_000, 50) {
             let group = mm.memcg_create(Some(&top), "short", NONE).unwrap();
             let child = mm.memcg_create(Some(&group), "shorter", NONE).unwrap();
@@ -989,7 +999,7 @@ fn groups_come_and_go_while_others_charge_them() {
             drop(group);
             drop(child);
         }
-        stop.store(true, Ordering::Relaxed);
+        drop(over);
         charger.join().unwrap();
     });
     assert_eq!((mm.memcg_zombies(), top.stat().pins), (0, 1));
