@@ -153,19 +153,22 @@ fn the_table_is_bounded_and_says_what_it_dropped() {
 #[test]
 fn a_larger_block_hides_what_was_before() {
     let (mm, _) = boot(4096, 0);
-    let small: Vec<Pfn> = (0..16)
-        .map(|_| mm.alloc_pages(GFP_KERNEL, 0).unwrap())
-        .collect();
-    small.iter().for_each(|&pfn| free(&mm, pfn));
+    let large = mm.alloc_pages(GFP_KERNEL, 10).unwrap();
+    free(&mm, large);
+    // A page in its middle has a life of its own, and then the whole again.
+    mm.alloc_pages_at(large.add(77), 0).unwrap();
+    assert_eq!(mm.page_history(large.add(77)).unwrap().head, large.add(77));
+    free(&mm, large.add(77));
     mm.drain_all();
-    let (large, l) = (mm.alloc_pages(GFP_KERNEL, 10).unwrap(), line());
-    for page in [0, 1, 17, 1023] {
+    let (again, l) = (mm.alloc_pages_at(large, 10), line());
+    again.unwrap();
+    for page in [0, 1, 77, 1023] {
         let history = mm.page_history(large.add(page)).unwrap();
         assert_eq!((history.head, at(history.allocated, l).order), (large, 10));
     }
     free(&mm, large);
     let track = mm.page_history(large.add(77)).unwrap();
-    assert_eq!(track.freed.unwrap().order, 10);
+    assert_eq!((track.head, track.freed.unwrap().order), (large, 10));
 }
 
 #[test]

@@ -216,6 +216,26 @@ fn each_kind_of_memory_by_each_wrong_call() {
             // An address of the vmalloc range is told by its address where the page cannot be looked up without a lock.
             assert!(names, "{} by {which}: {text}", thing.name);
             assert!(!matches!(seen[0].what, Corruption::BadWord), "{text}");
+            let desc = match thing.kind {
+                "bare" | "large_kmalloc" => "buddy at",
+                "file" | "anon" => "folio at",
+                "page_table" => "ptdesc at",
+                "slab" => "slab at",
+                "vmalloc" => "vmap_area at",
+                "free" => ": next ",
+                "reserved" => "facts 0x1",
+                "offline" => "offline, order 9",
+                _ => "never handed out",
+            };
+            assert!(text.contains(desc), "{} by {which}: {text}", thing.name);
+            assert!(
+                text.contains("\n  block before: ") || text.contains("\n  block after: "),
+                "{text}"
+            );
+            assert!(
+                text.contains("\n  page allocated as ") || text.contains("it never changed hands"),
+                "{text}"
+            );
             cases += 1;
         }
     }
