@@ -13,7 +13,7 @@
 use core::fmt;
 use core::panic::Location;
 
-use crate::address::{MAX_PFN, Pfn};
+use crate::address::Pfn;
 use crate::config::MemRange;
 use crate::error::AllocError;
 use crate::gfp::{self, Flags};
@@ -104,8 +104,8 @@ impl<P: Platform> Mm<P> {
         start: Pfn,
         pages: u32,
     ) -> Result<DevicePages<'_, P>, DeviceError> {
-        let end = start.0.checked_add(pages).filter(|&end| end <= MAX_PFN);
-        let end = end.filter(|_| pages > 0).ok_or(DeviceError::BadRange)?;
+        let end = start.0.checked_add(pages).filter(|_| pages > 0);
+        let end = end.ok_or(DeviceError::BadRange)?;
         let range = MemRange {
             start: start.phys(),
             end: Pfn(end).phys(),

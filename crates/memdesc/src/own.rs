@@ -137,7 +137,8 @@ impl OwnTypes {
     }
 }
 
-/// A type of the kernel's own, registered: where its pages come from.
+/// A type of the kernel's own, registered: where its pages come from. Dropped, it leaves the type registered for good, since pages may be out: see
+/// [`unregister`](OwnPages::unregister).
 ///
 /// # Invariants
 ///
@@ -363,12 +364,5 @@ impl<'m, P: Platform, T: OwnType> OwnPages<'m, P, T> {
         }
         mm.own_types.0[usize::from(T::NUMBER)].store(core::ptr::null_mut(), Ordering::Release);
         Ok(())
-    }
-}
-
-impl<P: Platform, T: OwnType> Drop for OwnPages<'_, P, T> {
-    /// Pages may be out: the type stays registered. See [`unregister`](OwnPages::unregister).
-    fn drop(&mut self) {
-        core::mem::forget(self.cache.take());
     }
 }

@@ -233,8 +233,7 @@ fn a_stray_access_to_a_guard_faults() {
     use std::os::unix::process::ExitStatusExt;
     const WHERE: &str = "MEMDESC_TEST_STRAY";
     if let Ok(which) = std::env::var(WHERE) {
-        let machine = Machine::flat(MACHINE);
-        let mm = machine.boot_on(machine.host().guard_free_pages().build().unwrap());
+        let mm = Machine::flat(MACHINE).guarded().boot();
         let pages = mm.alloc_pages(GFP_KERNEL, 1).unwrap();
         let guard = mm.alloc_guard(GFP_KERNEL, 1).unwrap();
         fill(&mm, pages, 2, 1);

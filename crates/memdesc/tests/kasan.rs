@@ -1,7 +1,7 @@
 //! What Linux's `kasan_test_c` and `mm/kfence` tests ask for, case by case.
 //!
 //! KASAN has a shadow byte for every eight and sees each single access, reads too. Here a stray *write* is seen by red zones and poison, when the object is freed, is
-//! handed out again, or [`Mm::validate`] comes by; a stray *read* only where memory is inaccessible: free pages ([`HostBuilder::guard_free_pages`]), the guards of
+//! handed out again, or [`Mm::validate`] comes by; a stray *read* only where memory is inaccessible: free pages ([`Config::debug_pagealloc`]), the guards of
 //! vmalloc areas, and memory that is not mapped. Such a touch kills, and is seen here in a child process.
 //!
 //! | Linux | here |
@@ -341,8 +341,7 @@ mod inaccessible {
     }
 
     fn guarded() -> Mm<Host> {
-        let machine = Machine::flat(8192);
-        machine.boot_on(machine.host().guard_free_pages().build().unwrap())
+        Machine::flat(8192).guarded().boot()
     }
 
     #[test]

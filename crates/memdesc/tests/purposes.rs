@@ -56,11 +56,8 @@ fn users_share(mm: &Mm<Host>, head: Pfn, order: usize, alive: &dyn Fn() -> bool)
     space.write(at + bytes - 1, &[77]).unwrap();
     let last = head.add((1 << order) - 1);
     // SAFETY: mapped for users, and ours.
-    assert_eq!(
-        unsafe { *mm.page_address(last).add(4095) },
-        77,
-        "no copy was made"
-    );
+    let there = unsafe { *mm.page_address(last).add(4095) };
+    assert_eq!(there, 77, "no copy was made");
     let child = space.fork(2).unwrap();
     child.write(at, &[5]).unwrap();
     assert_eq!(byte(&space, at), 5, "shared after a fork");
@@ -383,7 +380,7 @@ fn device_memory_is_described_and_mapped_and_not_owned() {
     device.unplug().unwrap();
     // It comes back to the words that it had.
     let words = ledger(&mm).other_metadata_bytes;
-    drop(mm.memremap_pages(start, pages).unwrap());
+    assert_eq!(mm.memremap_pages(start, pages).unwrap().pages(), pages);
     assert_eq!(ledger(&mm).other_metadata_bytes, words);
     mm.shrink();
     common::merged(&machine, &mm);

@@ -149,13 +149,13 @@ fn check_compact(mm: &Mm<Host>, pool: &ZsPool<'_>) {
 }
 
 fn no_reports() -> (Machine, Reports) {
-    (Machine::flat(16384).cpus(2), Reports::default())
+    (Machine::flat(16384).guarded().cpus(2), Reports::default())
 }
 
 #[test]
 fn every_size_comes_back() {
-    let machine = Machine::flat(16384);
-    let mm = machine.boot_on(machine.host().guard_free_pages().build().unwrap());
+    let machine = Machine::flat(16384).guarded();
+    let mm = machine.boot_on(machine.host().build().unwrap());
     let pool = mm.zs_create_pool("sizes").unwrap();
     let mut model = Model::new(&mm, &pool, 1);
     for size in (1..=4096).rev() {
@@ -196,7 +196,7 @@ fn every_size_comes_back() {
 
 #[test]
 fn every_page_leads_to_its_zspage() {
-    let machine = Machine::flat(8192);
+    let machine = Machine::flat(8192).guarded();
     let mm = machine.boot();
     let pool = mm.zs_create_pool("pages").unwrap();
     let handle = mm.zs_malloc(&pool, 3600, GFP_KERNEL).unwrap();
@@ -259,7 +259,7 @@ fn pages_are_not_for_others_to_free_or_to_have() {
 #[test]
 fn wrong_handles_are_found() {
     let (machine, reports) = no_reports();
-    let host = reports.on(machine.host()).guard_free_pages();
+    let host = reports.on(machine.host());
     let mm = machine.boot_on(host.build().unwrap());
     let (pool, other) = (
         mm.zs_create_pool("one").unwrap(),
@@ -329,7 +329,7 @@ fn wrong_handles_are_found() {
 
 #[test]
 fn so_many_readers_and_no_more() {
-    let machine = Machine::flat(4096);
+    let machine = Machine::flat(4096).guarded();
     let mm = machine.boot();
     let pool = mm.zs_create_pool("readers").unwrap();
     let mut model = Model::new(&mm, &pool, 1);
@@ -354,7 +354,7 @@ fn so_many_readers_and_no_more() {
 
 #[test]
 fn a_pool_with_objects_stays() {
-    let machine = Machine::flat(4096);
+    let machine = Machine::flat(4096).guarded();
     let mm = machine.boot();
     let pool = mm
         .zs_create_pool("a name that is longer than what is kept of it")
@@ -384,8 +384,8 @@ fn a_pool_with_objects_stays() {
 
 #[test]
 fn what_is_read_is_not_moved() {
-    let machine = Machine::flat(8192);
-    let mm = machine.boot_on(machine.host().guard_free_pages().build().unwrap());
+    let machine = Machine::flat(8192).guarded();
+    let mm = machine.boot_on(machine.host().build().unwrap());
     let pool = mm.zs_create_pool("views").unwrap();
     let mut model = Model::new(&mm, &pool, 1);
     for _ in 0..3000 {
@@ -434,8 +434,8 @@ fn what_is_read_is_not_moved() {
 
 #[test]
 fn pages_move_with_what_is_in_them() {
-    let machine = Machine::flat(8192);
-    let mm = machine.boot_on(machine.host().guard_free_pages().build().unwrap());
+    let machine = Machine::flat(8192).guarded();
+    let mm = machine.boot_on(machine.host().build().unwrap());
     let pool = mm.zs_create_pool("migration").unwrap();
     let mut model = Model::new(&mm, &pool, 1);
     let mut rng = Rng(11);
@@ -521,7 +521,7 @@ fn pages_move_with_what_is_in_them() {
 
 #[test]
 fn pages_with_what_is_read_stay() {
-    let machine = Machine::flat(8192);
+    let machine = Machine::flat(8192).guarded();
     let mm = machine.boot();
     let pool = mm.zs_create_pool("full").unwrap();
     let mut model = Model::new(&mm, &pool, 1);
@@ -592,7 +592,7 @@ fn op() -> impl Strategy<Value = Op> {
 }
 
 fn run(machine: &Machine, ops: &[Op]) {
-    let host = machine.host().guard_free_pages().build().unwrap();
+    let host = machine.host().build().unwrap();
     let mm = machine.boot_on(host);
     let pool = mm.zs_create_pool("model").unwrap();
     let mut model = Model::new(&mm, &pool, 1);
@@ -665,9 +665,9 @@ proptest::proptest! {
 
 /// Two threads store, read, rewrite and free, each its own objects, while a third compacts; and reads what the others may not lose.
 fn threads(rt: bool) {
-    let mut machine = Machine::flat(16384).cpus(3);
+    let mut machine = Machine::flat(16384).guarded().cpus(3);
     machine.config.preempt_rt = rt;
-    let mm = machine.boot_on(machine.host().guard_free_pages().build().unwrap());
+    let mm = machine.boot_on(machine.host().build().unwrap());
     let pool = mm.zs_create_pool("threads").unwrap();
     let (left, moved) = (AtomicUsize::new(2), AtomicUsize::new(0));
     let ranges = AtomicUsize::new(0);
@@ -741,7 +741,7 @@ fn two_threads_and_compaction_where_locks_sleep() {
 
 #[test]
 fn short_memory_compacts() {
-    let machine = Machine::flat(4096);
+    let machine = Machine::flat(4096).guarded();
     let mm = machine.boot();
     let pool = mm.zs_create_pool("shrinker").unwrap();
     let mut model = Model::new(&mm, &pool, 1);
@@ -772,11 +772,11 @@ fn short_memory_compacts() {
 /// Every allocation of a pool's life fails once.
 #[test]
 fn every_point_fails_once() {
-    let machine = Machine::flat(4096);
+    let machine = Machine::flat(4096).guarded();
     let (mut failed, mut points) = (0, 0);
     for warm in [false, true] {
         for n in 0.. {
-            let mm = machine.boot_on(machine.host().guard_free_pages().build().unwrap());
+            let mm = machine.boot_on(machine.host().build().unwrap());
             if warm {
                 let page = mm.alloc_pages(GFP_KERNEL, 0).unwrap();
                 free(&mm, page);
@@ -820,7 +820,7 @@ fn every_point_fails_once() {
 /// Faults at random, in the middle of everything.
 #[test]
 fn faults_at_random() {
-    let machine = Machine::flat(8192);
+    let machine = Machine::flat(8192).guarded();
     let mm = machine.boot();
     let pool = mm.zs_create_pool("faults").unwrap();
     let mut model = Model::new(&mm, &pool, 5);

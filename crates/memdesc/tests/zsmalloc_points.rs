@@ -46,8 +46,8 @@ fn free_it(label: &'static str) {
 #[test]
 fn a_page_of_handles_stays_while_it_is_looked_at() {
     let _one = ONE.lock().unwrap_or_else(|e| e.into_inner());
-    let machine = Machine::flat(4096);
-    let mm = machine.boot_on(machine.host().guard_free_pages().build().unwrap());
+    let machine = Machine::flat(4096).guarded();
+    let mm = machine.boot_on(machine.host().build().unwrap());
     let pool = mm.zs_create_pool("stale").unwrap();
     let handle = mm.zs_malloc(&pool, 100, GFP_KERNEL).unwrap();
     let mut stage = Stage {
@@ -97,9 +97,9 @@ fn hold_it(label: &'static str) {
 fn who_wants_a_moving_object_waits_for_it() {
     let _one = ONE.lock().unwrap_or_else(|e| e.into_inner());
     for rt in [false, true] {
-        let mut machine = Machine::flat(4096).cpus(2);
+        let mut machine = Machine::flat(4096).guarded().cpus(2);
         machine.config.preempt_rt = rt;
-        let mm = machine.boot_on(machine.host().guard_free_pages().build().unwrap());
+        let mm = machine.boot_on(machine.host().build().unwrap());
         let pool = mm.zs_create_pool("moving").unwrap();
         let handles: Vec<ZsHandle> = (0..240u64)
             .map(|i| {

@@ -104,6 +104,12 @@ impl Machine {
         Machine::new("flat", &[range(0, pages, 0)])
     }
 
+    /// Free pages are inaccessible.
+    pub fn guarded(mut self) -> Machine {
+        self.config.debug_pagealloc = true;
+        self
+    }
+
     pub fn cpus(mut self, cpus: usize) -> Machine {
         self.cpus = cpus;
         self
