@@ -215,7 +215,7 @@ fn life(
 }
 
 fn step(bar: &indicatif::ProgressBar, n: u32, of: u32) {
-    if n % 4096 == 0 {
+    if n.is_multiple_of(4096) {
         bar.set_position(u64::from(n) * 1000 / u64::from(of.max(1)));
     }
 }
