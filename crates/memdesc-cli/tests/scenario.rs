@@ -121,7 +121,7 @@ fn a_scenario_that_is_none() {
 
 #[test]
 fn compressed_pages_come_back() {
-    let seen = json(&["zsmalloc", "--objects", "6000", "--json"]);
+    let seen = json(&["zsmalloc", "--objects", "20000", "--json"]);
     assert_eq!(
         (&seen["wrong"], &seen["pages_left"], &seen["balanced"]),
         (&0.into(), &0.into(), &true.into()),
@@ -129,7 +129,7 @@ fn compressed_pages_come_back() {
     );
     let number = |value: &serde_json::Value| value.as_f64().unwrap();
     let standing = |n: usize| &seen["standings"][n];
-    for (n, objects) in [(0, 6000), (1, 3000), (2, 3000)] {
+    for (n, objects) in [(0, 20_000), (1, 10_000), (2, 10_000)] {
         assert_eq!(standing(n)["objects"], objects, "{seen}");
     }
     // A half that is freed at random leaves its pages; compaction gives them back.
@@ -147,7 +147,7 @@ fn compressed_pages_come_back() {
     }
     assert!(number(&seen["compressed_bytes"]) < 0.6 * number(&seen["bytes_in"]));
     // The same seed, the same bytes.
-    let again = json(&["zsmalloc", "--objects", "6000", "--json"]);
+    let again = json(&["zsmalloc", "--objects", "20000", "--json"]);
     assert_eq!(seen["standings"], again["standings"]);
 }
 
