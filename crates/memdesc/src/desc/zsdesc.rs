@@ -35,7 +35,8 @@ const _: () = assert!(MAX_POOLS == 1 << (32 - POOL_SHIFT));
 ///
 /// # Invariants
 ///
-/// Class and pool do not change while it lives, nor does the second page but of a huge object; all else is guarded by the class's lock.
+/// Class and pool do not change while it lives. The second page changes when that page moves, which it does not while an object in it is held; all else is guarded
+/// by the class's lock.
 #[repr(C, align(8))]
 pub struct ZsDesc {
     links: Buddy,

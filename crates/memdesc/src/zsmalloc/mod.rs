@@ -56,7 +56,8 @@
 //! are had and given back with neither held.
 //!
 //! Who reads, writes or frees an object takes it by its slot, one compare-exchange without a lock. Compaction holds the lock of the class and only ever
-//! tries to take a slot; who finds an object moving waits for the lock. So there is no order between slots and locks to be got wrong.
+//! tries to take a slot; who finds an object moving waits for the lock. So there is no order between slots and locks to be got wrong. A page that moves is moved in
+//! the same way, with all objects that have a byte in it.
 
 mod access;
 mod class;
