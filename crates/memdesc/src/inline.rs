@@ -94,6 +94,16 @@ pub(crate) enum Facts {
     Poisoned(Poisoned),
 }
 
+impl Facts {
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Facts::Reserved(what) => what.name(),
+            Facts::Offline(what) => what.name(),
+            Facts::Poisoned(what) => what.name(),
+        }
+    }
+}
+
 impl Word {
     /// What a word without a descriptor says; `None` for all others.
     pub(crate) const fn inline_facts(self) -> Option<Facts> {

@@ -13,7 +13,7 @@ use crate::desc::{Folio, FolioFlags, Held, PtDesc, Put, Slab, VmArea, ZsDesc};
 use crate::error::AllocError;
 use crate::gfp::{self, Flags};
 use crate::inline::{Facts, Offline, Poisoned, Reserved};
-use crate::memcg::MemcgStat;
+use crate::memcg::{Charge, MemcgStat};
 use crate::memmap::{DescClass, Found, PageType, Word};
 use crate::mm::{BuiltIn, Mm};
 use crate::page_alloc::MigrateType;
@@ -189,15 +189,16 @@ impl<P: Platform> Mm<P> {
     ) -> Result<Pfn, AllocError> {
         if gfp.contains(gfp::__GFP_ACCOUNT) {
             let (memcg, stat) = (self.active_memcg(), MemcgStat::Kernel);
-            return self.alloc_charged(memcg, gfp, order, stat, |memcg| {
-                self.new_pages(node, gfp, order, memcg)
-            });
+            let charge = self.charge_pages(memcg, gfp, order, stat)?;
+            let got = self.new_pages(node, gfp, order, Charge::of(&charge));
+            return Charge::settle(charge, got);
         }
         self.new_pages(node, gfp, order, 0)
     }
 
     // In two places; the one where nobody is charged must not pay for the other.
     #[inline(always)]
+    #[track_caller]
     fn new_pages(
         &self,
         node: Option<usize>,
@@ -270,6 +271,7 @@ impl<P: Platform> Mm<P> {
 
     // In two places; the one where nobody is charged must not pay for the other.
     #[inline(always)]
+    #[track_caller]
     pub(crate) fn new_folio(
         &self,
         gfp: Flags,
@@ -306,6 +308,7 @@ impl<P: Platform> Mm<P> {
     }
 
     /// The same, charged to this group; 0 for nobody.
+    #[track_caller]
     pub(crate) fn alloc_page_table_memcg(
         &self,
         gfp: Flags,
@@ -315,13 +318,14 @@ impl<P: Platform> Mm<P> {
         if memcg == 0 {
             return self.new_page_table(gfp, order, 0);
         }
-        self.alloc_charged(memcg, gfp, order, MemcgStat::PageTables, |memcg| {
-            self.new_page_table(gfp, order, memcg)
-        })
+        let charge = self.charge_pages(memcg, gfp, order, MemcgStat::PageTables)?;
+        let got = self.new_page_table(gfp, order, Charge::of(&charge));
+        Charge::settle(charge, got)
     }
 
     // In two places; the one where nobody is charged must not pay for the other.
     #[inline(always)]
+    #[track_caller]
     fn new_page_table(&self, gfp: Flags, order: usize, memcg: u16) -> Result<Pfn, AllocError> {
         let block = self
             .pages

@@ -423,12 +423,12 @@ fn wrong_frees_are_reported() {
     assert_eq!(reports.one().what, Corruption::WrongType);
     let small = mm.kmalloc(64, GFP_KERNEL).unwrap();
     vfree(&mm, small);
-    assert_eq!(reports.one().what, Corruption::NotRam);
+    assert_eq!(reports.one().what, Corruption::WrongType);
     {
         let _irq = interrupt::hardirq();
         vfree(&mm, small);
     }
-    assert_eq!(reports.one().what, Corruption::NotRam);
+    assert_eq!(reports.one().what, Corruption::WrongType);
     kfree(&mm, small);
     let stack = mm.alloc_kernel_stack(1, 1).unwrap();
     vfree(&mm, stack.bottom());

@@ -72,6 +72,22 @@ impl<P: Platform> Charge<'_, P> {
         self.id
     }
 
+    /// Whom what is allocated next is charged to; 0 for nobody.
+    pub(crate) fn of(charge: &Option<Self>) -> u16 {
+        charge.as_ref().map_or(0, Charge::id)
+    }
+
+    /// What it was for is had, or not: then the charge goes.
+    pub(crate) fn settle<T>(
+        charge: Option<Self>,
+        got: Result<T, AllocError>,
+    ) -> Result<T, AllocError> {
+        if got.is_ok() {
+            charge.map(Charge::keep);
+        }
+        got
+    }
+
     /// It is had: whoever frees it takes the charge back.
     pub(crate) fn keep(self) -> u16 {
         let id = self.id;

@@ -101,23 +101,6 @@ impl<P: Platform> Mm<P> {
         self.memcg_charge(memcg, (PAGE_SIZE as u64) << order, stat, gfp)
     }
 
-    /// Has `alloc` allocate pages that are charged to this group: it is told which one in the end, 0 for nobody.
-    #[cold]
-    #[inline(never)]
-    pub(crate) fn alloc_charged<T>(
-        &self,
-        memcg: u16,
-        gfp: Flags,
-        order: usize,
-        stat: MemcgStat,
-        alloc: impl FnOnce(u16) -> Result<T, AllocError>,
-    ) -> Result<T, AllocError> {
-        let charge = self.charge_pages(memcg, gfp, order, stat)?;
-        let got = alloc(charge.as_ref().map_or(0, Charge::id))?;
-        charge.map(Charge::keep);
-        Ok(got)
-    }
-
     /// [`alloc_folio`](Self::alloc_folio), charged to the group with this number (`mem_cgroup_charge`); 0 for nobody. With `__GFP_ACCOUNT` and
     /// `alloc_folio`, [`Platform::current_memcg`] is charged.
     ///
@@ -129,6 +112,7 @@ impl<P: Platform> Mm<P> {
     ///
     /// As [`alloc_pages`](Self::alloc_pages); [`AllocError::Limit`] if it does not fit.
     #[inline]
+    #[track_caller]
     pub fn alloc_folio_memcg(
         &self,
         gfp: Flags,
@@ -144,9 +128,9 @@ impl<P: Platform> Mm<P> {
             FolioKind::File => MemcgStat::File,
             FolioKind::Driver => MemcgStat::Kernel,
         };
-        self.alloc_charged(memcg, gfp, order, stat, |memcg| {
-            self.new_folio(gfp, order, kind, memcg)
-        })
+        let charge = self.charge_pages(memcg, gfp, order, stat)?;
+        let got = self.new_folio(gfp, order, kind, Charge::of(&charge));
+        Charge::settle(charge, got)
     }
 
     /// Whom the pages of an allocation are charged to; 0 for nobody. Of pages that the caller has; of objects see [`memcg_of_object`](Self::memcg_of_object).

@@ -9,6 +9,7 @@ use core::ptr::NonNull;
 use super::{Corruption, Dump, ObjectState, PageTrack, Recorded, Report, StackId, Stacks, Track};
 use crate::address::{MAX_ORDER, PAGE_SHIFT, PAGE_SIZE, Pfn, PhysAddr};
 use crate::desc::{Held, Slab};
+use crate::inline::Facts;
 use crate::memmap::{DescClass, MemMap, PageType, Word};
 use crate::mm::{BuiltIn, Mm};
 use crate::page_alloc::alloc::PageAllocator;
@@ -267,7 +268,7 @@ impl<P: Platform> PageAllocator<P> {
         let word = found.word;
         let state = match word.kind() {
             PageType::Free if word.is_in_pcp() => "free, in a per-CPU list",
-            kind => kind.name(),
+            kind => word.inline_facts().map_or(kind.name(), Facts::name),
         };
         Some(PageState {
             pfn,

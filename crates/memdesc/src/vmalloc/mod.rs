@@ -401,12 +401,7 @@ impl<P: Platform> Mm<P> {
         // Which page it leads to is known under a lock only.
         let look = |this: &Self| this.vmalloc_to_pfn(ptr.as_ptr());
         let pfn = self.may_free_here().then(|| look(self)).flatten();
-        // An address of the direct map says it by itself.
-        let direct = || {
-            let pfn = u32::try_from(self.pages.phys(ptr.as_ptr()).0 >> PAGE_SHIFT).ok()?;
-            self.pages.map.region(Pfn(pfn)).map(|_| Pfn(pfn))
-        };
-        let pfn = pfn.or_else(direct).unwrap_or(Pfn::NONE);
+        let pfn = pfn.unwrap_or(Pfn::NONE);
         let report = self.report_at(what, pfn, ptr.addr().get(), caller);
         self.pages.platform.corruption(&report);
     }
