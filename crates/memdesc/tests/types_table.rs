@@ -88,6 +88,17 @@ fn folio(mm: &Mm<Host>, kind: FolioKind) -> Made<'_> {
     block(mm, mm.alloc_folio(GFP_KERNEL, 4, kind).unwrap(), 4)
 }
 
+/// The kernel's own for good.
+fn kernel(mm: &Mm<Host>, what: Reserved) -> Made<'_> {
+    mm.reserve_pages(Pfn(7168), 64, what).unwrap();
+    Made {
+        head: Pfn(7168),
+        order: 6,
+        right: &[],
+        free: Box::new(|| ()),
+    }
+}
+
 struct Ring;
 
 impl OwnType for Ring {
@@ -220,13 +231,89 @@ fn rows() -> Vec<Row> {
                 }),
             }
         }),
-        row("reserved", None, No, |mm| {
+        row("zsmalloc", Some(size_of::<ZsDesc>()), No, |mm| {
+            let pool = mm.zs_create_pool("table").unwrap();
+            let handle = mm.zs_malloc(&pool, 2000, GFP_KERNEL).unwrap();
+            let mut head = Pfn(0);
+            mm.census_visit(|step| {
+                if step.kind == CensusKind::Zsmalloc {
+                    head = step.pfn;
+                }
+            });
+            Made {
+                head,
+                order: 0,
+                right: &[],
+                free: Box::new(move || {
+                    mm.zs_free(&pool, handle);
+                    mm.zs_destroy_pool(pool).unwrap();
+                }),
+            }
+        }),
+        row("memory_map", None, No, |mm| {
             let head = mm.lookup(Pfn(PAGES - 1)).0;
             Made {
                 head,
                 order: mm.lookup(head).1,
                 right: &[],
                 free: Box::new(|| ()),
+            }
+        }),
+        row("kernel_text", None, No, |mm| {
+            kernel(mm, Reserved::KernelText)
+        }),
+        row("kernel_data", None, No, |mm| {
+            kernel(mm, Reserved::KernelData)
+        }),
+        row("offline", None, No, |mm| {
+            mm.offline_pages(Pfn(6144), 512).unwrap();
+            Made {
+                head: Pfn(6144),
+                order: 9,
+                right: &[],
+                free: Box::new(move || mm.online_pages(Pfn(6144), 512).unwrap()),
+            }
+        }),
+        row("balloon", None, No, |mm| {
+            let balloon = Balloon::new(mm);
+            assert_eq!(balloon.inflate(512, GFP_KERNEL), 512);
+            let mut found = (Pfn(0), 0);
+            mm.census_visit(|step| {
+                if step.kind == CensusKind::Balloon {
+                    found = (step.pfn, step.order.unwrap());
+                }
+            });
+            Made {
+                head: found.0,
+                order: found.1,
+                right: &[],
+                free: Box::new(move || {
+                    assert_eq!(balloon.deflate(512), 512);
+                }),
+            }
+        }),
+        row("guard", None, No, |mm| {
+            let head = mm.alloc_guard(GFP_KERNEL, 3).unwrap();
+            Made {
+                head,
+                order: 3,
+                right: &[],
+                free: Box::new(move || {
+                    // SAFETY: ours.
+                    unsafe { mm.unguard_pages(head) };
+                    common::free(mm, head);
+                }),
+            }
+        }),
+        row("hwpoison", None, No, |mm| {
+            let head = mm.alloc_pages(GFP_KERNEL, 0).unwrap();
+            common::free(mm, head);
+            assert_eq!(mm.memory_failure(head).result, MfResult::Recovered);
+            Made {
+                head,
+                order: 0,
+                right: &[],
+                free: Box::new(move || mm.unpoison_memory(head).unwrap()),
             }
         }),
     ]
@@ -254,7 +341,10 @@ fn the_whole_table() {
     for row in rows() {
         let reports = Reports::default();
         let (_, mm) = boot(&reports);
-        let before = common::users(&common::ledger(&mm));
+        // What is reserved is so for good.
+        let users =
+            |ledger: &Ledger| common::users(ledger) - ledger.by_type[PageType::Reserved as usize];
+        let before = users(&common::ledger(&mm));
         let made = (row.make)(&mm);
         let (head, order) = (made.head, made.order);
         let name = mm.type_name(head);
@@ -309,7 +399,6 @@ fn the_whole_table() {
             // A kernel stack's page is vmalloc memory to who frees pages.
             let named = match name {
                 "kernel stack" => "vmalloc",
-                "ring" => "yours",
                 name => name,
             };
             if !made.right.contains(&what) {
@@ -334,7 +423,7 @@ fn the_whole_table() {
         mm.shrink();
         mm.shrink();
         let after = common::ledger(&mm);
-        assert_eq!(common::users(&after), before, "{name}: {after:?}");
+        assert_eq!(users(&after), before, "{name}: {after:?}");
     }
 }
 
