@@ -3,6 +3,7 @@
 mod common;
 
 use std::panic::Location;
+use std::ptr::NonNull;
 
 use common::*;
 use memdesc::gfp::{
@@ -208,6 +209,34 @@ fn zeroing_is_saved_where_it_may_be() {
 fn here() -> (String, u32) {
     let at = Location::caller();
     (at.file().to_owned(), at.line())
+}
+
+#[test]
+fn who_freed_an_overwritten_page_is_named() {
+    let mut machine = Machine::flat(8192);
+    machine.config.page_poison = true;
+    machine.config.page_owner = 4096;
+    let reports = Reports::default();
+    let mm = machine.boot_on(reports.on(machine.host()).build().unwrap());
+    let pfn = mm.alloc_pages(GFP_KERNEL, 2).unwrap();
+    let line = line!() + 1;
+    free(&mm, pfn);
+    fill(page(&mm, pfn.add(1)), 1, 0xaa);
+    fill(
+        NonNull::new(mm.page_address(pfn.add(1)).wrapping_add(77)).unwrap(),
+        1,
+        1,
+    );
+    let again = mm.alloc_pages(GFP_KERNEL, 2).unwrap();
+    assert_eq!(again, pfn);
+    let text = reports.one().text;
+    let who = format!(
+        "page freed as bare order 2, {pfn:?}, by {}:{line}:",
+        file!()
+    );
+    assert!(text.contains(&who), "{text}");
+    assert!(text.contains("byte 77: 0x01, expected 0xaa"), "{text}");
+    free(&mm, again);
 }
 
 /// Each way to write to a free page is found, in the right place, by who gets the page; and by nobody else.

@@ -82,11 +82,9 @@ impl<P: Platform> PageAllocator<P> {
         }
         let what = Corruption::PagePoison(damage);
         let report = self.report_plain(what, pfn, ptr.addr(), caller);
-        let freed = report.last_freed();
         self.platform.corruption(&Report {
             word,
             byte: first,
-            freed,
             ..report
         });
     }

@@ -4,8 +4,9 @@ use core::fmt;
 
 use super::history::NO_CPU;
 use super::page::{DescState, PageState};
-use super::{Recorded, Report, Track};
+use super::{Corruption, Recorded, Report, Track};
 use crate::address::{PAGE_SIZE, Pfn};
+use crate::freepage::PageDamage;
 
 /// Bytes in a line of a dump.
 const ROW: usize = 16;
@@ -74,6 +75,9 @@ impl Report<'_> {
         )?;
         if let Some((offset, found, expected)) = self.byte {
             write!(f, "; byte {offset}: {found:#04x}, expected {expected:#04x}")?;
+        }
+        if let Corruption::PagePoison(PageDamage { last, bytes, .. }) = self.what {
+            write!(f, "; {bytes} bytes differ, the last is {last}")?;
         }
         for (name, track) in [("allocated", self.allocated), ("freed", self.freed)] {
             if let Some(track) = track {

@@ -209,11 +209,6 @@ impl Report<'_> {
         }
     }
 
-    /// Who gave the page back last, if that is recorded.
-    pub(crate) fn last_freed(&self) -> Option<Track> {
-        self.page_track(true)
-    }
-
     fn page_track(&self, freed: bool) -> Option<Track> {
         let Recorded::History(history) = self.history else {
             return None;
