@@ -454,7 +454,26 @@ impl<P: Platform> Mm<P> {
     pub unsafe fn free_pages(&self, pfn: Pfn) {
         let caller = core::panic::Location::caller();
         let path = self.pages.free_path();
-        if let Some(word) = self.check_owned(pfn, caller) {
+        let word = match self.pages.map.region(pfn) {
+            Some(region) => region.word(pfn).load_owned(),
+            None => Word::ZERO,
+        };
+        if word.is_only_owners() && pfn.is_aligned(word.order()) && !self.pages.map.checks.on() {
+            return self.take_back(path, pfn, word);
+        }
+        self.free_shared(path, pfn, word, caller);
+    }
+
+    /// The same for pages that others may have as well, and for those that are not to be freed like this.
+    #[inline]
+    fn free_shared(
+        &self,
+        path: FreePath<'_, P>,
+        pfn: Pfn,
+        word: Word,
+        caller: &'static core::panic::Location<'static>,
+    ) {
+        if self.check_owned(pfn, word, caller) {
             if word.is_folio() && self.folio_at(word.desc()).has_flag(FolioFlags::LRU) {
                 self.lru_forget(pfn);
             }
@@ -465,37 +484,27 @@ impl<P: Platform> Mm<P> {
         }
     }
 
-    /// The word of pages that their owner gives up; reports what they are if they are not to be freed like this.
+    /// The owner of the pages with this word gives them up: does nobody else have them? Reports what they are if they are not to be freed like this.
     #[inline]
     pub(crate) fn check_owned(
         &self,
         pfn: Pfn,
+        word: Word,
         caller: &'static core::panic::Location<'static>,
-    ) -> Option<Word> {
-        let word = match self.pages.map.any_region(pfn) {
-            Some(region) => region.word(pfn).load_owned(),
-            None => Word::ZERO,
-        };
-        let kind = word.kind();
-        if !kind.is_owned_block() || !pfn.is_aligned(word.order()) {
+    ) -> bool {
+        if !word.kind().is_owned_block() || !pfn.is_aligned(word.order()) {
             self.report_page(pfn, word, caller);
-            return None;
+            return false;
         }
         if self.pages.map.checks.on() && !self.word_is_sane(pfn, word) {
             // Whose they are is not known any more: they are left alone.
             let address = pfn.phys().0 as usize;
             let report = self.report_at(Corruption::BadWord, pfn, address, caller);
             self.pages.platform.corruption(&report);
-            return None;
+            return false;
         }
-        if word.is_counted() {
-            let folio = self.folio_at(word.desc());
-            if folio.put_counts(Held::REF, pfn) == Put::Alive {
-                // Somebody else has it; who puts the last one frees.
-                return None;
-            }
-        }
-        Some(word)
+        // If somebody else has it, who puts the last one frees.
+        !word.is_counted() || self.folio_at(word.desc()).put_counts(Held::REF, pfn) == Put::Last
     }
 
     #[cold]

@@ -347,6 +347,15 @@ impl Word {
             && matches!(self.class(), DescClass::File | DescClass::Anon)
     }
 
+    /// Are these pages that nobody but their owner has, and that he frees by `free_pages`?
+    #[inline]
+    pub(crate) const fn is_only_owners(self) -> bool {
+        const TYPES: u32 = 1 << PageType::Bare as u32
+            | 1 << PageType::LargeKmalloc as u32
+            | 1 << PageType::PageTable as u32;
+        TYPES >> (self.0 & TYPE_MASK) & 1 != 0
+    }
+
     /// Does it lead to what is counted as a folio is, so that users may map it? A folio, or pages of a driver, a network pool or a device under a folio's
     /// descriptor, or those of the kernel's own types that begin with one.
     #[inline]

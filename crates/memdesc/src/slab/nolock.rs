@@ -438,7 +438,11 @@ impl<P: Platform> Mm<P> {
     /// Any, as `kmalloc_nolock`.
     #[track_caller]
     pub unsafe fn free_pages_nolock(&self, pfn: Pfn) {
-        if let Some(word) = self.check_owned(pfn, Location::caller()) {
+        let word = match self.pages.map.region(pfn) {
+            Some(region) => region.word(pfn).load_owned(),
+            None => Word::ZERO,
+        };
+        if self.check_owned(pfn, word, Location::caller()) {
             if word.is_folio() && !self.lru_try_forget(pfn) {
                 return;
             }
