@@ -24,7 +24,10 @@ use crate::slab::{Cache, CacheFlags};
 use crate::sync::atomic::{AtomicPtr, Ordering};
 
 /// At most so many types of the kernel's own.
-pub const MAX_OWN_TYPES: usize = COUNTED as usize;
+pub const MAX_OWN_TYPES: usize = RAW as usize;
+
+/// The number in the word of pages whose descriptor the kernel brought without saying what it is (`alloc_pages_desc`).
+pub(crate) const RAW: u8 = COUNTED - 1;
 
 /// What a kernel wants to know of pages of its own.
 ///
@@ -131,7 +134,7 @@ impl OwnTypes {
     }
 
     fn of(&self, word: Word) -> Option<&'static OwnInfo> {
-        let slot = &self.0[usize::from(word.number() & !COUNTED)];
+        let slot = self.0.get(usize::from(word.number() & !COUNTED))?;
         // SAFETY: null, or a constant.
         unsafe { slot.load(Ordering::Acquire).as_ref() }
     }
@@ -244,8 +247,8 @@ impl<P: Platform> Mm<P> {
         }
     }
 
-    /// May pages of this word be mapped uncounted ([`insert_pfn`](crate::mmap::MmStruct::insert_pfn))? Of a type of the kernel's own: if it is not
-    /// registered, since then nobody said no.
+    /// May pages of this word be mapped uncounted ([`insert_pfn`](crate::mmap::MmStruct::insert_pfn))? If the kernel brought their descriptor and
+    /// said nothing, or of a type that says so.
     pub(crate) fn own_may_be_mapped(&self, pfn: Pfn) -> bool {
         match self.pages.map.lookup(pfn) {
             Some(found) if found.word.kind() == PageType::Yours => {

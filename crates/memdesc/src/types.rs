@@ -264,29 +264,58 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
+//! # Driver pages, network pools, devices
+//!
+//! Counted as folios are, so users map them and whoever has them last lets them go: to the page allocator, to the pool, to the device.
+//!
+//! ```
+//! # use memdesc::{*, gfp::*, mmap::*};
+//! # let ram = [memdesc_host::ram(0, 16384)];
+//! # let host = memdesc_host::Host::builder().memory(&ram).device(memdesc_host::ram(32768, 512)).build()?;
+//! # let mm = Mm::new(host, &Config::default(), &ram)?;
+//! let driver = mm.alloc_folio(GFP_KERNEL, 2, FolioKind::Driver)?;
+//! let mut pool = mm.page_pool_create(PagePoolParams { pool_size: 64, ..Default::default() })?;
+//! let packet = pool.alloc(GFP_ATOMIC)?;
+//! let mut device = mm.memremap_pages(Pfn(32768), 512)?; // no RAM: only described
+//! device.folio(Pfn(32768), 9, GFP_KERNEL)?;
+//! assert!(matches!(mm.lookup(Pfn(32999)).2, Memory::Device(Some(_))));
+//!
+//! let space = MmStruct::new(&mm, 1)?;
+//! let at = space.mmap(None, 1 << 20, VmFlags::READ_WRITE, Map::Anon)?;
+//! for (page, nth) in [driver.add(3), packet, Pfn(32999)].into_iter().zip(0..) {
+//!     space.insert_page(at + nth * 4096, page)?;
+//!     space.write(at + nth * 4096, b"shared")?;
+//! }
+//! // SAFETY: all ours to give up.
+//! unsafe {
+//!     mm.free_pages(driver);
+//!     mm.page_pool_put_page(packet);
+//!     device.put(Pfn(32768));
+//! }
+//! assert_eq!((pool.inflight(), device.in_use()), (1, 512), "users have them");
+//! drop(space);
+//! assert_eq!((pool.inflight(), device.in_use()), (0, 0));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
 //! # Yours
 //!
-//! A kernel adds a type of its own by bringing a descriptor, of which the first 8 bytes are the memory manager's.
+//! A kernel adds a type of its own by saying what it wants to know of such pages: [`OwnType`](crate::OwnType).
 //!
 //! ```
 //! # use memdesc::{*, gfp::*};
 //! # let (host, ram) = memdesc_host::Host::small(16384)?;
 //! # let mm = Mm::new(host, &Config::default(), &ram)?;
-//! #[repr(C)]
-//! struct Ring {
-//!     links: u64,
-//!     packets: u32,
+//! struct Firmware(u32);
+//! impl OwnType for Firmware {
+//!     const NUMBER: u8 = 0;
+//!     const NAME: &'static str = "firmware";
 //! }
-//! let cache = mm.kmem_cache_create("ring", size_of::<Ring>(), 8, CacheFlags::EMPTY, None)?;
-//! let desc = mm.kmem_cache_alloc(&cache, GFP_KERNEL)?.cast::<Ring>();
-//! // SAFETY: an object of that size, ours; given up to the pages.
-//! let pages = unsafe {
-//!     desc.write(Ring { links: 0, packets: 3 });
-//!     mm.alloc_pages_desc(GFP_KERNEL, 2, PageType::Yours, desc.cast())?
-//! };
-//! let Memory::Yours(PageType::Yours, found) = mm.lookup(pages.add(3)).2 else { unreachable!() };
-//! // SAFETY: our pages, so our descriptor.
-//! assert_eq!(unsafe { (*found.as_ptr().cast::<Ring>()).packets }, 3);
+//! let blobs = mm.register_type::<Firmware>()?;
+//! let pages = blobs.alloc(GFP_KERNEL, 2, Firmware(7)).map_err(|(why, _)| why)?;
+//! assert_eq!(mm.type_name(pages.add(3)), "firmware");
+//! // SAFETY: our pages, which stay.
+//! assert_eq!(unsafe { blobs.of(pages.add(3)) }.map(|f| f.0), Some(7));
 //! // SAFETY: ours. The descriptor serves as the free block's, and goes back to its cache one day.
 //! unsafe { mm.free_pages(pages) };
 //! # Ok::<(), Box<dyn std::error::Error>>(())

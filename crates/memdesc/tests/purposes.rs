@@ -407,6 +407,16 @@ impl OwnType for Firmware {
     const NAME: &'static str = "firmware";
 }
 
+struct Zeroth;
+
+impl OwnType for Zeroth {
+    const NUMBER: u8 = 0;
+    const NAME: &'static str = "zeroth";
+    fn freed(&self) {
+        unreachable!("none was made");
+    }
+}
+
 #[test]
 fn the_kernels_own_types() {
     static FREED: AtomicU32 = AtomicU32::new(0);
@@ -414,6 +424,7 @@ fn the_kernels_own_types() {
     let rings = mm.register_type::<Ring>().unwrap();
     assert_eq!(mm.register_type::<Ring>().unwrap_err(), AllocError::Busy);
     let blobs = mm.register_type::<Firmware>().unwrap();
+    let zeroth = mm.register_type::<Zeroth>().unwrap();
     let ring = |n| Ring {
         packets: AtomicU32::new(n),
         freed: &FREED,
@@ -430,6 +441,14 @@ fn the_kernels_own_types() {
     assert_eq!(unsafe { blobs.of(blob.add(15)) }.map(|f| f.0), Some(9));
     // SAFETY: the same.
     assert!(unsafe { blobs.of(first) }.is_none());
+    // A descriptor that is of no registered type is not taken for one.
+    let raw = mm.kmalloc(64, GFP_KERNEL).unwrap();
+    // SAFETY: an object of 64 bytes, given up to the pages.
+    let pages = unsafe { mm.alloc_pages_desc(GFP_KERNEL, 0, PageType::Yours, raw) }.unwrap();
+    // SAFETY: ours.
+    assert!(unsafe { zeroth.of(pages) }.is_none());
+    assert_eq!(mm.type_name(pages), "yours");
+    free(&mm, pages);
     let space = MmStruct::new(&mm, 1).unwrap();
     let at = space.mmap(None, 4096, RW, Map::Anon).unwrap();
     let why = space.insert_page(at, blob).unwrap_err();
