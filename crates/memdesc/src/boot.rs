@@ -36,6 +36,7 @@ use crate::rcu::prepaid::Prepaid;
 use crate::report::depot::{self, Cell, Depot};
 use crate::report::history::{Entry, History, SetInfo, WAYS};
 use crate::slab::cache::{Geometry, Role};
+use crate::slab::init::init_flags;
 use crate::slab::kmalloc::{CLASSES, Kind};
 use crate::slab::sheaf::Sheaves;
 use crate::slab::{CacheCore, CacheFlags};
@@ -493,7 +494,13 @@ fn lay_out<P: Platform>(
         let core = CacheCore::new(
             name.as_str(),
             geometry,
-            spec.flags,
+            spec.flags
+                | init_flags(
+                    Services::new(config, platform),
+                    spec.flags,
+                    spec.role,
+                    false,
+                ),
             spec.gfp,
             spec.role,
             None,

@@ -57,9 +57,9 @@ pub struct Config {
     pub check_pages: bool,
     /// Debug flags for every cache (`slab_debug=`).
     pub slab_debug: crate::slab::CacheFlags,
-    /// Zero pages when they are handed out (`init_on_alloc`). Of pages only: objects of slabs are zeroed for who asks for it.
+    /// Zero pages and objects when they are handed out (`init_on_alloc`); not objects with a constructor, of type-stable caches, or that are poisoned.
     pub init_on_alloc: bool,
-    /// Zero pages when they come back (`init_on_free`): what was in them is gone. Who asks for zeroed pages gets those that still are without
+    /// Zero pages and objects when they come back (`init_on_free`), with the same exceptions: what was in them is gone. Who asks for zeroed pages gets those that still are without
     /// another pass.
     pub init_on_free: bool,
     /// Fill pages with 0xaa when they come back, with zeros if [`init_on_free`](Self::init_on_free) is on too, and see whether that is still

@@ -158,3 +158,81 @@ fn kmalloc_reads_zero() {
     }
     teardown(&machine, &mm);
 }
+
+/// `init_on_alloc` and `init_on_free` of objects, by whichever call they come and go.
+#[test]
+fn objects_hold_nothing() {
+    type Free = fn(&Mm<memdesc_host::Host>, &Cache<'_>, NonNull<u8>);
+    // SAFETY: objects of the test's own, of that cache, used no more.
+    let ways: [(&str, Free); 5] = [
+        ("kmem_cache_free", |mm, cache, p| cache_free(mm, cache, p)),
+        ("kfree", |mm, _, p| kfree(mm, p)),
+        ("nolock", |mm, _, p| unsafe { mm.kfree_nolock(p) }),
+        ("kvfree_rcu", |mm, _, p| {
+            // SAFETY: as above.
+            unsafe { mm.kvfree_rcu_mightsleep(p) };
+            mm.kvfree_rcu_barrier();
+        }),
+        ("prepaid", |mm, _, p| {
+            // SAFETY: as above.
+            unsafe { mm.kfree_rcu_prepaid(p) };
+            mm.kvfree_rcu_barrier();
+            mm.shrink();
+        }),
+    ];
+    for debug in [
+        CacheFlags::EMPTY,
+        CacheFlags::RED_ZONE,
+        CacheFlags::STORE_USER,
+        CacheFlags::NO_SHEAVES,
+    ] {
+        for on_free in [false, true] {
+            let mut machine = Machine::flat(8192);
+            machine.config.init_on_alloc = !on_free;
+            machine.config.init_on_free = on_free;
+            machine.config.page_poison = false;
+            let mm = machine.boot();
+            for size in [8, 40, 256, 1024] {
+                let flags = debug | CacheFlags::RCU_PREPAID;
+                let cache = mm.kmem_cache_create("init", size, 8, flags, None).unwrap();
+                // It keeps the slabs.
+                let keep = mm.kmem_cache_alloc(&cache, GFP_KERNEL).unwrap();
+                for (way, free) in ways {
+                    let p = mm.kmem_cache_alloc(&cache, GFP_KERNEL).unwrap();
+                    if !on_free {
+                        assert!(bytes(p, size).iter().all(|&b| b == 0), "{way} {size}");
+                    }
+                    fill(p, size, GARBAGE);
+                    free(&mm, &cache, p);
+                    // What waits for the next normal free is linked through itself.
+                    mm.tick();
+                    let left = bytes(p, size).to_vec();
+                    let gone = left.iter().all(|&b| b == 0);
+                    assert!(!on_free || gone, "{way} {size} {debug:?}: {left:x?}");
+                }
+                cache_free(&mm, &cache, keep);
+                mm.shrink();
+                mm.kmem_cache_destroy(cache).unwrap();
+                for kind in [GFP_KERNEL, GFP_KERNEL | memdesc::gfp::__GFP_RECLAIMABLE] {
+                    let p = mm.kmalloc(size, kind).unwrap();
+                    if !on_free {
+                        assert!(bytes(p, size).iter().all(|&b| b == 0));
+                    }
+                    fill(p, size, GARBAGE);
+                    kfree(&mm, p);
+                    if on_free {
+                        assert!(bytes(p, size).iter().all(|&b| b == 0), "kmalloc-{size}");
+                    }
+                }
+            }
+            let p = mm.kmalloc(100_000, GFP_KERNEL).unwrap();
+            fill(p, 100_000, GARBAGE);
+            kfree(&mm, p);
+            let again = mm.kmalloc(100_000, GFP_KERNEL).unwrap();
+            assert_eq!(again, p);
+            assert!(bytes(again, 100_000).iter().all(|&b| b == 0));
+            kfree(&mm, again);
+            teardown(&machine, &mm);
+        }
+    }
+}

@@ -16,7 +16,7 @@
 //!
 //! Memory that was never handed out has no word, and nothing is known of it; that a machine says its memory is zero
 //! ([`Config::memory_is_zeroed`]) speaks of the memory map only. A page that is checked and found bad is reported, and handed out all the same, as in
-//! Linux. Objects of slabs are not these services' business: their pages are, when a slab comes and goes.
+//! Linux. What is done to objects of slabs is in `slab/init.rs` and `slab/debug.rs`; their pages come and go here.
 //!
 //! Source: `mm/page_poison.c`, `mm/page_reporting.c`, `free_pages_prepare` and `post_alloc_hook` of Linux.
 
@@ -75,6 +75,16 @@ impl Services {
     #[inline]
     const fn has(self, bit: u8) -> bool {
         self.0 & bit != 0
+    }
+
+    /// Is what is handed out zeroed?
+    pub(crate) const fn init_on_alloc(self) -> bool {
+        self.has(Self::INIT_ON_ALLOC)
+    }
+
+    /// Is what comes back zeroed?
+    pub(crate) const fn init_on_free(self) -> bool {
+        self.has(Self::FILL) && self.has(Self::ZEROS)
     }
 
     /// Is there anything to do for a block that comes back?

@@ -393,6 +393,7 @@ impl<P: Platform> Mm<P> {
                         unreachable!()
                     };
                     if crate::slab::debug::on_free(self, core, object, Location::caller()) {
+                        self.init_on_free(core, object);
                         self.slabs_give(core, &[object.as_ptr()], true, Location::caller());
                     }
                 }
@@ -400,6 +401,20 @@ impl<P: Platform> Mm<P> {
             // Release pairs with the Acquire in `prepaid_harvest` and `prepaid_idle`.
             header.harvested.store(0, Ordering::Release);
             return freed;
+        }
+        if core.flags.contains(CacheFlags::INIT_ON_FREE) {
+            let base = map.virt(slab.pfn().phys());
+            for (i, word) in waiting.iter().enumerate() {
+                let mut bits = word.load(Ordering::Relaxed);
+                while bits != 0 {
+                    let index = i * 64 + bits.trailing_zeros() as usize;
+                    bits &= bits - 1;
+                    let object = base.wrapping_add(core.geometry_of(slab).offset(index));
+                    if let Some(object) = NonNull::new(object) {
+                        self.init_on_free(core, object);
+                    }
+                }
+            }
         }
         let mut empty = Pfn::NONE;
         let mut wrong = false;

@@ -56,6 +56,10 @@ impl CacheFlags {
     pub const ACCOUNT: CacheFlags = CacheFlags(1 << 10);
     /// Objects asked for with [`__GFP_ACCOUNT`](crate::gfp::__GFP_ACCOUNT) are charged, the others are not: 2 bytes an object.
     pub const OWNERS: CacheFlags = CacheFlags(1 << 11);
+    /// Objects are zeroed when they are handed out; set by what [`Config`](crate::Config) says.
+    pub(crate) const INIT_ON_ALLOC: CacheFlags = CacheFlags(1 << 12);
+    /// Objects are zeroed when they are free.
+    pub(crate) const INIT_ON_FREE: CacheFlags = CacheFlags(1 << 13);
     /// Slabs of single pages: the caches that the page allocator itself lives on.
     pub(crate) const SINGLE_PAGES: CacheFlags = CacheFlags(1 << 7);
 

@@ -5,6 +5,7 @@ use core::panic::Location;
 use core::ptr::NonNull;
 
 use super::cache::{Cache, CacheCore, CacheFlags, CacheView, DestroyError, Geometry, Role};
+use super::init::init_flags;
 use super::sheaf::Sheaves;
 use crate::error::AllocError;
 use crate::gfp::{self, Flags};
@@ -66,7 +67,7 @@ impl<P: Platform> Mm<P> {
         let value = CacheCore::new(
             name,
             geometry,
-            flags,
+            flags | init_flags(self.pages.services, flags, Role::Objects, ctor.is_some()),
             gfp,
             Role::Objects,
             ctor,

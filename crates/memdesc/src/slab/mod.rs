@@ -17,6 +17,7 @@
 pub(crate) mod bootstrap;
 pub(crate) mod cache;
 pub(crate) mod debug;
+pub(crate) mod init;
 pub(crate) mod kmalloc;
 mod lifecycle;
 pub(crate) mod nolock;

@@ -223,6 +223,7 @@ impl<P: Platform> Mm<P> {
         if core.flags.has_owners() {
             self.uncharge_object(core, object);
         }
+        self.init_on_free(core, object);
         let pin = Pin::try_new(&self.pages.platform);
         let stats = self.pages.any_stats(pin.as_ref());
         if core.sheaves.capacity() > 0

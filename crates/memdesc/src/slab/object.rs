@@ -3,7 +3,7 @@
 use core::panic::Location;
 use core::ptr::NonNull;
 
-use super::cache::{CacheCore, Lists, MIN_PARTIAL, Role, slab_of};
+use super::cache::{CacheCore, CacheFlags, Lists, MIN_PARTIAL, Role, slab_of};
 use super::debug;
 use super::sheaf::BATCH;
 use crate::address::{PAGE_SHIFT, Pfn, PhysAddr};
@@ -87,7 +87,7 @@ impl<P: Platform> Mm<P> {
         if core.is_debug() {
             debug::on_alloc(self, core, object, asked, caller);
         }
-        if gfp.contains(gfp::__GFP_ZERO) {
+        if gfp.contains(gfp::__GFP_ZERO) || core.flags.contains(CacheFlags::INIT_ON_ALLOC) {
             // SAFETY: the object is ours alone until we return it, and has this many bytes.
             unsafe { object.write_bytes(0, core.geometry.object_size as usize) };
         }
@@ -298,6 +298,7 @@ impl<P: Platform> Mm<P> {
         if core.sheaves.capacity() == 0 {
             let _path = self.pages.may_sleep(path);
             if !core.is_debug() || debug::on_free(self, core, object, caller) {
+                self.init_on_free(core, object);
                 self.slabs_give(core, &[object.as_ptr()], nested, caller);
             }
             return;
@@ -311,6 +312,7 @@ impl<P: Platform> Mm<P> {
         } else {
             path
         };
+        self.init_on_free(core, object);
         if !core.sheaves.owner(path.pin(), |stack| stack.push(object)) {
             self.flush_and_push(path, core, object, nested, caller);
         }
@@ -345,7 +347,8 @@ impl<P: Platform> Mm<P> {
     /// Takes many objects of one cache back: into the sheaf as far as they fit, the rest straight to the slabs.
     pub(crate) fn cache_free_run(&self, core: &CacheCore, objects: &[*mut u8], caller: Caller) {
         let checked = cfg!(any(debug_assertions, feature = "checked"));
-        let one_by_one = core.is_debug() || core.flags.has_owners() || checked;
+        let served = core.flags.contains(CacheFlags::INIT_ON_FREE);
+        let one_by_one = core.is_debug() || core.flags.has_owners() || served || checked;
         if one_by_one || core.sheaves.capacity() == 0 {
             for object in objects.iter().filter_map(|o| NonNull::new(*o)) {
                 self.cache_free(self.pages.free_path(), core, object, false, caller);
