@@ -2,10 +2,11 @@
 //!
 //! Users are the queue and every page, idle ones too. A page that becomes idle is left on the pool's stack; who leaves it there then asks
 //! [`left_behind`](Life::left_behind), and who ends the pool first says so ([`end`](Life::end)) and then takes the stack. Each writes, then reads what the other writes,
-//! with a SeqCst fence between: one of the two takes the page. After his own push or leave a caller knows the pool only as memory that is a pool's (it is
+//! in an order that both agree on (SeqCst): one of the two takes the page. After his own push or leave a caller knows the pool only as memory that is a pool's (it is
 //! type-stable): another may have freed it, and it may be another pool by now, whose stack he may take as well if that is dying.
 
 use crate::sync::atomic::{AtomicU32, Ordering, fence};
+use crate::sync::seq_cst;
 
 /// Who uses a pool, and whether it is to go.
 #[derive(Debug)]
@@ -53,19 +54,19 @@ impl Life {
 
     /// The caller has left something on the stack. Must he take it again, since who ends the pool may have looked already?
     pub(crate) fn left_behind(&self) -> bool {
-        // Pairs with the one in `end`.
-        fence(Ordering::SeqCst);
-        self.dying.load(Ordering::Relaxed) != 0
+        // The push was SeqCst, and so is this: both before the fence in `end`, or what was written there is seen.
+        seq_cst::reading();
+        self.dying.load(Ordering::SeqCst) != 0
     }
 
     /// Nothing shall be left on the stack any more; the caller takes what is there.
     pub(crate) fn end(&self) {
         self.dying.store(1, Ordering::Relaxed);
-        // Pairs with the one in `left_behind`.
+        // Pairs with `left_behind`: who does not see that it ends there has pushed before.
         fence(Ordering::SeqCst);
     }
 
-    /// Planted bug: the look is made without the fence.
+    /// Planted bug: the look is in no order with the push.
     #[cfg(loom)]
     pub(crate) fn left_behind_carelessly(&self) -> bool {
         self.dying.load(Ordering::Relaxed) != 0

@@ -91,7 +91,7 @@ pub struct PagePoolStats {
     pub pages_in: u64,
     /// Pages that the queue itself put back into its list.
     pub recycle_cached: u64,
-    /// Pages that were put back onto the stack.
+    /// Pages that were put back onto the stack, as far as the queue has taken them from there.
     pub recycle_ring: u64,
     /// Pages that found the pool full.
     pub recycle_full: u64,
@@ -105,12 +105,13 @@ pub(crate) struct PoolCore {
     /// The link of the free list once the pool is gone.
     _link: AtomicU64,
     stack: PfnStack,
-    /// Idle pages: on the stack and in the queue's list.
-    idle: AtomicU32,
+    /// Idle pages on the stack.
+    stacked: AtomicU32,
+    /// Idle pages in the queue's own list, as the queue, which alone changes it, tells the others.
+    listed: AtomicU32,
     life: Life,
     bound: AtomicU32,
     id: AtomicU32,
-    recycle_ring: AtomicU64,
     recycle_full: AtomicU64,
     pages_out: AtomicU64,
     /// Not changed while there are users.
@@ -207,10 +208,11 @@ impl<P: Platform> Mm<P> {
             core.as_ref()
         };
         let _nothing = pool.stack.take();
-        for counter in [&pool.recycle_ring, &pool.recycle_full, &pool.pages_out] {
+        for counter in [&pool.recycle_full, &pool.pages_out] {
             counter.store(0, Ordering::Relaxed);
         }
-        pool.idle.store(0, Ordering::Relaxed);
+        pool.stacked.store(0, Ordering::Relaxed);
+        pool.listed.store(0, Ordering::Relaxed);
         pool.bound.store(params.pool_size, Ordering::Relaxed);
         pool.life.begin();
         let free = |slot: &AtomicPtr<PoolCore>| {
@@ -299,12 +301,12 @@ impl<P: Platform> Mm<P> {
         if pool.life.is_dying() {
             return self.pool_release(pool, head, word);
         }
-        if pool.idle.fetch_add(1, Ordering::Relaxed) >= pool.bound.load(Ordering::Relaxed) {
-            pool.idle.fetch_sub(1, Ordering::Relaxed);
+        let stacked = pool.stacked.fetch_add(1, Ordering::Relaxed);
+        if stacked + pool.listed.load(Ordering::Relaxed) >= pool.bound.load(Ordering::Relaxed) {
+            pool.stacked.fetch_sub(1, Ordering::Relaxed);
             pool.recycle_full.fetch_add(1, Ordering::Relaxed);
             return self.pool_release(pool, head, word);
         }
-        pool.recycle_ring.fetch_add(1, Ordering::Relaxed);
         let links = self.pages.map.buddy_at(word.desc());
         crate::inject::point("page_pool: about to push");
         pool.stack.push(head, |next| links.set_next(next));
@@ -321,7 +323,7 @@ impl<P: Platform> Mm<P> {
         while at != Pfn::NONE {
             let word = self.pages.map.word(at).load_owned();
             let next = self.pages.map.buddy_at(word.desc()).next();
-            pool.idle.fetch_sub(1, Ordering::Relaxed);
+            pool.stacked.fetch_sub(1, Ordering::Relaxed);
             pages += 1 << word.order();
             // Of this pool: a page on the stack keeps it.
             self.pool_release(pool, at, word);
@@ -417,8 +419,7 @@ impl<'m, P: Platform> PagePool<'m, P> {
         let word = mm.pages.map.word(head).load_owned();
         crate::inject::point("page_pool: about to pop");
         self.first = mm.pages.map.buddy_at(word.desc()).next();
-        self.listed -= 1;
-        self.core().idle.fetch_sub(1, Ordering::Relaxed);
+        self.set_listed(self.listed - 1);
         Some((head, word))
     }
 
@@ -434,11 +435,15 @@ impl<'m, P: Platform> PagePool<'m, P> {
         // What others gave back.
         self.first = self.core().stack.take();
         crate::inject::point("page_pool: stack taken");
-        let mut at = self.first;
+        let (mut at, mut taken) = (self.first, 0);
         while at != Pfn::NONE {
-            self.listed += 1;
+            taken += 1;
             at = mm.pages.map.buddy(at).next();
         }
+        // In this order: counted twice for a moment, so the bound is kept.
+        self.set_listed(taken);
+        self.core().stacked.fetch_sub(taken, Ordering::Relaxed);
+        self.stats.recycle_ring += u64::from(taken);
         if let Some((head, word)) = self.pop() {
             self.stats.alloc_refill += 1;
             return Ok(self.hand_out(head, word));
@@ -452,7 +457,6 @@ impl<'m, P: Platform> PagePool<'m, P> {
             let Ok(page) = self.new_page(light) else {
                 break;
             };
-            self.core().idle.fetch_add(1, Ordering::Relaxed);
             self.list(page);
         }
         Ok(self.hand_out(head, mm.pages.map.word(head).load_owned()))
@@ -486,11 +490,17 @@ impl<'m, P: Platform> PagePool<'m, P> {
         Ok(block.pfn)
     }
 
-    /// Enters an idle page into the queue's own list; it is counted already.
+    /// Enters an idle page into the queue's own list.
     fn list(&mut self, head: Pfn) {
         self.mm.pages.map.buddy(head).set_next(self.first);
         self.first = head;
-        self.listed += 1;
+        self.set_listed(self.listed + 1);
+    }
+
+    #[inline]
+    fn set_listed(&mut self, listed: u32) {
+        self.listed = listed;
+        self.core().listed.store(listed, Ordering::Relaxed);
     }
 
     /// As [`Mm::page_pool_put_page`], by the queue itself: straight into its list, where no other CPU looks (`page_pool_recycle_direct`).
@@ -502,7 +512,7 @@ impl<'m, P: Platform> PagePool<'m, P> {
     pub unsafe fn recycle_direct(&mut self, page: Pfn) {
         let mm = self.mm;
         let core = self.core();
-        let full = core.idle.load(Ordering::Relaxed) >= self.params.pool_size;
+        let full = self.idle() >= self.params.pool_size;
         let ours = mm.pages.map.lookup(page).filter(|f| {
             f.word.kind() == PageType::NetPool
                 && mm.folio_at(f.word.desc()).index() >> DMA_BITS
@@ -512,7 +522,6 @@ impl<'m, P: Platform> PagePool<'m, P> {
         match folio {
             // Nobody else has it, nor guesses: it is idle from here on.
             Some((head, folio)) if !full && folio.counts().freeze(Held::REF) => {
-                core.idle.fetch_add(1, Ordering::Relaxed);
                 self.stats.recycle_cached += 1;
                 self.list(head);
             }
@@ -569,14 +578,13 @@ impl<'m, P: Platform> PagePool<'m, P> {
 
     /// Pages that lie idle.
     pub fn idle(&self) -> u32 {
-        self.core().idle.load(Ordering::Relaxed)
+        self.listed + self.core().stacked.load(Ordering::Relaxed)
     }
 
     /// What happened so far.
     pub fn stats(&self) -> PagePoolStats {
         let load = |n: &AtomicU64| n.load(Ordering::Relaxed);
         PagePoolStats {
-            recycle_ring: load(&self.core().recycle_ring),
             recycle_full: load(&self.core().recycle_full),
             pages_out: load(&self.core().pages_out),
             ..self.stats

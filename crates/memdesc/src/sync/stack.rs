@@ -19,13 +19,14 @@ impl<T> PtrStack<T> {
         let mut first = self.0.load(Ordering::Relaxed);
         loop {
             link(first);
-            // AcqRel: Release pairs with the Acquire in `take`, so that who takes the thing sees its link and its contents; Acquire pairs
-            // with the Release there, so that who pushes after a `take` does all that follows after what went before it.
+            // Release pairs with the Acquire in `take`, so that who takes the thing sees its link and its contents; Acquire pairs
+            // with the Release there, so that who pushes after a `take` does all that follows after what went before it. SeqCst, which costs no more:
+            // for who pushes and then reads what the other writes before he takes.
             match self
                 .0
-                .compare_exchange_weak(first, thing, Ordering::AcqRel, Ordering::Relaxed)
+                .compare_exchange_weak(first, thing, Ordering::SeqCst, Ordering::Relaxed)
             {
-                Ok(_) => return,
+                Ok(_) => return super::seq_cst::written(),
                 Err(now) => first = now,
             }
         }
@@ -67,10 +68,10 @@ impl PfnStack {
         let mut first = self.0.load(Ordering::Relaxed);
         loop {
             link(Pfn(first));
-            // AcqRel: as in `PtrStack`.
+            // As in `PtrStack`.
             match self
                 .0
-                .compare_exchange_weak(first, pfn.0, Ordering::AcqRel, Ordering::Relaxed)
+                .compare_exchange_weak(first, pfn.0, Ordering::SeqCst, Ordering::Relaxed)
             {
                 Ok(_) => return,
                 Err(now) => first = now,
