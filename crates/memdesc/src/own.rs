@@ -24,10 +24,7 @@ use crate::slab::{Cache, CacheFlags};
 use crate::sync::atomic::{AtomicPtr, Ordering};
 
 /// At most so many types of the kernel's own.
-pub const MAX_OWN_TYPES: usize = RAW as usize;
-
-/// The number in the word of pages whose descriptor the kernel brought without saying what it is (`alloc_pages_desc`).
-pub(crate) const RAW: u8 = COUNTED - 1;
+pub const MAX_OWN_TYPES: usize = COUNTED as usize - 1;
 
 /// What a kernel wants to know of pages of its own.
 ///
@@ -63,7 +60,16 @@ pub(crate) const RAW: u8 = COUNTED - 1;
 /// assert!(rings.get(ring).is_none());
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-pub trait OwnType: Sync + Sized {
+/// A value may borrow nothing: it stays as long as its pages, and whoever lets them go last may come late.
+///
+/// ```compile_fail,E0478
+/// struct Borrows<'a>(&'a u32);
+/// impl<'a> memdesc::OwnType for Borrows<'a> {
+///     const NUMBER: u8 = 1;
+///     const NAME: &'static str = "borrows";
+/// }
+/// ```
+pub trait OwnType: Sync + Sized + 'static {
     /// Which of the kernel's own types this is: below [`MAX_OWN_TYPES`], and no other's.
     const NUMBER: u8;
     /// Its name, in reports.
@@ -97,10 +103,12 @@ impl<T: OwnType> Info<T> {
     };
     /// Where the value is in a descriptor.
     const OFFSET: usize = if T::MAPPABLE { size_of::<Folio>() } else { 8 };
+    /// The number in words: one more than the type's, since 0 is that of pages under a descriptor that the kernel brought itself
+    /// ([`Mm::alloc_pages_desc`]), of which nothing is known.
     const NUMBER: u8 = if T::MAPPABLE {
-        T::NUMBER | COUNTED
+        (T::NUMBER + 1) | COUNTED
     } else {
-        T::NUMBER
+        T::NUMBER + 1
     };
     const CHECK: () = {
         assert!(
@@ -133,8 +141,10 @@ impl OwnTypes {
         OwnTypes([const { AtomicPtr::new(core::ptr::null_mut()) }; MAX_OWN_TYPES])
     }
 
+    /// `None` for a type that is not registered, and for pages of none.
     fn of(&self, word: Word) -> Option<&'static OwnInfo> {
-        let slot = self.0.get(usize::from(word.number() & !COUNTED))?;
+        let number = usize::from(word.number() & !COUNTED).checked_sub(1)?;
+        let slot = &self.0[number];
         // SAFETY: null, or a constant.
         unsafe { slot.load(Ordering::Acquire).as_ref() }
     }
@@ -273,7 +283,8 @@ impl<P: Platform> Mm<P> {
 }
 
 impl<'m, P: Platform, T: OwnType> OwnPages<'m, P, T> {
-    /// Pages under a descriptor with this value; [`free_pages`](Mm::free_pages) frees them, of counted ones the last to have them.
+    /// Pages under a descriptor with this value; [`free_pages`](Mm::free_pages) frees them, of counted ones the last to have them. Nobody is ever
+    /// charged for them.
     ///
     /// # Context
     ///
@@ -281,7 +292,7 @@ impl<'m, P: Platform, T: OwnType> OwnPages<'m, P, T> {
     ///
     /// # Errors
     ///
-    /// As there; the value comes back.
+    /// As there; [`AllocError::NoOwners`] with `__GFP_ACCOUNT` if somebody would be charged. The value comes back.
     #[track_caller]
     pub fn alloc(&self, gfp: Flags, order: usize, value: T) -> Result<Pfn, (AllocError, T)> {
         let mm = self.mm;

@@ -16,7 +16,6 @@ use crate::inline::{Facts, Offline, Poisoned, Reserved};
 use crate::memcg::{Charge, MemcgStat};
 use crate::memmap::{DescClass, Found, PageType, Word};
 use crate::mm::{BuiltIn, Mm};
-use crate::own::RAW;
 use crate::page_alloc::MigrateType;
 use crate::page_alloc::buddy::Block;
 use crate::page_alloc::nolock::Try;
@@ -246,7 +245,7 @@ impl<P: Platform> Mm<P> {
         let desc = self.pages.phys(desc.as_ptr());
         self.pages.map.publish_block(
             block.pfn,
-            Word::described(kind, order, desc, DescClass::Yours).with_number(RAW),
+            Word::described(kind, order, desc, DescClass::Yours),
         );
         Ok(block.pfn)
     }
