@@ -8,12 +8,13 @@
 //! | anonymous | users are told and find the same; a child made by a fork as well | recovered, contents lost |
 //! | in a large folio | that is split first, so only the one page is lost; if it cannot be split, only the one page is unmapped | as above, or failed |
 //! | had or pinned by others besides | users are told; it goes out of use when the last of them lets go | failed |
-//! | bare, slab, page table, vmalloc, a type of the kernel's own | it stays what it is, and goes out of use when its owner frees it, the rest of the block stays usable | delayed |
+//! | bare, slab, page table, vmalloc, a driver's, a network pool's, a type of the kernel's own | it stays what it is, and goes out of use when its owner frees it, the rest of the block stays usable | delayed |
 //! | off line, in a balloon, a guard | nobody uses it; it goes out of use when it comes back | delayed |
 //! | reserved, device memory | not the page allocator's | ignored |
 //!
 //! Where a page is bad and in use is remembered in [`memmap::bad`](crate::memmap), so that its owner may free it from any context, which allocates
-//! nothing. A slab or an area of vmalloc that is kept for reuse is used with the bad page in it till it goes back.
+//! nothing. A slab or an area of vmalloc that is kept for reuse is used with the bad page in it till it goes back. A network pool gives a bad
+//! page back instead of keeping it for the next packet; one that lies idle at that moment goes round once more.
 //!
 //! Lock order: `mf_mutex` is the outermost of all; under it what a migration takes.
 //!

@@ -29,7 +29,7 @@ use core::panic::Location;
 use core::ptr::NonNull;
 
 use self::life::Life;
-use crate::address::Pfn;
+use crate::address::{PAGE_SHIFT, PAGE_SIZE, Pfn};
 use crate::desc::{Folio, Held, Put};
 use crate::error::AllocError;
 use crate::gfp::Flags;
@@ -49,7 +49,8 @@ const DMA_BITS: u32 = 36;
 
 /// How a device reaches a pool's pages. The pages stay mapped for it as long as they are the pool's.
 pub trait PagePoolOps: Sync {
-    /// Maps pages for the device: its address for them, below 2^48 and a multiple of the page size; `None` if it cannot reach them.
+    /// Maps pages for the device: its address for them, below 2^48 and a multiple of the page size; `None` if it cannot reach them. Another address is
+    /// unmapped again, and the pool does not take the pages: a descriptor has no room for it.
     fn dma_map(&self, pfn: Pfn, order: usize) -> Option<u64>;
     /// The pages leave the pool. From any context.
     fn dma_unmap(&self, pfn: Pfn, order: usize, addr: u64);
@@ -298,7 +299,8 @@ impl<P: Platform> Mm<P> {
         // Type-stable until it goes: the pool, once the page is no longer ours.
         let _read = self.rcu_read_lock();
         let pool = self.pool_of(self.folio_at(word.desc()));
-        if pool.life.is_dying() {
+        // One that failed does not go round any more.
+        if pool.life.is_dying() || self.pages.map.bad.hits(head, word.order()) {
             return self.pool_release(pool, head, word);
         }
         let stacked = pool.stacked.fetch_add(1, Ordering::Relaxed);
@@ -384,7 +386,7 @@ impl<P: Platform> Mm<P> {
 
 /// The device's address of a page.
 fn dma_of(folio: &Folio) -> u64 {
-    (folio.index() & ((1 << DMA_BITS) - 1)) << crate::address::PAGE_SHIFT
+    (folio.index() & ((1 << DMA_BITS) - 1)) << PAGE_SHIFT
 }
 
 impl<'m, P: Platform> PagePool<'m, P> {
@@ -393,7 +395,8 @@ impl<'m, P: Platform> PagePool<'m, P> {
         unsafe { self.core.as_ref() }
     }
 
-    /// A page, with one reference (`page_pool_alloc_pages`).
+    /// A page, with one reference (`page_pool_alloc_pages`). What it holds is not said, whatever the flags say: `__GFP_ZERO` zeroes what comes from the
+    /// page allocator, and most pages come from elsewhere. Nobody is charged for it.
     ///
     /// # Errors
     ///
@@ -471,18 +474,24 @@ impl<'m, P: Platform> PagePool<'m, P> {
             .alloc_block(kind, gfp, order, self.params.node, mm)?;
         let word = mm.own_block(block, DescClass::File, kind, Some(gfp))?;
         let dma = match self.params.ops {
-            Some(ops) => ops.dma_map(block.pfn, order),
+            Some(ops) => ops.dma_map(block.pfn, order).filter(|&addr| {
+                // What has no room in the descriptor would be read as another pool's number.
+                let fits = addr >> (DMA_BITS + PAGE_SHIFT) == 0 && addr % PAGE_SIZE as u64 == 0;
+                if !fits {
+                    ops.dma_unmap(block.pfn, order, addr);
+                }
+                fits
+            }),
             None => Some(block.pfn.phys().0),
         };
         let Some(dma) = dma else {
             mm.pages.free_block_nolock(kind, block.pfn, word);
             return Err(AllocError::NoZone);
         };
-        debug_assert!(dma >> 48 == 0 && dma & 0xfff == 0);
         let id = u64::from(self.core().id.load(Ordering::Relaxed));
         let folio = mm.folio_at(word.desc());
         folio.init_idle(block.pfn);
-        folio.set_index(id << DMA_BITS | dma >> crate::address::PAGE_SHIFT);
+        folio.set_index(id << DMA_BITS | dma >> PAGE_SHIFT);
         self.core().life.join();
         crate::inject::point("page_pool: about to publish");
         self.stats.pages_in += 1;
@@ -513,15 +522,13 @@ impl<'m, P: Platform> PagePool<'m, P> {
         let mm = self.mm;
         let core = self.core();
         let full = self.idle() >= self.params.pool_size;
-        let ours = mm.pages.map.lookup(page).filter(|f| {
-            f.word.kind() == PageType::NetPool
-                && mm.folio_at(f.word.desc()).index() >> DMA_BITS
-                    == u64::from(core.id.load(Ordering::Relaxed))
-        });
-        let folio = ours.map(|f| (f.head, mm.folio_at(f.word.desc())));
-        match folio {
+        match self.ours(page) {
             // Nobody else has it, nor guesses: it is idle from here on.
-            Some((head, folio)) if !full && folio.counts().freeze(Held::REF) => {
+            Some((head, folio))
+                if !full
+                    && !mm.pages.map.bad.hits(head, self.params.order)
+                    && folio.counts().freeze(Held::REF) =>
+            {
                 self.stats.recycle_cached += 1;
                 self.list(head);
             }
@@ -536,12 +543,12 @@ impl<'m, P: Platform> PagePool<'m, P> {
     ///
     /// [`AllocError::BadSize`] for more bytes than a block of the pool has; else as [`alloc`](Self::alloc).
     pub fn alloc_frag(&mut self, size: usize, gfp: Flags) -> Result<(Pfn, usize), AllocError> {
-        let bytes = crate::address::PAGE_SIZE << self.params.order;
-        // As Linux aligns them: to a cache line.
-        let size = size.max(1).next_multiple_of(64);
+        let bytes = PAGE_SIZE << self.params.order;
         if size > bytes {
             return Err(AllocError::BadSize);
         }
+        // As Linux aligns them: to a cache line.
+        let size = size.max(1).next_multiple_of(64);
         loop {
             let (head, at) = match self.frag {
                 Some(frag) => frag,
@@ -564,10 +571,23 @@ impl<'m, P: Platform> PagePool<'m, P> {
         }
     }
 
-    /// The device's address of a page of this pool.
-    pub fn dma_addr(&self, head: Pfn) -> u64 {
-        let desc = self.mm.pages.map.word(head).load().desc();
-        dma_of(self.mm.folio_at(desc))
+    /// The device's address of the block of this pool that a page is part of; `None` if it is of no block of this pool.
+    pub fn dma_addr(&self, page: Pfn) -> Option<u64> {
+        // Who does not have the page reads what may be another's by now, but is a folio.
+        let _read = self.mm.rcu_read_lock();
+        self.ours(page).map(|(_, folio)| dma_of(folio))
+    }
+
+    /// The block of this pool that a page is part of. Of a page that the caller has, or with a read section open.
+    fn ours(&self, page: Pfn) -> Option<(Pfn, &'m Folio)> {
+        let mm = self.mm;
+        let found = mm.pages.map.lookup(page)?;
+        if found.word.kind() != PageType::NetPool {
+            return None;
+        }
+        let folio = mm.folio_at(found.word.desc());
+        let id = u64::from(self.core().id.load(Ordering::Relaxed));
+        (folio.index() >> DMA_BITS == id).then_some((found.head, folio))
     }
 
     /// Pages that somebody has (`page_pool_inflight`).
