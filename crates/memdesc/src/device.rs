@@ -15,12 +15,14 @@ use core::panic::Location;
 
 use crate::address::Pfn;
 use crate::config::MemRange;
+use crate::desc::Held;
 use crate::error::AllocError;
 use crate::gfp::{self, Flags};
 use crate::memmap::heads::blocks;
 use crate::memmap::{DescClass, PageType, Region, Word};
 use crate::mm::{BuiltIn, Mm};
 use crate::platform::Platform;
+use crate::report::{Corruption, Report};
 use crate::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 /// Why a range of device memory was not taken.
@@ -194,8 +196,9 @@ impl<P: Platform> Mm<P> {
         let Some(region) = self.pages.map.device(head) else {
             unreachable!("{head:?} is device memory")
         };
+        // The words of its tails are zero: nobody maps it.
+        debug_assert!(self.tails_are_unmapped(head, word.order()));
         region.word(head).publish(Word::ZERO);
-        region.clear_tails(head, word.order());
         self.try_put_desc(word);
         self.pages.platform.device_page_free(head, word.order());
         // Last: who takes the range away finds nothing of it in use.
@@ -233,7 +236,8 @@ impl<'m, P: Platform> DevicePages<'m, P> {
     ///
     /// # Context
     ///
-    /// As an allocation with these flags. Not two at once for the same pages: the device decides what its memory is for.
+    /// As an allocation with these flags. Not before the device was told that the pages are its own again ([`Platform::device_page_free`]): it decides
+    /// what its memory is for.
     ///
     /// # Errors
     ///
@@ -272,14 +276,23 @@ impl<'m, P: Platform> DevicePages<'m, P> {
     /// # Context
     ///
     /// Any.
+    #[track_caller]
     pub unsafe fn put(&self, pfn: Pfn) {
-        let word = self.region.word(pfn).load();
-        if word.kind() != PageType::Device || word.class() != DescClass::File {
-            self.mm.report_page(pfn, word, Location::caller());
-            return;
+        let (mm, caller) = (self.mm, Location::caller());
+        let word = match self.region.contains(pfn) {
+            true => self.region.word(pfn).load(),
+            false => Word::ZERO,
+        };
+        if word.kind() != PageType::Device {
+            return mm.report_page(pfn, word, caller);
         }
-        let folio = self.mm.folio_at(word.desc());
-        self.mm.folio_put(folio, pfn, crate::desc::Held::REF);
+        let folio = mm.folio_at(word.desc());
+        if folio.held().refs == 0 {
+            // Users have it, or a device: the reference was put before.
+            let report = mm.report_at(Corruption::DoubleFree, pfn, pfn.phys().0 as usize, caller);
+            return mm.pages.platform.corruption(&Report { word, ..report });
+        }
+        mm.folio_put(folio, pfn, Held::REF);
     }
 
     /// The device goes (`memunmap_pages`).

@@ -503,8 +503,19 @@ impl<P: Platform> Mm<P> {
             self.pages.platform.corruption(&report);
             return false;
         }
+        if !word.is_counted() {
+            return true;
+        }
+        let folio = self.folio_at(word.desc());
+        if self.pages.map.checks.on() && folio.held().refs == 0 {
+            // Users have it, or a device: the owner's reference was put before.
+            let address = pfn.phys().0 as usize;
+            let report = self.report_at(Corruption::DoubleFree, pfn, address, caller);
+            self.pages.platform.corruption(&Report { word, ..report });
+            return false;
+        }
         // If somebody else has it, who puts the last one frees.
-        !word.is_counted() || self.folio_at(word.desc()).put_counts(Held::REF, pfn) == Put::Last
+        folio.put_counts(Held::REF, pfn) == Put::Last
     }
 
     #[cold]

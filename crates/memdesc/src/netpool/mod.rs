@@ -520,7 +520,6 @@ impl<'m, P: Platform> PagePool<'m, P> {
     #[track_caller]
     pub unsafe fn recycle_direct(&mut self, page: Pfn) {
         let mm = self.mm;
-        let core = self.core();
         let full = self.idle() >= self.params.pool_size;
         match self.ours(page) {
             // Nobody else has it, nor guesses: it is idle from here on.
