@@ -100,11 +100,6 @@ impl<P: Platform> Mm<P> {
         if word.kind() != PageType::Bare || !pfn.is_aligned(order) {
             return Err(AllocError::Busy);
         }
-        let word = if word.is_charged() {
-            self.pages.uncharge_block(pfn, word)
-        } else {
-            word
-        };
         // The word has no room for where a descriptor came from: it is a `struct buddy`, or becomes one.
         let mut kept = word.desc();
         if word.class() != DescClass::Buddy {
@@ -113,7 +108,14 @@ impl<P: Platform> Mm<P> {
                 return Err(AllocError::NoDescriptor);
             };
             self.put(new);
-            self.put_desc(core::mem::replace(&mut kept, buddy));
+            kept = buddy;
+        }
+        // From here on nothing fails. Whom they are charged to is said by the descriptor that they had.
+        if word.is_charged() {
+            self.pages.uncharge_block(pfn, word);
+        }
+        if kept != word.desc() {
+            self.put_desc(word.desc());
         }
         self.count_retyped(PageType::Bare, PageType::Poisoned, order);
         self.pages.map.publish_block(pfn, Word::guard(order, kept));

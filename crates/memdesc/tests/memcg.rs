@@ -1005,3 +1005,34 @@ fn groups_come_and_go_while_others_charge_them() {
     assert_eq!((mm.memcg_zombies(), top.stat().pins), (0, 1));
     empty(&mm, &top, "top");
 }
+
+/// Charged pages that were to be a guard, and could not for want of a `struct buddy`, are charged as before, and once only.
+#[test]
+fn a_guard_that_fails_stays_charged() {
+    let mm = boot();
+    let group = mm.memcg_create(None, "group", NONE).unwrap();
+    let _scope = Host::memcg_scope(group.id());
+    // A block whose descriptor is a folio's.
+    let folio = mm.alloc_folio(GFP_KERNEL, 0, FolioKind::File).unwrap();
+    free(&mm, folio);
+    let pfn = mm.alloc_pages(GFP_KERNEL_ACCOUNT, 0).unwrap();
+    assert_eq!((pfn, group.usage()), (folio, PAGE));
+    mm.platform().faults().fail_one_in(1, 1);
+    // SAFETY: ours, bare, and nobody uses what they hold.
+    let failed = unsafe { mm.guard_pages(pfn) };
+    let (_, points) = mm.platform().faults().off();
+    assert!(failed.is_err() && points > 0, "{failed:?}");
+    assert_eq!((group.usage(), mm.memcg_of_page(pfn)), (PAGE, group.id()));
+    check(&mm);
+    // And one that is made is charged to nobody.
+    // SAFETY: as above.
+    unsafe { mm.guard_pages(pfn) }.unwrap();
+    assert_eq!(group.usage(), 0);
+    check(&mm);
+    // SAFETY: our guard; then our pages.
+    unsafe {
+        mm.unguard_pages(pfn);
+        mm.free_pages(pfn);
+    }
+    empty(&mm, &group, "guards");
+}
