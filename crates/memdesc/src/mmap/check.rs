@@ -65,7 +65,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
     }
 
     /// Checks that every count of mappings agrees with the tables of these spaces, which are all that map anything. At a quiet moment.
-    /// `seen` has a zero for every page of the machine.
+    /// `seen` has a zero for every page of the machine; device memory is not looked at.
     ///
     /// # Errors
     ///
@@ -99,8 +99,11 @@ impl<'m, P: Platform> MmStruct<'m, P> {
                 } else {
                     report.huge += 1;
                 }
+                // Those of a device may lie behind the machine's, and are no blocks of it.
                 for nth in 0..pages as usize {
-                    seen[page.0 as usize + nth] += 1;
+                    if let Some(count) = seen.get_mut(page.0 as usize + nth) {
+                        *count += 1;
+                    }
                 }
             });
             let rss = space.rss();
@@ -122,14 +125,15 @@ impl<'m, P: Platform> MmStruct<'m, P> {
             let mut sum = 0;
             for nth in 0..pages {
                 let page = head.add(nth);
-                let (is, counted) = (seen[page.0 as usize], mm.page_mapcount(page));
+                let is = seen.get(page.0 as usize).copied().unwrap_or(0);
+                let counted = mm.page_mapcount(page);
                 if is != counted {
                     error = Some(MapError::Page(page, is, counted));
                 }
                 sum += is;
             }
             // An entry for the whole was counted for each of its pages.
-            let sum = sum - entire * (pages - 1);
+            let sum = sum.wrapping_sub(entire.wrapping_mul(pages - 1));
             if sum != folio.mapcount() {
                 error = Some(MapError::Folio(head, sum, folio.mapcount()));
             }
