@@ -1,7 +1,7 @@
 //! Fork: the same memory twice, copied when one of the two writes (`dup_mmap`, `copy_page_range`).
 //!
 //! Nothing is copied but what is pinned: a device that writes to a page of the parent must not write to one that the child reads, or
-//! worse, the other way round. Shared areas of files are not copied either: faults bring them.
+//! worse, the other way round. Shared areas of files are not copied either: faults bring them. But for what a driver put there, which nothing would bring.
 
 use core::ptr::NonNull;
 
@@ -53,12 +53,13 @@ impl<'m, P: Platform> MmStruct<'m, P> {
                 vma.flags(),
                 vma.mapping,
                 vma.pgoff(),
-            );
+            )
+            .mixed_like(vma);
             // SAFETY: an object of that size, ours.
             unsafe { new.write(same) };
             // SAFETY: just written; nobody else has the child.
             unsafe { child.link(new) };
-            if vma.is_cow() {
+            if vma.is_cow() || vma.is_mixed() {
                 self.copy_area(&child, vma)?;
             }
         }
@@ -75,6 +76,11 @@ impl<'m, P: Platform> MmStruct<'m, P> {
                 continue;
             };
             let seen = mm.settled(&slot);
+            if seen.is_huge() && !vma.is_cow() {
+                // Nothing but a file's.
+                at = next;
+                continue;
+            }
             if seen.is_huge() {
                 if self.copy_huge(child, &slot, at & !(PMD - 1))? {
                     at = next;
@@ -192,7 +198,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
             let stopped = {
                 let _mine = mm.ptl(table);
                 let _theirs = mm.ptl_nested(place.table);
-                self.copy_entries(theirs, from, to, &mut at, end)
+                self.copy_entries(theirs, (from, to), &mut at, end, vma.is_cow())
             };
             match stopped {
                 Copied::Yes => {}
@@ -211,20 +217,21 @@ impl<'m, P: Platform> MmStruct<'m, P> {
         Ok(())
     }
 
-    /// Copies entries up to `end` or to one that needs something done first, where `at` is then. With both tables locked.
+    /// Copies entries up to `end` or to one that needs something done first, where `at` is then; those of folios only in an area where a write makes
+    /// a copy. With both tables locked.
     fn copy_entries(
         &self,
         theirs: &SpaceCore,
-        from: &[AtomicEntry; 512],
-        to: &[AtomicEntry; 512],
+        (from, to): (&[AtomicEntry; 512], &[AtomicEntry; 512]),
         at: &mut u64,
         end: u64,
+        cow: bool,
     ) -> Copied {
         let map = &self.mm.pages.map;
         while *at < end {
             let mine = &from[index_of(*at, 1)];
             let seen = mine.load();
-            if seen.is_migration() {
+            if seen.is_migration() && cow {
                 return Copied::Moving;
             }
             // What is lost is lost for the child as well.
@@ -250,7 +257,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
                     let prot = seen.prot().without(notes);
                     place.store(Entry::leaf(seen.pfn(), false, prot));
                     theirs.count(false, 1);
-                } else if found.word.kind() == PageType::Anon {
+                } else if found.word.kind() == PageType::Anon && cow {
                     let what = (found.head, found.word.order(), found.word.kind());
                     match self.share(mine, seen, place, folio, what, Mapped::Page(nth)) {
                         (Copied::Yes, anon) => theirs.count(anon, 1),

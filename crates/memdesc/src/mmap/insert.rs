@@ -84,6 +84,9 @@ impl<'m, P: Platform> MmStruct<'m, P> {
         {
             return Err(InsertError::Busy);
         }
+        if shared {
+            vma.set_mixed();
+        }
         core.count(anon, 1);
         slot.entry.store(Entry::leaf(page, false, prot));
         Ok(())
@@ -128,6 +131,7 @@ impl<'m, P: Platform> MmStruct<'m, P> {
         if !slot.entry.load().is_none() {
             return Err(InsertError::Busy);
         }
+        vma.set_mixed();
         slot.entry.store(Entry::special(page, prot));
         Ok(())
     }

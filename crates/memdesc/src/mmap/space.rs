@@ -459,7 +459,8 @@ impl<'m, P: Platform> MmStruct<'m, P> {
             vma.flags(),
             vma.mapping,
             vma.index(at),
-        );
+        )
+        .mixed_like(vma);
         // SAFETY: an object of that size, ours.
         unsafe { new.write(upper) };
         // SAFETY: just written; the rest of the old one is cut off.

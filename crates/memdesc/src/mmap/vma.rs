@@ -72,6 +72,8 @@ pub(crate) struct Vma {
     start: AtomicU64,
     end: AtomicU64,
     flags: AtomicU32,
+    /// A driver put pages into it (`VM_MIXEDMAP`), which no fault brings again: 0 or 1. Set under the `mmap_lock` for reading.
+    mixed: AtomicU32,
     /// The page of the file at `start`; of anonymous memory, `start` in pages.
     pgoff: AtomicU64,
     pub(crate) mapping: Option<NonNull<MappingCore>>,
@@ -96,6 +98,7 @@ impl Vma {
             start: AtomicU64::new(start),
             end: AtomicU64::new(end),
             flags: AtomicU32::new(flags.0),
+            mixed: AtomicU32::new(0),
             pgoff: AtomicU64::new(pgoff),
             mapping,
             space,
@@ -140,6 +143,23 @@ impl Vma {
     /// Cuts the area short.
     pub(crate) fn set_end(&self, end: u64) {
         self.end.store(end, Ordering::Relaxed);
+    }
+
+    /// Are there pages in it that a driver put there?
+    pub(crate) fn is_mixed(&self) -> bool {
+        self.mixed.load(Ordering::Relaxed) != 0
+    }
+
+    pub(crate) fn set_mixed(&self) {
+        self.mixed.store(1, Ordering::Relaxed);
+    }
+
+    /// So has this one, if there are in the other of which it was a part or is a copy.
+    pub(crate) fn mixed_like(self, other: &Vma) -> Vma {
+        Vma {
+            mixed: AtomicU32::new(other.mixed.load(Ordering::Relaxed)),
+            ..self
+        }
     }
 
     /// Does writing here make a copy?
