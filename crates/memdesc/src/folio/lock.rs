@@ -39,6 +39,10 @@ impl<'a, P: Platform> FolioLock<'a, P> {
     pub fn folio(&self) -> &'a Folio {
         self.folio
     }
+
+    pub(crate) fn is_of(&self, mm: &Mm<P>) -> bool {
+        core::ptr::eq(self.mm, mm)
+    }
 }
 
 impl<P: Platform> core::fmt::Debug for FolioLock<'_, P> {

@@ -44,12 +44,17 @@ impl<P: Platform> Mm<P> {
     /// # Errors
     ///
     /// No memory. [`AllocError::BadSize`] if it belongs to no mapping.
+    ///
+    /// # Panics
+    ///
+    /// If the lock is of another memory manager's folio.
     pub fn folio_attach_private(
         &self,
         locked: &FolioLock<'_, P>,
         private: u64,
         gfp: Flags,
     ) -> Result<(), AllocError> {
+        assert!(locked.is_of(self), "another memory manager's");
         let folio = locked.folio();
         let handle = match folio.place() {
             Place::Private(at) => {
