@@ -135,12 +135,14 @@ impl<P: Platform> Mm<P> {
 
     /// Whom the pages of an allocation are charged to; 0 for nobody. Of pages that the caller has; of objects see [`memcg_of_object`](Self::memcg_of_object).
     pub fn memcg_of_page(&self, pfn: Pfn) -> u16 {
+        // Who does not have them reads a descriptor that may be another's by now, but is one.
+        let _read = self.rcu_read_lock();
         match self.pages.map.lookup(pfn) {
             Some(found) if found.word.kind() == PageType::Vmalloc => {
                 let Some(area) = self.vm_area_of(found.word) else {
                     return 0;
                 };
-                // SAFETY: the caller has the area.
+                // SAFETY: type-stable until `_read` goes: an area, though perhaps another.
                 unsafe { area.as_ref() }.memcg()
             }
             Some(found) => self.pages.memcg_of(found.word),

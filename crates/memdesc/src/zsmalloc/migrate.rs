@@ -67,6 +67,8 @@ impl<P: Platform> Mm<P> {
     fn migrate_in(&self, pool: &PoolCore, index: usize, page: Pfn, to: Pfn) -> bool {
         let (map, class) = (&self.pages.map, class(index));
         let mut lists = self.class_lock(pool, index);
+        // Until it is known that the zspage has objects in use, and so stays, its descriptors are only type-stable.
+        let reading = self.rcu_read_lock();
         // Acquire: it may be somebody else's, who makes or frees a zspage without our lock. Those have no object in use.
         let word = map.word(page).load();
         if !is_movable(word) {
@@ -83,6 +85,7 @@ impl<P: Platform> Mm<P> {
         if desc.class() != index || desc.pool() != pool.number || desc.inuse() == 0 {
             return false;
         }
+        drop(reading);
         let (mut before, mut place, mut at) = (Pfn::NONE, 0, head);
         while at != page {
             if place + 1 == usize::from(class.pages) {
