@@ -137,7 +137,7 @@ impl PagePoolOps for Far {
 #[test]
 fn a_pool_refuses_addresses_that_it_cannot_keep() {
     let mm = boot();
-    for addr in [1 << 48, 5 << 48 | 0x1000, 0x1001, u64::MAX & !0xfff] {
+    for addr in [1u64 << 48, 5 << 48 | 0x1000, 0x1001, !0xfff] {
         let far: &'static Far = Box::leak(Box::new(Far {
             addr,
             mapped: AtomicU32::new(0),
