@@ -252,9 +252,10 @@ impl<P: Platform> Mm<P> {
     /// ```
     pub fn soft_offline_page(&self, pfn: Pfn) -> Result<(), AllocError> {
         let _mutex = self.mf_mutex();
-        if self.mf_not_ours(pfn).is_some() || !self.mf_note(pfn) {
+        if self.mf_not_ours(pfn).is_some() {
             return Err(AllocError::Busy);
         }
+        self.mf_note(pfn);
         let mut why = AllocError::Busy;
         let mut attempts = 0;
         let mut round = 0;
@@ -364,20 +365,16 @@ impl<P: Platform> Mm<P> {
         device.then_some(FailedPage::Other(PageType::Device.name()))
     }
 
-    /// Notes the page as bad, so that no free list takes it from now on. `false` if so many are noted already.
-    fn mf_note(&self, pfn: Pfn) -> bool {
+    /// Notes the page as bad, so that no free list takes it from now on.
+    fn mf_note(&self, pfn: Pfn) {
         // For cutting it out of the largest block there is. Without them more goes out of use with it.
         let spare = self.get(LADDER - 1).unwrap_or(DescList::new());
-        if let Err(spare) = self.pages.map.bad.add(pfn, spare) {
-            self.put(spare);
-            return false;
-        }
+        self.pages.map.bad.add(pfn, spare);
         // Who did not see it yet has put the page where we see it.
         if let Some(region) = self.pages.map.region(pfn) {
             drop(self.pages.lock(region.zone as usize));
         }
         self.drain_all();
-        true
     }
 
     /// Takes the note back; `false` if the page went out of use before.
@@ -400,9 +397,7 @@ impl<P: Platform> Mm<P> {
     }
 
     fn mf_handle(&self, pfn: Pfn) -> (FailedPage, MfResult, u32, bool) {
-        if !self.mf_note(pfn) {
-            return self.mf_unnoted(pfn);
-        }
+        self.mf_note(pfn);
         let mut whole = 0;
         let mut round = 0;
         loop {
@@ -411,32 +406,16 @@ impl<P: Platform> Mm<P> {
                 None => self.mf_used(pfn, &mut whole),
             };
             if let Step::Done(page, result, users, lost) = step {
+                if self.pages.map.bad.is_crowded() && self.mf_forget(pfn) {
+                    // It stays where it is, and nobody remembers: the slot is for the next one.
+                    let page = FailedPage::Other("page, and too many bad ones are in use");
+                    return (page, MfResult::Failed, users, lost);
+                }
                 return (page, result, users, lost);
             }
             self.pages.platform.relax(round);
             round = round.saturating_add(1);
         }
-    }
-
-    /// So many are bad and in use that this one cannot be noted: it goes out of use if it is free.
-    fn mf_unnoted(&self, pfn: Pfn) -> (FailedPage, MfResult, u32, bool) {
-        self.drain_all();
-        if self.alloc_pages_at(pfn, 0).is_err() {
-            let page = FailedPage::Other("page, and too many bad ones are in use");
-            return (page, MfResult::Failed, 0, false);
-        }
-        let bare = self.pages.map.word(pfn).load_owned();
-        {
-            let path = self.pages.free_path();
-            let stats = self.pages.stats(path.pin());
-            stats.block_back(path.pin(), PageType::Bare, 0);
-        }
-        self.pages.map.bad.add_out(1);
-        self.pages.map.publish_block(pfn, Word::hwpoison(0));
-        self.pages.platform.pages_freed(pfn, 0);
-        self.pages.platform.kernel_map_pages(pfn, 0, false);
-        self.put_desc(bare.desc());
-        (FailedPage::Free, MfResult::Recovered, 0, false)
     }
 
     /// If the page is free, takes it out of use; `None` if it is not. It is noted, so once it is in use it is not free again.

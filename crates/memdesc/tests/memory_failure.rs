@@ -539,11 +539,27 @@ const CASES: &[(&str, Case)] = &[
         }
         let failure = mm.memory_failure(last);
         assert_eq!(failure.result, Failed, "{failure}");
+        assert!(failure.to_string().contains("too many"), "{failure}");
         free(mm, last);
+        // What can be saved at once is saved all the same: nothing has to be remembered of it.
+        let mut saved = vec![free_one, Pfn(9001)];
         free(mm, free_one);
-        fails(mm, free_one, (FailedPage::Free, Recovered));
+        fails(mm, free_one, (FailedPage::PerCpu, Recovered));
+        fails(mm, Pfn(9001), (FailedPage::Untouched, Recovered));
+        let (space, at) = space_of(mm, RW.with(VmFlags::HUGE), 2 << 20);
+        saved.push(page_of(&space, at + 300 * PAGE));
+        fails(mm, saved[2], (Anon, Recovered));
+        saved.push(page_of(&space, at + 7 * PAGE));
+        mm.soft_offline_page(saved[3]).unwrap();
+        others_hold(&space, at, 2 << 20, &[300]);
+        // Of one that is pinned the users are told, but it comes back.
+        let pin = space.pin_user_page(at + 4 * PAGE, Access::Write).unwrap();
+        let failure = mm.memory_failure(pin.pfn());
+        assert_eq!((failure.result, failure.users), (Failed, 1), "{failure}");
+        drop(pin);
+        others_hold(&space, at, 2 << 20, &[300, 4]);
         bad.iter().for_each(|&page| free(mm, page));
-        bad.push(free_one);
+        bad.extend(saved);
         bad
     }),
 ];
@@ -752,20 +768,31 @@ fn without_memory_more_goes_out_of_use() {
     }
 }
 
+/// Who ends, by a failed check as well, ends the others.
+struct Stops<'a>(&'a AtomicBool);
+
+impl Drop for Stops<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Pages fail while two threads use memory in all ways.
 #[test]
 fn pages_fail_under_load() {
     let (mm, _) = boot(MACHINE, 3);
     let stop = AtomicBool::new(false);
+    let turns = AtomicU64::new(0);
     let bad: Vec<AtomicBool> = (0..MACHINE).map(|_| AtomicBool::new(false)).collect();
     let is_bad = |pfn: Pfn, order: usize| {
         (0..1 << order).any(|nth| bad[pfn.0 as usize + nth].load(Ordering::SeqCst))
     };
     std::thread::scope(|scope| {
         for cpu in 0..2 {
-            let (mm, stop, is_bad) = (&mm, &stop, &is_bad);
+            let (mm, stop, is_bad, turns) = (&mm, &stop, &is_bad, &turns);
             scope.spawn(move || {
                 let _cpu = mm.platform().claim(cpu).unwrap();
+                let _stops = Stops(stop);
                 let mut rng = Rng(cpu as u64);
                 let mut live: Vec<(Pfn, usize)> = Vec::new();
                 let space = MmStruct::new(mm, cpu as u64 + 1).unwrap();
@@ -773,6 +800,7 @@ fn pages_fail_under_load() {
                     .mmap(None, 8 << 20, RW.with(VmFlags::LARGE), Map::Anon)
                     .unwrap();
                 while !stop.load(Ordering::Relaxed) {
+                    turns.fetch_add(1, Ordering::Relaxed);
                     if rng.one_in(2) && live.len() < 300 {
                         let order = [0, 0, 1, 3, 4, 9][rng.below(6)];
                         if let Ok(pfn) = mm.alloc_pages(GFP_KERNEL | __GFP_NORETRY, order) {
@@ -835,7 +863,11 @@ fn pages_fail_under_load() {
             if result == Recovered {
                 bad[page.0 as usize].store(true, Ordering::SeqCst);
             }
-            std::thread::yield_now();
+            // Most pages are in use, and go out of it as they are freed: if only this thread ran, the table would be full, and stay so.
+            let seen = turns.load(Ordering::Relaxed);
+            while turns.load(Ordering::Relaxed) < seen + 40 && !stop.load(Ordering::Relaxed) {
+                std::thread::yield_now();
+            }
         }
         stop.store(true, Ordering::Relaxed);
         println!("{results:?}");

@@ -5,13 +5,15 @@
 //! descriptors that cutting it out of a block needs, so that this allocates nothing. If there were none to be had when the page failed, less is cut
 //! off, and more goes out of use with it.
 //!
+//! One slot is for the page that is being looked at: so what can be saved at once is saved, however many bad ones wait for their owners.
+//!
 //! Who marks a page takes the zone's lock once, and enters all per-CPU lists, before he looks what became of the page: whoever looked at the
 //! table before has put the page where it is seen then.
 //!
 //! # Invariants
 //!
 //! A slot is filled by the holder of the lock of memory failures, and emptied by the holder of the lock of the page's zone, who then has its
-//! descriptors.
+//! descriptors. When the lock of memory failures is let go of, at most [`MAX_PENDING`] are filled.
 
 use crate::address::{Pfn, PhysAddr};
 use crate::desc::DescList;
@@ -32,7 +34,7 @@ struct Slot {
 #[derive(Debug)]
 pub(crate) struct BadPages {
     pending: AtomicU32,
-    slots: [Slot; MAX_PENDING],
+    slots: [Slot; MAX_PENDING + 1],
     /// Pages out of use: the sum over all words that say so.
     out: AtomicU64,
 }
@@ -47,7 +49,7 @@ impl BadPages {
                     first: AtomicU64::new(0),
                     len: AtomicU32::new(0),
                 }
-            }; MAX_PENDING],
+            }; MAX_PENDING + 1],
             out: AtomicU64::new(0),
         }
     }
@@ -61,6 +63,11 @@ impl BadPages {
     /// How many are.
     pub(crate) fn pending(&self) -> u32 {
         self.pending.load(Ordering::Relaxed)
+    }
+
+    /// Is the slot taken that is for the page that is being looked at? Then that one cannot stay.
+    pub(crate) fn is_crowded(&self) -> bool {
+        self.pending() as usize > MAX_PENDING
     }
 
     /// Pages out of use.
@@ -91,21 +98,17 @@ impl BadPages {
     }
 
     /// Notes a page, with descriptors for cutting it out. With the lock of memory failures.
-    ///
-    /// # Errors
-    ///
-    /// The table is full: the descriptors are the caller's again.
-    pub(crate) fn add(&self, pfn: Pfn, spare: DescList) -> Result<(), DescList> {
+    pub(crate) fn add(&self, pfn: Pfn, spare: DescList) {
+        // Acquire pairs with the Release in `take`: what lay in the slot has been read.
         let is_free = |slot: &&Slot| slot.pfn.load(Ordering::Acquire) == Pfn::NONE.0;
         let Some(slot) = self.slots.iter().find(is_free) else {
-            return Err(spare);
+            unreachable!("the lock of memory failures was let go of with more than {MAX_PENDING}")
         };
         let (first, len) = spare.into_parts();
         slot.first.store(first.0, Ordering::Relaxed);
         slot.len.store(len, Ordering::Relaxed);
         slot.pfn.store(pfn.0, Ordering::Release);
         self.pending.fetch_add(1, Ordering::Relaxed);
-        Ok(())
     }
 
     /// Forgets what `find` found; its descriptors are the caller's. With the lock of the page's zone.
