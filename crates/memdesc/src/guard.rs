@@ -110,15 +110,15 @@ impl<P: Platform> Mm<P> {
             self.put(new);
             kept = buddy;
         }
-        // From here on nothing fails. Whom they are charged to is said by the descriptor that they had.
+        // From here on it cannot fail. Whom they are charged to stands in what described them.
         if word.is_charged() {
-            self.pages.uncharge_block(pfn, word);
-        }
-        if kept != word.desc() {
-            self.put_desc(word.desc());
+            let _ = self.pages.uncharge_block(pfn, word);
         }
         self.count_retyped(PageType::Bare, PageType::Poisoned, order);
         self.pages.map.publish_block(pfn, Word::guard(order, kept));
+        if kept != word.desc() {
+            self.put_desc(word.desc());
+        }
         self.pages.platform.kernel_map_pages(pfn, order, false);
         Ok(())
     }

@@ -577,6 +577,33 @@ fn a_cache_says_if_it_cannot_charge() {
     empty(&mm, &group, "all");
 }
 
+#[test]
+fn a_guard_that_cannot_be_made_is_charged_as_before() {
+    let mm = boot();
+    let group = mm.memcg_create(None, "group", NONE).unwrap();
+    // Pages under what a folio left, which a guard's word cannot keep.
+    let before = mm.alloc_folio(GFP_KERNEL, 0, FolioKind::Anon).unwrap();
+    free(&mm, before);
+    let scope = Host::memcg_scope(group.id());
+    let pfn = mm.alloc_pages(GFP_KERNEL_ACCOUNT, 0).unwrap();
+    assert_eq!((pfn, group.usage()), (before, PAGE));
+    mm.platform().faults().fail_nth(0);
+    // SAFETY: ours.
+    let guarded = unsafe { mm.guard_pages(pfn) };
+    assert_eq!(mm.platform().faults().off(), (1, 1));
+    assert_eq!(guarded, Err(AllocError::NoDescriptor));
+    assert_eq!(group.usage(), PAGE);
+    check(&mm);
+    // SAFETY: ours.
+    unsafe { mm.guard_pages(pfn) }.unwrap();
+    assert_eq!(group.usage(), 0);
+    // SAFETY: ours.
+    unsafe { mm.unguard_pages(pfn) };
+    free(&mm, pfn);
+    drop(scope);
+    empty(&mm, &group, "guard");
+}
+
 thread_local! {
     /// The page that goes when somebody has guessed that it is there.
     static GOES: Cell<Option<(*const Mm<Host>, Pfn)>> = const { Cell::new(None) };
