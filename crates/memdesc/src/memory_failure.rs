@@ -370,6 +370,7 @@ impl<P: Platform> Mm<P> {
         // For cutting it out of the largest block there is. Without them more goes out of use with it.
         let spare = self.get(LADDER - 1).unwrap_or(DescList::new());
         self.pages.map.bad.add(pfn, spare);
+        crate::inject::point("memory failure: noted");
         // Who did not see it yet has put the page where we see it.
         if let Some(region) = self.pages.map.region(pfn) {
             drop(self.pages.lock(region.zone as usize));
@@ -403,7 +404,10 @@ impl<P: Platform> Mm<P> {
         loop {
             let step = match self.mf_free(pfn) {
                 Some(step) => step,
-                None => self.mf_used(pfn, &mut whole),
+                None => {
+                    crate::inject::point("memory failure: in use");
+                    self.mf_used(pfn, &mut whole)
+                }
             };
             if let Step::Done(page, result, users, lost) = step {
                 if self.pages.map.bad.is_crowded() && self.mf_forget(pfn) {
@@ -425,7 +429,12 @@ impl<P: Platform> Mm<P> {
         let found = map.lookup(pfn);
         let done = |page| Some(Step::Done(page, MfResult::Recovered, 0, false));
         match found.map(|f| f.word) {
-            Some(word) if word.is_hwpoison() => done(FailedPage::PerCpu),
+            Some(word) if word.is_hwpoison() => {
+                // If it was on its way there before it was noted, nobody took the note.
+                self.mf_forget(pfn);
+                self.mf_close(pfn);
+                done(FailedPage::PerCpu)
+            }
             Some(word) if word.kind() != PageType::Free => None,
             Some(word) => {
                 let mut freed = DescList::new();
@@ -435,7 +444,7 @@ impl<P: Platform> Mm<P> {
                     .take_bad(pfn, &mut freed);
                 self.put(freed);
                 if taken {
-                    self.pages.platform.kernel_map_pages(pfn, 0, false);
+                    self.mf_close(pfn);
                     return done(FailedPage::Free);
                 }
                 if word.is_in_pcp() {
@@ -449,23 +458,40 @@ impl<P: Platform> Mm<P> {
                     // On its way between two states.
                     return Some(Step::Again);
                 }
-                // Carved, and bare: freed, it goes out of use.
-                match self.alloc_pages_at(pfn, 0) {
-                    Ok(()) => {
-                        // SAFETY: just taken.
-                        unsafe { self.free_pages(pfn) };
-                        done(FailedPage::Untouched)
+                // Carved, it is in a free block. Without descriptors it goes out of use when its first user frees it.
+                let Ok(mut spare) = self.get(LADDER) else {
+                    let page = FailedPage::Untouched;
+                    return Some(Step::Done(page, MfResult::Failed, 0, false));
+                };
+                let mut freed = DescList::new();
+                let taken = {
+                    let mut zone = self.pages.lock(region.zone as usize);
+                    let untouched = || {
+                        let (start, end) = region.untouched();
+                        pfn.0 >= start && pfn.0 < end
+                    };
+                    while untouched() && !spare.is_empty() {
+                        zone.carve_from(region, &mut spare);
                     }
-                    Err(AllocError::Busy) => Some(Step::Again),
-                    // No descriptors: it goes out of use when its first user frees it.
-                    Err(_) => Some(Step::Done(
-                        FailedPage::Untouched,
-                        MfResult::Failed,
-                        0,
-                        false,
-                    )),
+                    !untouched() && zone.take_bad(pfn, &mut freed)
+                };
+                self.put(spare);
+                self.put(freed);
+                if taken {
+                    self.mf_close(pfn);
+                    return done(FailedPage::Untouched);
                 }
+                Some(Step::Again)
             }
+        }
+    }
+
+    /// A page went out of use: nobody shall touch it, nor what went with it.
+    fn mf_close(&self, pfn: Pfn) {
+        let found = self.pages.map.lookup(pfn);
+        if let Some(Found { head, word }) = found.filter(|f| f.word.is_hwpoison()) {
+            let order = word.order();
+            self.pages.platform.kernel_map_pages(head, order, false);
         }
     }
 
@@ -485,6 +511,10 @@ impl<P: Platform> Mm<P> {
             // On its way back on line, or out of use.
             Some(_) => return Step::Again,
             None => {}
+        }
+        // Its owner was faster.
+        if found.word.kind() == PageType::Free {
+            return Step::Again;
         }
         if !found.word.is_folio() {
             return delayed(FailedPage::Kernel(found.word.kind()));
@@ -536,6 +566,7 @@ impl<P: Platform> Mm<P> {
         let mut round = 0;
         while round < ROUNDS {
             if self.pages.map.lookup(pfn).is_some_and(out) {
+                self.mf_close(pfn);
                 return Step::Done(page, MfResult::Recovered, users, lost);
             }
             if round % 32 == 31 {

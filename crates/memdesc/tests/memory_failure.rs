@@ -724,6 +724,60 @@ fn a_range_with_bad_pages_goes_off_line_and_comes_back() {
     assert_eq!(ledger(&mm).by_type[PageType::Bare as usize], 1);
 }
 
+/// Two pages of a block fail when there are no descriptors, and both go out of use with the same part of it: nothing is noted any more.
+#[test]
+fn two_go_out_of_use_together() {
+    let (mm, _) = boot(MACHINE, 1);
+    let block = mm.alloc_pages(GFP_KERNEL, 6).unwrap();
+    for page in [block.add(3), block.add(17)] {
+        mm.platform().faults().fail_nth(0);
+        fails(&mm, page, (Kernel(PageType::Bare), Delayed));
+        assert_eq!(mm.platform().faults().off().1, 1);
+    }
+    assert_eq!(mm.num_poisoned_pages(), 2);
+    free(&mm, block);
+    assert_bad(&mm, block.add(3));
+    assert_bad(&mm, block.add(17));
+    // Half of it: the block's own descriptor is for the other half.
+    assert_eq!(mm.num_poisoned_pages(), 32);
+    mm.unpoison_memory(block.add(17)).unwrap();
+    assert_eq!(mm.num_poisoned_pages(), 0);
+    assert_eq!(mm.unpoison_memory(block.add(17)), Err(AllocError::Busy));
+    mm.shrink();
+    descriptors(&mm, 0);
+}
+
+/// Who fills and checks pages leaves bad ones alone: to touch them may be deadly.
+#[test]
+fn bad_pages_are_not_touched() {
+    for zeros in [true, false] {
+        let mut machine = Machine::flat(MACHINE);
+        machine.config.debug_pagealloc = false;
+        machine.config.page_poison = true;
+        machine.config.init_on_free = zeros;
+        machine.config.init_on_alloc = true;
+        let mm = machine.boot();
+        // In use when it fails, and filled with the rest when it comes back.
+        let block = mm.alloc_pages(GFP_KERNEL, 4).unwrap();
+        (0..16).for_each(|nth| fill(&mm, block.add(nth), 0x33));
+        fails(&mm, block.add(5), (Kernel(PageType::Bare), Delayed));
+        free(&mm, block);
+        assert_bad(&mm, block.add(5));
+        // The test has it looked at, not the allocator.
+        mm.platform().kernel_map_pages(block.add(5), 0, true);
+        assert!(holds(&mm, block.add(5), 0x33), "filled when it came back");
+        for nth in (0..16).filter(|&nth| nth != 5) {
+            assert!(!holds(&mm, block.add(nth), 0x33), "{nth} was not filled");
+        }
+        // Never handed out: taken, and given back.
+        fill(&mm, Pfn(9001), 0x33);
+        fails(&mm, Pfn(9001), (FailedPage::Untouched, Recovered));
+        mm.platform().kernel_map_pages(Pfn(9001), 0, true);
+        assert!(holds(&mm, Pfn(9001), 0x33), "filled when it was taken");
+        use_all(&mm, &[block.add(5), Pfn(9001)], 1);
+    }
+}
+
 /// Every allocation that a failure makes fails once: the page goes out of use all the same, or says that it could not.
 #[test]
 fn without_memory_more_goes_out_of_use() {

@@ -7,8 +7,22 @@ use crate::platform::{Pin, Platform};
 use crate::stats::Event;
 
 impl<P: Platform> PageAllocator<P> {
+    /// Fills a block that came back, but for bad pages in it, which go out of use: to touch one may be deadly. Says whether all of it was filled. Plain
+    /// stores: from any context.
+    pub(super) fn fill_good_pages(&self, pfn: Pfn, order: usize, byte: u8) -> bool {
+        if self.map.bad.hits(pfn, order) {
+            let pages = (0..1 << order).map(|page| pfn.add(page));
+            pages
+                .filter(|&page| !self.map.bad.hits(page, 0))
+                .for_each(|page| self.fill_pages(page, 0, byte));
+            return false;
+        }
+        self.fill_pages(pfn, order, byte);
+        true
+    }
+
     /// Fills a block that came back, or that is about to be handed out. Plain stores: from any context.
-    pub(super) fn fill_pages(&self, pfn: Pfn, order: usize, byte: u8) {
+    fn fill_pages(&self, pfn: Pfn, order: usize, byte: u8) {
         let ptr = self.map.virt(pfn.phys());
         // SAFETY: the block is in no list: its last owner gave it up, and it has no new one yet. It is accessible (promise 1): it is not
         // made inaccessible before, or has been made accessible again.

@@ -121,8 +121,8 @@ impl<P: Platform> PageAllocator<P> {
         let services = self.services;
         let mut contents = Contents::UNKNOWN;
         if services.has(Services::FILL) {
-            self.fill_pages(pfn, order, services.pattern());
-            if services.has(Services::KEPT) {
+            let all = self.fill_good_pages(pfn, order, services.pattern());
+            if all && services.has(Services::KEPT) {
                 contents = Contents::CLEAN;
             }
         }

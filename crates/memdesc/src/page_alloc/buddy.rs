@@ -295,6 +295,7 @@ impl LockedZone<'_> {
     ) {
         let map = self.map;
         let mut spare = map.bad.take(nth);
+        crate::inject::point("zone: bad page taken");
         let mut own = Some(block.word);
         let (mut at, mut left) = (block.pfn, order);
         while left > 0 {
@@ -318,6 +319,13 @@ impl LockedZone<'_> {
         debug_assert!(at.is_aligned(left) && bad.0 - at.0 < 1 << left);
         map.publish_block(at, Word::hwpoison(left));
         map.bad.add_out(1 << left);
+        // What is noted beside it goes out of use with it.
+        while let Some((_, nth)) = map.bad.find(at, left) {
+            let mut others = map.bad.take(nth);
+            while let Some(desc) = others.pop(map) {
+                freed.push(map, desc);
+            }
+        }
         if let Some(word) = own {
             freed.push(map, word.desc());
         }
