@@ -149,7 +149,7 @@ fn users_cannot_map_them_and_nobody_can_free_them() {
         assert_eq!(unsafe { space.insert_pfn(at, page) }, refused);
         free(mm, page);
         let report = reports.lock().unwrap().pop().expect("reported");
-        assert!(report.contains(&format!("page: {name},")), "{report}");
+        assert!(report.contains(&format!("page: {name}, order")), "{report}");
         // SAFETY: refused.
         assert_eq!(unsafe { mm.guard_pages(page) }, Err(AllocError::Busy));
         assert!(mm.alloc_pages_at(page, 0).is_err());
