@@ -120,6 +120,7 @@ pub mod report;
 #[cfg(loom)]
 mod report {
     pub(crate) mod depot;
+    pub(crate) mod entry;
     #[cfg(test)]
     mod models;
 }

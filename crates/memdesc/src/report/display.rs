@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use super::history::NO_CPU;
+use super::entry::NO_CPU;
 use super::page::{DescState, PageState};
 use super::{Corruption, Recorded, Report, Track};
 use crate::address::{PAGE_SIZE, Pfn};

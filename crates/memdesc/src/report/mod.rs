@@ -1,10 +1,11 @@
 //! Corruption, found: who, where, what the word said, and what lies around it.
 //!
 //! A report is made without allocating, from any context, out of what the memory map and the descriptors say at that moment, and what was recorded:
-//! [`depot`] keeps call stacks, [`history`] who had which page, [`page`] reads what a page is without trusting it, [`validate`] looks at everything.
+//! [`depot`] keeps call stacks, [`history`] who had which page, [`entry`] what it remembers of one, [`page`] reads what a page is without trusting it, [`validate`] looks at everything.
 
 pub(crate) mod depot;
 mod display;
+pub(crate) mod entry;
 pub(crate) mod history;
 mod page;
 mod validate;
@@ -14,12 +15,13 @@ use core::panic::Location;
 
 use crate::address::Pfn;
 use crate::freepage::PageDamage;
-use crate::memmap::{PageType, Word};
+use crate::memmap::Word;
 use crate::page_alloc::alloc::PageAllocator;
 use crate::platform::Platform;
 
 pub use depot::{DepotInfo, MAX_FRAMES, Stack, StackId};
-pub use history::{PageHistory, PageOwnerInfo};
+pub use entry::{PageHistory, PageTrack, Track};
+pub use history::PageOwnerInfo;
 pub use page::{DescState, PageState};
 pub use validate::Validation;
 
@@ -92,32 +94,6 @@ impl Corruption {
             Corruption::InvalidAccess => "touched though it is nobody's",
         }
     }
-}
-
-/// Who did something, and when.
-#[derive(Clone, Copy, Debug)]
-pub struct Track {
-    /// The caller.
-    pub location: &'static Location<'static>,
-    /// On this CPU; 65535 where there was none.
-    pub cpu: u32,
-    /// At this time, in the platform's unit.
-    pub when: u64,
-    /// With this call stack ([`Mm::stack`](crate::Mm::stack)).
-    pub stack: StackId,
-}
-
-/// Who had a block of pages, or gave it back, and as what.
-#[derive(Clone, Copy, Debug)]
-pub struct PageTrack {
-    /// Who, where and when.
-    pub track: Track,
-    /// The order that the block had.
-    pub order: usize,
-    /// The type that it had, or was to get.
-    pub kind: PageType,
-    /// Its place among all events, for which of two was later.
-    pub(crate) serial: u64,
 }
 
 /// What was recorded of a page ([`Config::page_owner`](crate::Config::page_owner)).

@@ -1,4 +1,4 @@
-//! Model checks of the stack depot, under loom, and planted bugs that loom must find.
+//! Model checks of the stack depot and of the entries of page history, under loom, and planted bugs that loom must find.
 
 use core::panic::Location;
 use std::boxed::Box;
@@ -7,6 +7,9 @@ use loom::sync::Arc;
 use loom::thread;
 
 use super::depot::{Cell, Depot, StackId};
+use super::entry::{Entry, PageTrack, Track};
+use crate::address::Pfn;
+use crate::memmap::word::PageType;
 use crate::sync::atomic::{AtomicU32, Ordering};
 
 type Boxed = Depot<Box<[AtomicU32]>, Box<[Cell]>>;
@@ -92,5 +95,122 @@ fn a_full_depot_says_so() {
         // Room for one: somebody got it, and the other one was told.
         assert!((mine == StackId::LOST) != (theirs == StackId::LOST));
         assert_eq!(depot.info().lost, 1);
+    });
+}
+
+/// An event all of whose fields are one number.
+fn event(n: u32) -> PageTrack {
+    PageTrack {
+        track: Track {
+            location: Location::caller(),
+            cpu: n,
+            when: u64::from(n),
+            stack: StackId::from_bits(n),
+        },
+        order: n as usize,
+        kind: PageType::Bare,
+        serial: u64::from(n),
+    }
+}
+
+/// What the models leave out, each for itself.
+#[derive(Clone, Copy)]
+struct Ways {
+    fenced: bool,
+    release: Ordering,
+    twice: bool,
+}
+
+const RIGHT: Ways = Ways {
+    fenced: true,
+    release: Ordering::Release,
+    twice: true,
+};
+
+/// As `History::note` does it with an entry that it takes for another block.
+fn write(entry: &Entry, seq: u32, n: u32, ways: Ways) -> bool {
+    if !entry.claim_as(seq, ways.fenced) {
+        return false;
+    }
+    entry.pfn.store(n, Ordering::Relaxed);
+    entry.events[0].set(&event(n));
+    entry.release_as(ways.release);
+    true
+}
+
+/// What is read is what somebody wrote, all of it.
+fn look(entry: &Entry, ways: Ways) {
+    let Some((_, held)) = entry.read_as(ways.twice) else {
+        return;
+    };
+    if held.head == Pfn::NONE {
+        assert!(held.allocated.is_none());
+        return;
+    }
+    let found = held.allocated.expect("whole");
+    let n = held.head.0;
+    assert_eq!(
+        (found.track.cpu, found.track.when, found.track.stack.bits()),
+        (n, u64::from(n), n)
+    );
+    assert_eq!((found.order, found.serial), (n as usize, u64::from(n)));
+}
+
+/// One writes over what was there, another reads.
+fn overwritten(ways: Ways) {
+    loom::model(move || {
+        let entry = Arc::new(Entry::new());
+        assert!(write(&entry, 0, 1, RIGHT));
+        let other = entry.clone();
+        let handle = thread::spawn(move || assert!(write(&other, 2, 2, ways)));
+        look(&entry, ways);
+        handle.join().unwrap();
+        look(&entry, RIGHT);
+    });
+}
+
+#[test]
+fn an_entry_is_read_whole_or_not_at_all() {
+    overwritten(RIGHT);
+}
+
+#[test]
+#[should_panic]
+fn planted_bug_claimed_without_a_fence() {
+    overwritten(Ways {
+        fenced: false,
+        ..RIGHT
+    });
+}
+
+#[test]
+#[should_panic]
+fn planted_bug_released_without_release() {
+    overwritten(Ways {
+        release: Ordering::Relaxed,
+        ..RIGHT
+    });
+}
+
+#[test]
+#[should_panic]
+fn planted_bug_not_looked_at_twice() {
+    overwritten(Ways {
+        twice: false,
+        ..RIGHT
+    });
+}
+
+/// Two want the same entry, as it was when both saw it: one has it, and the other knows.
+#[test]
+fn one_of_two_has_an_entry() {
+    loom::model(|| {
+        let entry = Arc::new(Entry::new());
+        let other = entry.clone();
+        let handle = thread::spawn(move || write(&other, 0, 1, RIGHT));
+        let mine = write(&entry, 0, 2, RIGHT);
+        let theirs = handle.join().unwrap();
+        assert!(mine != theirs);
+        look(&entry, RIGHT);
     });
 }

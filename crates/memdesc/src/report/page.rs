@@ -184,7 +184,7 @@ impl<P: Platform> PageAllocator<P> {
         freed: bool,
         caller: &'static Location<'static>,
     ) {
-        let cpu = Pin::try_new(&self.platform).map_or(super::history::NO_CPU, |p| p.cpu() as u32);
+        let cpu = Pin::try_new(&self.platform).map_or(super::entry::NO_CPU, |p| p.cpu() as u32);
         let track = Track {
             location: caller,
             cpu,
