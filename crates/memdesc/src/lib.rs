@@ -47,7 +47,10 @@ pub mod lockdep;
 mod memmap;
 #[cfg(loom)]
 mod memmap {
+    pub(crate) mod bad;
     pub(crate) mod heads;
+    #[cfg(test)]
+    mod models;
     pub(crate) mod word;
 }
 #[cfg(not(loom))]

@@ -369,7 +369,7 @@ impl<P: Platform> Mm<P> {
     fn mf_note(&self, pfn: Pfn) {
         // For cutting it out of the largest block there is. Without them more goes out of use with it.
         let spare = self.get(LADDER - 1).unwrap_or(DescList::new());
-        self.pages.map.bad.add(pfn, spare);
+        self.pages.map.bad.add(pfn, spare.into_parts());
         crate::inject::point("memory failure: noted");
         // Who did not see it yet has put the page where we see it.
         if let Some(region) = self.pages.map.region(pfn) {
@@ -389,8 +389,8 @@ impl<P: Platform> Mm<P> {
             bad.find(pfn, 0).map(|(_, nth)| bad.take(nth))
         };
         match spare {
-            Some(spare) => {
-                self.put(spare);
+            Some((first, len)) => {
+                self.put(DescList::from_parts(first, len));
                 true
             }
             None => false,

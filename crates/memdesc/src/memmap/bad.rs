@@ -16,7 +16,6 @@
 //! descriptors. When the lock of memory failures is let go of, at most [`MAX_PENDING`] are filled.
 
 use crate::address::{Pfn, PhysAddr};
-use crate::desc::DescList;
 use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// So many bad pages can be in use at once.
@@ -25,31 +24,32 @@ pub(crate) const MAX_PENDING: usize = 32;
 #[derive(Debug)]
 struct Slot {
     pfn: AtomicU32,
-    /// A [`DescList`].
+    /// A list of descriptors, in two words.
     first: AtomicU64,
     len: AtomicU32,
 }
 
-/// The table.
+/// Descriptors that lie with a page: a `DescList` in two words.
+pub(crate) type Spare = (PhysAddr, u32);
+
+/// The table, of `SLOTS`: one more than can stay.
 #[derive(Debug)]
-pub(crate) struct BadPages {
+pub(crate) struct BadPages<const SLOTS: usize = { MAX_PENDING + 1 }> {
     pending: AtomicU32,
-    slots: [Slot; MAX_PENDING + 1],
+    slots: [Slot; SLOTS],
     /// Pages out of use: the sum over all words that say so.
     out: AtomicU64,
 }
 
-impl BadPages {
-    pub(crate) const fn new() -> BadPages {
+impl<const SLOTS: usize> BadPages<SLOTS> {
+    pub(crate) fn new() -> Self {
         BadPages {
             pending: AtomicU32::new(0),
-            slots: [const {
-                Slot {
-                    pfn: AtomicU32::new(Pfn::NONE.0),
-                    first: AtomicU64::new(0),
-                    len: AtomicU32::new(0),
-                }
-            }; MAX_PENDING + 1],
+            slots: core::array::from_fn(|_| Slot {
+                pfn: AtomicU32::new(Pfn::NONE.0),
+                first: AtomicU64::new(0),
+                len: AtomicU32::new(0),
+            }),
             out: AtomicU64::new(0),
         }
     }
@@ -67,7 +67,7 @@ impl BadPages {
 
     /// Is the slot taken that is for the page that is being looked at? Then that one cannot stay.
     pub(crate) fn is_crowded(&self) -> bool {
-        self.pending() as usize > MAX_PENDING
+        self.pending() as usize >= SLOTS
     }
 
     /// Pages out of use.
@@ -98,13 +98,12 @@ impl BadPages {
     }
 
     /// Notes a page, with descriptors for cutting it out. With the lock of memory failures.
-    pub(crate) fn add(&self, pfn: Pfn, spare: DescList) {
+    pub(crate) fn add(&self, pfn: Pfn, (first, len): Spare) {
         // Acquire pairs with the Release in `take`: what lay in the slot has been read.
         let is_free = |slot: &&Slot| slot.pfn.load(Ordering::Acquire) == Pfn::NONE.0;
         let Some(slot) = self.slots.iter().find(is_free) else {
-            unreachable!("the lock of memory failures was let go of with more than {MAX_PENDING}")
+            unreachable!("the lock of memory failures was let go of with all {SLOTS} slots taken")
         };
-        let (first, len) = spare.into_parts();
         slot.first.store(first.0, Ordering::Relaxed);
         slot.len.store(len, Ordering::Relaxed);
         slot.pfn.store(pfn.0, Ordering::Release);
@@ -112,10 +111,11 @@ impl BadPages {
     }
 
     /// Forgets what `find` found; its descriptors are the caller's. With the lock of the page's zone.
-    pub(crate) fn take(&self, nth: usize) -> DescList {
+    #[must_use = "descriptors would be lost"]
+    pub(crate) fn take(&self, nth: usize) -> Spare {
         let slot = &self.slots[nth];
         let first = PhysAddr(slot.first.load(Ordering::Relaxed));
-        let spare = DescList::from_parts(first, slot.len.load(Ordering::Relaxed));
+        let spare = (first, slot.len.load(Ordering::Relaxed));
         // Release: who fills it again does so after we have read it.
         slot.pfn.store(Pfn::NONE.0, Ordering::Release);
         self.pending.fetch_sub(1, Ordering::Relaxed);

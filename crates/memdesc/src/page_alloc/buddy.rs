@@ -294,7 +294,7 @@ impl LockedZone<'_> {
         freed: &mut DescList,
     ) {
         let map = self.map;
-        let mut spare = map.bad.take(nth);
+        let mut spare = self.take_note(nth);
         crate::inject::point("zone: bad page taken");
         let mut own = Some(block.word);
         let (mut at, mut left) = (block.pfn, order);
@@ -321,7 +321,7 @@ impl LockedZone<'_> {
         map.bad.add_out(1 << left);
         // What is noted beside it goes out of use with it.
         while let Some((_, nth)) = map.bad.find(at, left) {
-            let mut others = map.bad.take(nth);
+            let mut others = self.take_note(nth);
             while let Some(desc) = others.pop(map) {
                 freed.push(map, desc);
             }
@@ -332,6 +332,12 @@ impl LockedZone<'_> {
         while let Some(desc) = spare.pop(map) {
             freed.push(map, desc);
         }
+    }
+
+    /// Forgets a bad page that is noted; what lay with it is the caller's.
+    fn take_note(&self, nth: usize) -> DescList {
+        let (first, len) = self.map.bad.take(nth);
+        DescList::from_parts(first, len)
     }
 
     /// Takes a bad page that is noted out of this zone's free memory, if it is in there. Says whether it was.

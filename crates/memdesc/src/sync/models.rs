@@ -14,7 +14,7 @@ use crate::memmap::heads::climb;
 use crate::memmap::word::{AtomicWord, DescClass, PageType, Word};
 
 /// Full fences on both sides: the textbook form of the asymmetric ones.
-struct Fences;
+pub(crate) struct Fences;
 
 impl Barriers for Fences {
     fn light(&self) {
