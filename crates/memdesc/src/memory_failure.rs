@@ -27,6 +27,7 @@ use crate::folio::FolioRef;
 use crate::gfp;
 use crate::inline::{Facts, Offline, Poisoned};
 use crate::lockdep::classes;
+use crate::memmap::bad::Health;
 use crate::memmap::{Found, PageType, Word};
 use crate::mm::Mm;
 use crate::mmap::Unmap;
@@ -255,7 +256,7 @@ impl<P: Platform> Mm<P> {
         if self.mf_not_ours(pfn).is_some() {
             return Err(AllocError::Busy);
         }
-        self.mf_note(pfn);
+        self.mf_note(pfn, Health::Failing);
         let mut why = AllocError::Busy;
         let mut attempts = 0;
         let mut round = 0;
@@ -366,10 +367,10 @@ impl<P: Platform> Mm<P> {
     }
 
     /// Notes the page as bad, so that no free list takes it from now on.
-    fn mf_note(&self, pfn: Pfn) {
+    fn mf_note(&self, pfn: Pfn, health: Health) {
         // For cutting it out of the largest block there is. Without them more goes out of use with it.
         let spare = self.get(LADDER - 1).unwrap_or(DescList::new());
-        self.pages.map.bad.add(pfn, spare.into_parts());
+        self.pages.map.bad.add(pfn, health, spare.into_parts());
         crate::inject::point("memory failure: noted");
         // Who did not see it yet has put the page where we see it.
         if let Some(region) = self.pages.map.region(pfn) {
@@ -398,7 +399,7 @@ impl<P: Platform> Mm<P> {
     }
 
     fn mf_handle(&self, pfn: Pfn) -> (FailedPage, MfResult, u32, bool) {
-        self.mf_note(pfn);
+        self.mf_note(pfn, Health::Broken);
         let mut whole = 0;
         let mut round = 0;
         loop {

@@ -6,7 +6,6 @@
 use crate::address::Pfn;
 use crate::compaction::Obstacle;
 use crate::error::AllocError;
-use crate::gfp::Flags;
 use crate::inline::Offline;
 use crate::memmap::bad::MAX_PENDING;
 use crate::memmap::heads::blocks;
@@ -99,7 +98,9 @@ impl<P: Platform> Mm<P> {
                 unreachable!("as many as there are blocks")
             };
             let word = Word::described(PageType::Bare, order, desc, DescClass::Buddy);
-            self.pages.prep_alloc(block, order, word, Flags::EMPTY);
+            // As when it is handed out, but nothing is filled: it comes back at once, and a page that failed meanwhile is not to be touched.
+            self.pages.platform.pages_allocated(block, order);
+            self.pages.platform.kernel_map_pages(block, order, true);
             self.count_retyped(PageType::Offline, PageType::Bare, order);
             self.pages.map.publish_block(block, word);
             // SAFETY: ours as bare pages.
@@ -111,7 +112,7 @@ impl<P: Platform> Mm<P> {
 
     /// Visits all pages of a range that keep it from going off line for good: a page of each block that is neither free nor a folio nor bad.
     pub fn for_each_obstacle(&self, start: Pfn, pages: u32, mut visit: impl FnMut(Obstacle)) {
-        let end = start.0 + pages;
+        let end = start.0.saturating_add(pages);
         let mut at = start;
         while at.0 < end {
             let found = self.pages.map.lookup(at);

@@ -23,7 +23,10 @@ impl<P: Platform> Mm<P> {
         let Some(locked) = self.folio_trylock(folio) else {
             return false;
         };
-        if folio.has_flag(FolioFlags::WRITEBACK) {
+        // What is broken is not copied. Who notes that it is waits for the folio's lock then: either we see the note, or he finds it moved.
+        if folio.has_flag(FolioFlags::WRITEBACK)
+            || self.pages.map.bad.is_deadly(head, self.order_of(head))
+        {
             return false;
         }
         let handle = self.folio_mapping(folio);

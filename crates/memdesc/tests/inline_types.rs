@@ -167,6 +167,22 @@ fn users_cannot_map_them_and_nobody_can_free_them() {
 }
 
 #[test]
+fn obstacles_at_the_end_of_all_numbers() {
+    let mm = Machine::flat(MACHINE).boot();
+    let mut seen = 0;
+    mm.for_each_obstacle(Pfn(u32::MAX - 5), 10, |obstacle| {
+        assert_eq!(obstacle.kind, PageType::None);
+        seen += 1;
+    });
+    assert_eq!(seen, 5);
+    assert!(mm.offline_pages(Pfn(u32::MAX - 5), 10).is_err());
+    assert!(mm.online_pages(Pfn(u32::MAX - 5), 10).is_err());
+    let text = Reserved::KernelText;
+    assert!(mm.reserve_pages(Pfn(u32::MAX - 5), 10, text).is_err());
+    ledger(&mm);
+}
+
+#[test]
 fn guards_come_and_go() {
     let mm = Machine::flat(MACHINE).boot();
     let mut rng = Rng(5);

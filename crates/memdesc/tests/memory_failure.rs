@@ -445,7 +445,11 @@ const CASES: &[(&str, Case)] = &[
         assert_eq!((failure.users, told.lock().unwrap().len()), (1, 1));
         others_hold(&space, at, 2 << 20, &[300]);
         assert_eq!(pin.pfn(), page_of(&space, at + 10 * PAGE));
+        let there = pin.pfn();
         drop(pin);
+        // To move it would be to read what is bad.
+        assert!(mm.alloc_contig_range(head_of(mm, page), 512).is_err());
+        assert_eq!(page_of(&space, at + 10 * PAGE), there);
         others_hold(&space, at, 2 << 20, &[300]);
         space.munmap(at, 2 << 20).unwrap();
         assert_bad(mm, page);
@@ -774,7 +778,14 @@ fn bad_pages_are_not_touched() {
         fails(&mm, Pfn(9001), (FailedPage::Untouched, Recovered));
         mm.platform().kernel_map_pages(Pfn(9001), 0, true);
         assert!(holds(&mm, Pfn(9001), 0x33), "filled when it was taken");
-        use_all(&mm, &[block.add(5), Pfn(9001)], 1);
+        // Off line when it fails.
+        mm.offline_pages(Pfn(4096), 64).unwrap();
+        fill(&mm, Pfn(4100), 0x33);
+        fails(&mm, Pfn(4100), (Other("offline"), Delayed));
+        mm.online_pages(Pfn(4096), 64).unwrap();
+        assert_bad(&mm, Pfn(4100));
+        assert!(holds(&mm, Pfn(4100), 0x33), "filled on its way on line");
+        use_all(&mm, &[block.add(5), Pfn(9001), Pfn(4100)], 1);
     }
 }
 

@@ -7,13 +7,13 @@ use crate::platform::{Pin, Platform};
 use crate::stats::Event;
 
 impl<P: Platform> PageAllocator<P> {
-    /// Fills a block that came back, but for bad pages in it, which go out of use: to touch one may be deadly. Says whether all of it was filled. Plain
+    /// Fills a block that came back, but for broken pages in it, which go out of use: to touch one may be deadly. Says whether all of it was filled. Plain
     /// stores: from any context.
     pub(super) fn fill_good_pages(&self, pfn: Pfn, order: usize, byte: u8) -> bool {
-        if self.map.bad.hits(pfn, order) {
+        if self.map.bad.is_deadly(pfn, order) {
             let pages = (0..1 << order).map(|page| pfn.add(page));
             pages
-                .filter(|&page| !self.map.bad.hits(page, 0))
+                .filter(|&page| !self.map.bad.is_deadly(page, 0))
                 .for_each(|page| self.fill_pages(page, 0, byte));
             return false;
         }

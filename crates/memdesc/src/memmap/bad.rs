@@ -24,9 +24,21 @@ pub(crate) const MAX_PENDING: usize = 32;
 #[derive(Debug)]
 struct Slot {
     pfn: AtomicU32,
+    /// [`Health`].
+    health: AtomicU32,
     /// A list of descriptors, in two words.
     first: AtomicU64,
     len: AtomicU32,
+}
+
+/// How bad a page is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u32)]
+pub(crate) enum Health {
+    /// To touch it may be deadly.
+    Broken = 0,
+    /// It works still.
+    Failing = 1,
 }
 
 /// Descriptors that lie with a page: a `DescList` in two words.
@@ -47,6 +59,7 @@ impl<const SLOTS: usize> BadPages<SLOTS> {
             pending: AtomicU32::new(0),
             slots: core::array::from_fn(|_| Slot {
                 pfn: AtomicU32::new(Pfn::NONE.0),
+                health: AtomicU32::new(0),
                 first: AtomicU64::new(0),
                 len: AtomicU32::new(0),
             }),
@@ -97,13 +110,32 @@ impl<const SLOTS: usize> BadPages<SLOTS> {
         self.any() && self.find(block, order).is_some()
     }
 
+    /// Is there a page in this block that is not to be touched?
+    #[inline]
+    pub(crate) fn is_deadly(&self, block: Pfn, order: usize) -> bool {
+        self.any() && self.has_broken(block, order)
+    }
+
+    #[cold]
+    fn has_broken(&self, block: Pfn, order: usize) -> bool {
+        self.slots.iter().any(|slot| {
+            // Acquire: as in `find`.
+            let pfn = slot.pfn.load(Ordering::Acquire);
+            pfn != Pfn::NONE.0
+                && pfn >= block.0
+                && pfn - block.0 < 1 << order
+                && slot.health.load(Ordering::Relaxed) == Health::Broken as u32
+        })
+    }
+
     /// Notes a page, with descriptors for cutting it out. With the lock of memory failures.
-    pub(crate) fn add(&self, pfn: Pfn, (first, len): Spare) {
+    pub(crate) fn add(&self, pfn: Pfn, health: Health, (first, len): Spare) {
         // Acquire pairs with the Release in `take`: what lay in the slot has been read.
         let is_free = |slot: &&Slot| slot.pfn.load(Ordering::Acquire) == Pfn::NONE.0;
         let Some(slot) = self.slots.iter().find(is_free) else {
             unreachable!("the lock of memory failures was let go of with all {SLOTS} slots taken")
         };
+        slot.health.store(health as u32, Ordering::Relaxed);
         slot.first.store(first.0, Ordering::Relaxed);
         slot.len.store(len, Ordering::Relaxed);
         slot.pfn.store(pfn.0, Ordering::Release);

@@ -7,7 +7,7 @@
 use loom::sync::Arc;
 use loom::thread;
 
-use super::bad::BadPages;
+use super::bad::{BadPages, Health};
 use crate::address::{Pfn, PhysAddr};
 use crate::sync::atomic::{AtomicU32, Ordering};
 use crate::sync::models::Fences;
@@ -160,7 +160,7 @@ impl Machine {
 
     /// With the lock of memory failures.
     fn mark(&self, marker: Marker) {
-        self.bad.add(PAGE, SPARE);
+        self.bad.add(PAGE, Health::Broken, SPARE);
         if marker.locks_zone {
             drop(self.zone.lock(Spins));
         }

@@ -38,6 +38,9 @@ impl<P: Platform> Mm<P> {
         let Some(region) = self.pages.map.region(page) else {
             return false;
         };
+        if self.pages.map.bad.is_deadly(page, 0) {
+            return false;
+        }
         let (number, index) = {
             let _reading = self.rcu_read_lock();
             let word = region.word(page).load();
