@@ -55,6 +55,8 @@ pub(crate) enum Scenario {
     FreePageReporting(FreePageReportingArgs),
     /// Pages compressed with lz4, stored, read back, half of them freed, compacted: how dense are they, beside Linux's zsmalloc?
     Zsmalloc(ZsmallocArgs),
+    /// Everything that memory can be used for, all at the same time, at random, while pages fail and allocations fail on purpose
+    Purposes(PurposesArgs),
 }
 
 #[derive(Debug, Args)]
@@ -81,6 +83,100 @@ fn order(text: &str) -> Result<usize, String> {
     (n <= 10)
         .then_some(n)
         .ok_or_else(|| format!("order {n}: 0 to 10"))
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PurposesArgs {
+    /// So long
+    #[arg(long, value_name = "S", default_value_t = 10)]
+    pub(crate) seconds: u64,
+    /// So many MiB of memory
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(64..=65_536))]
+    pub(crate) mib: u32,
+    /// What is done with free pages: all, none, default (all but debug_pagealloc), or a list of init_on_alloc, init_on_free,
+    /// page_poison, page_reporting, debug_pagealloc
+    #[arg(long, value_name = "LIST", default_value = "default", value_parser = services)]
+    pub(crate) services: Services,
+    /// One allocation in so many fails on purpose; 0: none
+    #[arg(long, value_name = "N", default_value_t = 3000)]
+    pub(crate) fail_one_in: u32,
+    /// Record whole call stacks with whoever has memory: ten times as slow
+    #[arg(long)]
+    pub(crate) stacks: bool,
+    /// Where the random numbers begin
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// No progress bar
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+}
+
+/// What can be done with free pages.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Service {
+    InitOnAlloc,
+    InitOnFree,
+    PagePoison,
+    PageReporting,
+    DebugPagealloc,
+}
+
+impl Service {
+    const ALL: [(Service, &str); 5] = [
+        (Service::InitOnAlloc, "init_on_alloc"),
+        (Service::InitOnFree, "init_on_free"),
+        (Service::PagePoison, "page_poison"),
+        (Service::PageReporting, "page_reporting"),
+        (Service::DebugPagealloc, "debug_pagealloc"),
+    ];
+}
+
+/// Those that are on.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Services(Vec<Service>);
+
+impl Services {
+    pub(crate) fn has(&self, service: Service) -> bool {
+        self.0.contains(&service)
+    }
+}
+
+impl std::fmt::Display for Services {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let on = Service::ALL
+            .iter()
+            .filter(|(service, _)| self.has(*service));
+        let names: Vec<_> = on.map(|(_, name)| *name).collect();
+        f.write_str(if names.is_empty() { "none" } else { "" })?;
+        f.write_str(&names.join(","))
+    }
+}
+
+fn services(text: &str) -> Result<Services, String> {
+    let all = Service::ALL.map(|(service, _)| service);
+    match text {
+        "all" => return Ok(Services(all.to_vec())),
+        "none" => return Ok(Services(Vec::new())),
+        "default" => return Ok(Services(all[..4].to_vec())),
+        _ => {}
+    }
+    let one = |name: &str| {
+        let found = Service::ALL.iter().find(|(_, known)| *known == name);
+        let known: Vec<_> = Service::ALL.iter().map(|(_, known)| *known).collect();
+        found.map(|(service, _)| *service).ok_or_else(|| {
+            format!(
+                "{name:?} is none of {}, all, none, default",
+                known.join(", ")
+            )
+        })
+    };
+    text.split(',')
+        .map(one)
+        .collect::<Result<_, _>>()
+        .map(Services)
 }
 
 #[derive(Debug, Args)]

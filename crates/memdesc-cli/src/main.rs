@@ -46,6 +46,7 @@ fn main() -> ExitCode {
             cli::Scenario::FreePageReporting(args) => scenario::free_page_reporting::run(&args),
             cli::Scenario::AddressSpaces(args) => scenario::address_spaces::run(&args),
             cli::Scenario::Zsmalloc(args) => scenario::zsmalloc::run(&args),
+            cli::Scenario::Purposes(args) => scenario::purposes::run(&args),
         },
         Command::Bench {
             what: cli::Bench::Rcu(args),

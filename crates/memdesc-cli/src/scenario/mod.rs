@@ -6,4 +6,5 @@ mod disk;
 pub(crate) mod free_page_reporting;
 mod linux_zsmalloc;
 pub(crate) mod page_cache;
+pub(crate) mod purposes;
 pub(crate) mod zsmalloc;
