@@ -83,21 +83,13 @@ impl Runner {
         self.command("owner map, optimised and checked", owner_map());
     }
 
-    /// The core's integration tests with free memory filled, checked, inaccessible, zeroed and reported: with all of it, or also with each
-    /// service by itself.
+    /// The core's integration tests with free memory inaccessible, checked, zeroed, and all of it at once; with `each` also with the other two services, by
+    /// themselves.
     pub(crate) fn free_pages(&mut self, each: bool) {
-        let settings: &[&str] = if each {
-            &[
-                "pagealloc",
-                "poison",
-                "init_on_free",
-                "init_on_alloc",
-                "reporting",
-                "all",
-            ]
-        } else {
-            &["all"]
-        };
+        let mut settings = vec!["pagealloc", "poison", "init_on_free", "all"];
+        if each {
+            settings.extend(["init_on_alloc", "reporting"]);
+        }
         for setting in settings {
             let mut command = cargo(&["test", "-p", "memdesc", "--tests"]);
             command.env("MEMDESC_FREEPAGE", setting);
