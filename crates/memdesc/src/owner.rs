@@ -466,6 +466,7 @@ impl<P: Platform> Mm<P> {
 
     /// The same for pages that others may have as well, and for those that are not to be freed like this.
     #[inline]
+    #[track_caller]
     fn free_shared(
         &self,
         path: FreePath<'_, P>,
