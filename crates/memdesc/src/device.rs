@@ -30,11 +30,11 @@ use crate::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 pub enum DeviceError {
     /// It is empty, or reaches beyond the last page frame number.
     BadRange,
-    /// This page is RAM, or of another device.
+    /// This page is RAM, or of another device, or was of one that had another range.
     Overlap(Pfn),
     /// The platform's direct map does not reach it.
     NotMapped,
-    /// There are as many ranges as there can be.
+    /// There are as many ranges as there can be: 16, those of devices that are gone counted, since their words stay.
     TooMany,
     /// No memory for the words.
     Alloc(AllocError),
@@ -258,7 +258,9 @@ impl<'m, P: Platform> DevicePages<'m, P> {
         if covered || (0..1 << order).any(|n| region.word(pfn.add(n)).load() != Word::ZERO) {
             return Err(AllocError::Busy);
         }
-        let desc = mm.cache_alloc(mm.built_in(BuiltIn::File), gfp, Location::caller())?;
+        let (cache, caller) = (mm.built_in(BuiltIn::File), Location::caller());
+        // Not zeroed: stale readers look at its counts, which are zero while it is free.
+        let desc = mm.cache_alloc(cache, gfp & !gfp::__GFP_ZERO, caller)?;
         let at = mm.pages.phys(desc.as_ptr());
         self.region.in_use.fetch_add(1 << order, Ordering::Relaxed);
         mm.folio_at(at).init(pfn);

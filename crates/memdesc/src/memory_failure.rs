@@ -351,19 +351,20 @@ impl<P: Platform> Mm<P> {
     /// What nothing is done about.
     fn mf_not_ours(&self, pfn: Pfn) -> Option<FailedPage> {
         if self.pages.map.region(pfn).is_none() {
-            return Some(FailedPage::NotRam);
+            return Some(match self.pages.map.device(pfn) {
+                Some(_) => FailedPage::Other(PageType::Device.name()),
+                None => FailedPage::NotRam,
+            });
         }
         if self.pages.map.bad.hits(pfn, 0) {
             return Some(FailedPage::AlreadyBad);
         }
         let word = self.pages.map.lookup(pfn)?.word;
         match word.inline_facts() {
-            Some(Facts::Reserved(what)) => return Some(FailedPage::Other(what.name())),
-            Some(Facts::Poisoned(Poisoned::HwPoison)) => return Some(FailedPage::AlreadyBad),
-            _ => {}
+            Some(Facts::Reserved(what)) => Some(FailedPage::Other(what.name())),
+            Some(Facts::Poisoned(Poisoned::HwPoison)) => Some(FailedPage::AlreadyBad),
+            _ => None,
         }
-        let device = word.kind() == PageType::Device;
-        device.then_some(FailedPage::Other(PageType::Device.name()))
     }
 
     /// Notes the page as bad, so that no free list takes it from now on.

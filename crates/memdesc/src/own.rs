@@ -15,7 +15,7 @@ use crate::address::{Pfn, PhysAddr};
 use crate::desc::Folio;
 use crate::error::AllocError;
 use crate::folio::FolioRef;
-use crate::gfp::Flags;
+use crate::gfp::{self, Flags};
 use crate::memmap::{COUNTED, DescClass, PageType, Word};
 use crate::mm::Mm;
 use crate::owner::Memory;
@@ -292,14 +292,18 @@ impl<'m, P: Platform, T: OwnType> OwnPages<'m, P, T> {
     ///
     /// # Errors
     ///
-    /// As there; [`AllocError::NoOwners`] with `__GFP_ACCOUNT` if somebody would be charged. The value comes back.
+    /// As there; [`AllocError::Forbidden`] with `__GFP_FAST_TRY`; [`AllocError::NoOwners`] with `__GFP_ACCOUNT` if somebody would be charged. The value comes back.
     #[track_caller]
     pub fn alloc(&self, gfp: Flags, order: usize, value: T) -> Result<Pfn, (AllocError, T)> {
         let mm = self.mm;
         let Some(cache) = &self.cache else {
             unreachable!("taken by who destroys it")
         };
-        let desc = match mm.kmem_cache_alloc(cache, gfp) {
+        if gfp.contains(gfp::__GFP_FAST_TRY) {
+            return Err((AllocError::Forbidden, value));
+        }
+        // The pages are zeroed where that is asked for, the descriptor is not: stale readers look at its counts, which are zero while it is free.
+        let desc = match mm.kmem_cache_alloc(cache, gfp & !gfp::__GFP_ZERO) {
             Ok(desc) => desc,
             Err(why) => return Err((why, value)),
         };

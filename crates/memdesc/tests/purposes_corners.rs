@@ -360,3 +360,22 @@ fn own_pages_are_not_charged() {
     firsts.unregister().unwrap();
     mm.memcg_check().unwrap();
 }
+
+/// The table of what fails says of device memory that it is ignored, and by that name.
+#[test]
+fn a_bad_page_of_a_device_is_its_own_affair() {
+    let (mm, _) = told();
+    let start = Pfn(2 * PAGES);
+    assert_eq!(mm.memory_failure(start).page, FailedPage::NotRam);
+    let mut device = mm.memremap_pages(start, 512).unwrap();
+    device.folio(start, 2, GFP_KERNEL).unwrap();
+    for page in [start.add(3), start.add(9)] {
+        let failure = mm.memory_failure(page);
+        assert_eq!(
+            (failure.page, failure.result),
+            (FailedPage::Other("device"), MfResult::Ignored)
+        );
+    }
+    // SAFETY: the device's.
+    unsafe { device.put(start) };
+}
