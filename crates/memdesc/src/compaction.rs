@@ -70,8 +70,14 @@ impl Gathered {
     }
 
     /// Was this bare block gathered? One of somebody else may look like it; then the pages do not add up in the end.
-    fn has<P: Platform>(&self, mm: &Mm<P>, block: Pfn) -> bool {
-        self.head != Pfn::NONE && mm.pages.map.buddy(block).prev() == self.range
+    fn has<P: Platform>(&self, mm: &Mm<P>, Found { head, word }: Found) -> bool {
+        // If it is another's it may be freed meanwhile: what describes it is type-stable as long as we read, if it is so now.
+        let _read = mm.rcu_read_lock();
+        // Where those that were gathered say for what, those that are charged say to whom.
+        self.head != Pfn::NONE
+            && !word.is_charged()
+            && mm.pages.map.word(head).load() == word
+            && mm.pages.map.buddy_at(word.desc()).prev() == self.range
     }
 
     fn pop<P: Platform>(&mut self, mm: &Mm<P>) -> Option<Pfn> {
@@ -214,10 +220,9 @@ impl<P: Platform> Mm<P> {
                 }),
             };
         };
-        let head = found.head;
         let next = block_end(Some(found), at);
         let kind = found.word.kind();
-        if kind == PageType::Free || kind == PageType::Bare && gathered.has(self, head) {
+        if kind == PageType::Free || kind == PageType::Bare && gathered.has(self, found) {
             return Step::Past(next);
         }
         let obstacle = Obstacle {

@@ -1063,3 +1063,32 @@ fn a_guard_that_fails_stays_charged() {
     }
     empty(&mm, &group, "guards");
 }
+
+/// Where a number of a gathered block's is looked for, that of a group lies in charged pages: they are not taken for gathered ones.
+#[test]
+fn charged_pages_are_in_the_way_of_a_range_whatever_their_number() {
+    const START: u32 = 1024;
+    let mm = boot();
+    let groups: Vec<_> = (0..START)
+        .map(|_| mm.memcg_create(None, "group", NONE).unwrap())
+        .collect();
+    let group = groups.last().unwrap();
+    assert_eq!(u32::from(group.id()), START, "as the range's first page");
+    let _scope = Host::memcg_scope(group.id());
+    let (mut page, mut others) = (Pfn::NONE, Vec::new());
+    while page == Pfn::NONE {
+        let pfn = mm.alloc_pages(GFP_KERNEL_ACCOUNT, 0).unwrap();
+        if pfn > Pfn(START) && pfn < Pfn(START + 512) {
+            page = pfn;
+        } else {
+            others.push(pfn);
+        }
+    }
+    others.into_iter().for_each(|pfn| free(&mm, pfn));
+    let obstacle = mm.alloc_contig_range(Pfn(START), 512).unwrap_err();
+    assert_eq!((obstacle.pfn, obstacle.kind), (page, PageType::Bare));
+    free(&mm, page);
+    mm.alloc_contig_range(Pfn(START), 512).unwrap();
+    free(&mm, Pfn(START));
+    check(&mm);
+}
