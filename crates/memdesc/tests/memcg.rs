@@ -963,7 +963,8 @@ fn two_at_a_limit_are_never_above_it() {
         let setter = threads.spawn(|| {
             let _cpu = mm.platform().claim(2).unwrap();
             let mut set = [0, 0];
-            while !stop.load(Ordering::Relaxed) {
+            // Once at least, however late this thread begins.
+            while !stop.load(Ordering::Relaxed) || set[0] == 0 {
                 for pages in [20, 40, 25] {
                     match top.set_limit(pages * PAGE) {
                         Ok(()) => {
