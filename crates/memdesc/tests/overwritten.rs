@@ -20,7 +20,10 @@ const PAGES: u32 = 2048;
 
 impl Bench {
     fn new() -> Bench {
-        let mut machine = Machine::flat(PAGES);
+        Bench::of(Machine::flat(PAGES))
+    }
+
+    fn of(mut machine: Machine) -> Bench {
         machine.config.page_owner = 4096;
         machine.config.check_pages = true;
         let reports = Reports::default();
@@ -151,6 +154,48 @@ fn a_word_that_was_overwritten_is_not_followed() {
         b.clean();
         ledger(b.mm);
     }
+}
+
+/// A word that leads to the last bytes of a slab: a descriptor there would reach into the page behind it, which is free and not to be touched.
+#[test]
+fn a_descriptor_does_not_reach_out_of_its_slab() {
+    let b = Bench::of(Machine::flat(PAGES).guarded());
+    let mut had: Vec<_> = (0..400)
+        .map(|_| b.mm.alloc_pages(GFP_KERNEL, 0).unwrap())
+        .collect();
+    // Every other one, so that slabs have neighbours that are ours.
+    had.iter()
+        .filter(|pfn| pfn.0 % 2 == 0)
+        .for_each(|&pfn| free(b.mm, pfn));
+    had.retain(|pfn| pfn.0 % 2 == 1);
+    b.mm.drain_all();
+    let objects: Vec<_> = (0..1000)
+        .map(|_| b.mm.kmalloc(64, GFP_KERNEL).unwrap())
+        .collect();
+    let slab = |pfn: Pfn| matches!(b.mm.lookup(pfn).2, Memory::Slab(_));
+    let behind = had.iter().position(|&pfn| slab(Pfn(pfn.0 - 1)));
+    let behind = had.swap_remove(behind.expect("a slab before a page of ours"));
+    free(b.mm, behind);
+    let end = u64::from(behind.0) << 12;
+    let pfn = had[7];
+    for (kind, class) in [
+        (PageType::File, 1),
+        (PageType::Anon, 5),
+        (PageType::Slab, 2),
+        (PageType::PageTable, 3),
+    ] {
+        for back in [8, 16] {
+            let word = kind as u64 | (end - back) >> 3 << 5 | class << 60;
+            let old = b.overwrite(pfn, word);
+            free(b.mm, pfn);
+            assert_eq!(b.reports.take().len(), 1, "{kind:?}, {back} bytes");
+            b.overwrite(pfn, old);
+        }
+    }
+    b.clean();
+    had.into_iter().for_each(|pfn| free(b.mm, pfn));
+    objects.into_iter().for_each(|object| kfree(b.mm, object));
+    assert_eq!(b.reports.take(), []);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use core::ptr::NonNull;
 
 use super::{Corruption, Dump, ObjectState, PageTrack, Recorded, Report, StackId, Stacks, Track};
 use crate::address::{MAX_ORDER, PAGE_SHIFT, PAGE_SIZE, Pfn, PhysAddr};
-use crate::desc::{Held, Slab};
+use crate::desc::{Folio, Held, PtDesc, Slab, VmArea};
 use crate::inline::Facts;
 use crate::memmap::{DescClass, MemMap, PageType, Word};
 use crate::mm::{BuiltIn, Mm};
@@ -118,11 +118,20 @@ impl MemMap {
         found.is_some_and(|f| f.word.kind() == PageType::Slab)
     }
 
+    /// May a descriptor of this type be read there: is it aligned, and its last bytes in a slab too? At the end of one it would reach into
+    /// what lies behind.
+    pub(crate) fn may_hold<T>(&self, phys: PhysAddr) -> bool {
+        let last = PhysAddr(phys.0 + size_of::<T>() as u64 - 8);
+        phys.0.is_multiple_of(align_of::<T>() as u64)
+            && self.is_in_slab(phys)
+            && self.is_in_slab(last)
+    }
+
     /// The slab that this physical address lies in, and the offset there; `None` if the words that lead to it make no sense.
     pub(crate) fn slab_behind(&self, phys: PhysAddr) -> Option<(&Slab, usize)> {
         let found = self.lookup(Pfn::containing(phys))?;
         let desc = found.word.desc();
-        if found.word.kind() != PageType::Slab || desc.0 & 15 != 0 || !self.is_in_slab(desc) {
+        if found.word.kind() != PageType::Slab || !self.may_hold::<Slab>(desc) {
             return None;
         }
         let slab = self.slab_at(desc);
@@ -395,7 +404,7 @@ impl<P: Platform> Mm<P> {
         }
         let address = map.virt(desc).addr();
         match word.kind() {
-            PageType::Slab if desc.0 & 15 == 0 => {
+            PageType::Slab if map.may_hold::<Slab>(desc) => {
                 let slab = map.slab_at(desc);
                 DescState::Slab {
                     address,
@@ -404,7 +413,7 @@ impl<P: Platform> Mm<P> {
                     objects: slab.objects(),
                 }
             }
-            _ if word.is_counted() => {
+            _ if word.is_counted() && map.may_hold::<Folio>(desc) => {
                 let folio = self.folio_at(desc);
                 DescState::Folio {
                     address,
@@ -413,7 +422,9 @@ impl<P: Platform> Mm<P> {
                     index: folio.index(),
                 }
             }
-            PageType::PageTable if word.class() == DescClass::PtDesc && desc.0 & 15 == 0 => {
+            PageType::PageTable
+                if word.class() == DescClass::PtDesc && map.may_hold::<PtDesc>(desc) =>
+            {
                 let ptdesc = self.ptdesc_at(desc);
                 DescState::PtDesc {
                     address,
@@ -423,14 +434,14 @@ impl<P: Platform> Mm<P> {
                 }
             }
             PageType::Vmalloc => match self.vm_area_of(word) {
-                Some(area) => {
+                Some(area) if map.may_hold::<VmArea>(self.pages.phys(area.as_ptr().cast())) => {
                     // SAFETY: it lies in a slab of such descriptors, which are type-stable in the caller's read section; all of its fields
                     // are atomics.
                     let pages = unsafe { area.as_ref() }.pages();
                     let address = area.as_ptr().addr();
                     DescState::VmArea { address, pages }
                 }
-                None => DescState::Astray { physical: desc.0 },
+                _ => DescState::Astray { physical: desc.0 },
             },
             PageType::Bare | PageType::LargeKmalloc => DescState::Kept { address },
             PageType::Free => {
