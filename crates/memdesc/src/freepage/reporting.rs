@@ -188,6 +188,32 @@ impl Batch {
     }
 }
 
+/// Blocks that are with the platform until this goes; also if a report unwinds, of which nothing is known then.
+struct Away<'a, P: Platform, D: Descriptors> {
+    pages: &'a PageAllocator<P>,
+    index: usize,
+    batch: &'a Batch,
+    contents: Contents,
+    descs: &'a D,
+}
+
+impl<P: Platform, D: Descriptors> Drop for Away<'_, P, D> {
+    fn drop(&mut self) {
+        self.pages
+            .put_back(self.index, self.batch, self.contents, self.descs);
+    }
+}
+
+/// A cycle runs until this goes.
+struct Cycle<'a>(&'a AtomicBool);
+
+impl Drop for Cycle<'_> {
+    fn drop(&mut self) {
+        // Release: pairs with the Acquire of the next one.
+        self.0.store(false, Ordering::Release);
+    }
+}
+
 impl<P: Platform> PageAllocator<P> {
     /// Reports what is to be reported of one zone. Says how many pages, or that the platform did not want them.
     fn report_zone(&self, index: usize, descs: &impl Descriptors) -> Result<u64, NotReported> {
@@ -202,8 +228,15 @@ impl<P: Platform> PageAllocator<P> {
                 continue;
             }
             crate::inject::point("reporting: isolated");
+            let mut away = Away {
+                pages: self,
+                index,
+                batch: &batch,
+                contents: Contents::UNKNOWN,
+                descs,
+            };
             let result = self.platform.report_free_pages(&batch.blocks[..batch.len]);
-            let contents = match result {
+            away.contents = match result {
                 Ok(Reported::Zeroed) if self.services.trusts_zeros() => {
                     Contents::REPORTED.with(Contents::CLEAN)
                 }
@@ -211,7 +244,7 @@ impl<P: Platform> PageAllocator<P> {
                 // Some may be gone.
                 Err(NotReported) => Contents::UNKNOWN,
             };
-            self.put_back(index, &batch, contents, descs);
+            drop(away);
             result?;
             pages += batch.pages;
             let pin = self.pin();
@@ -245,6 +278,7 @@ impl<P: Platform> PageAllocator<P> {
         if reporting.order > MAX_ORDER || reporting.active.swap(true, Ordering::Acquire) {
             return Ok(0);
         }
+        let _cycle = Cycle(&reporting.active);
         reporting.due.store(0, Ordering::Relaxed);
         let (mut pages, mut result) = (0, Ok(()));
         for (index, zone) in self.zones.iter().enumerate() {
@@ -259,7 +293,6 @@ impl<P: Platform> PageAllocator<P> {
                 }
             }
         }
-        reporting.active.store(false, Ordering::Release);
         result.map(|()| pages)
     }
 
