@@ -13,8 +13,10 @@
 //! | reserved, device memory | not the page allocator's | ignored |
 //!
 //! Where a page is bad and in use is remembered in [`memmap::bad`](crate::memmap), so that its owner may free it from any context, which allocates
-//! nothing. A slab or an area of vmalloc that is kept for reuse is used with the bad page in it till it goes back. A network pool gives a bad
-//! page back instead of keeping it for the next packet; one that lies idle at that moment goes round once more.
+//! nothing. There is room for 32 of them; what can be saved at once is saved however many there are. A slab or an area of vmalloc that is kept for reuse
+//! is used with the bad page in it till it goes back. A network pool gives a bad page back instead of keeping it for the next packet; one that lies idle at
+//! that moment goes round once more. What is broken is neither filled on its way back nor copied by a migration: a large folio that could not be split
+//! stays where it is.
 //!
 //! Lock order: `mf_mutex` is the outermost of all; under it what a migration takes.
 //!
@@ -47,7 +49,8 @@ const ROUNDS: u32 = 128;
 pub enum MfResult {
     /// Nothing was done.
     Ignored,
-    /// Others still have it. It goes out of use when they let go.
+    /// Others still have it. It goes out of use when they let go; unless so many wait for that already that it cannot be remembered, which the
+    /// page's name says then.
     Failed,
     /// It is still in use, by the kernel or by nobody. It goes out of use when it comes back.
     Delayed,
