@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | [`Reserved`] | 0 | which |
 //! | [`Offline`] | of a balloon: the next block's page number | which |
-//! | [`Poisoned`] | of a guard: the `struct buddy` that it keeps, in units of 8 bytes | which |
+//! | [`Poisoned`] | of a guard: the `struct buddy` that it keeps, in units of 8 bytes; of a bad page: is it in a range that is off line? | which |
 //!
 //! Source: `PG_reserved`, `PageOffline`, `PageGuard` and `PG_hwpoison` of Linux, which are bits and types of a `struct page`; `memblock_reserve`.
 
@@ -139,6 +139,17 @@ impl Word {
     /// The word of bad memory.
     pub(crate) const fn hwpoison(order: usize) -> Word {
         Word::inline(PageType::Poisoned, order, Poisoned::HwPoison as u64)
+    }
+
+    /// The word of a bad page in a range that is off line: nobody may have it when it is good again.
+    pub(crate) const fn hwpoison_offline() -> Word {
+        let facts = 1 << WHAT_BITS | Poisoned::HwPoison as u64;
+        Word::inline(PageType::Poisoned, 0, facts)
+    }
+
+    /// Of a bad page: is the range that it is in off line?
+    pub(crate) const fn is_hwpoison_offline(self) -> bool {
+        self.is_hwpoison() && self.facts() >> WHAT_BITS != 0
     }
 
     /// The word of a block in a balloon, before `next` in its list.

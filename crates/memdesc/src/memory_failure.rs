@@ -299,8 +299,8 @@ impl<P: Platform> Mm<P> {
         Ok(())
     }
 
-    /// Takes back that a page is bad, for tests and for those who know better (`unpoison_memory`): if it is out of use it is free again. What users
-    /// found in its place stays.
+    /// Takes back that a page is bad, for tests and for those who know better (`unpoison_memory`): if it is out of use it is free again, or off line
+    /// with the range that it is in. What users found in its place stays.
     ///
     /// # Context
     ///
@@ -322,6 +322,22 @@ impl<P: Platform> Mm<P> {
             return Err(AllocError::Busy);
         };
         let order = word.order();
+        if word.is_hwpoison_offline() {
+            // All of the range is off line, and stays so: this page comes back with the others, and is as accessible as they are.
+            self.pages.platform.kernel_map_pages(head, 0, true);
+            if self.pages.services.on_free() {
+                let _ = self.pages.serve_free(head, 0);
+            }
+            self.pages.map.bad.add_out(-1);
+            let pin = self.pages.pin();
+            let stats = self.pages.stats(&pin);
+            stats.add(&pin, Event::AllocAt, 1);
+            stats.block_out(&pin, PageType::Offline, 0);
+            let facts = Offline::Hotplug as u64;
+            let offline = Word::inline(PageType::Offline, 0, facts);
+            self.pages.map.publish_block(head, offline);
+            return Ok(());
+        }
         let mut spare = self.get(1)?;
         let Some(desc) = spare.pop(&self.pages.map) else {
             return Err(AllocError::NoDescriptor);

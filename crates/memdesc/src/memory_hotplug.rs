@@ -6,7 +6,7 @@
 use crate::address::Pfn;
 use crate::compaction::Obstacle;
 use crate::error::AllocError;
-use crate::inline::Offline;
+use crate::inline::{Facts, Offline};
 use crate::memmap::bad::MAX_PENDING;
 use crate::memmap::heads::blocks;
 use crate::memmap::{DescClass, Found, PageType, Word};
@@ -55,7 +55,58 @@ impl<P: Platform> Mm<P> {
             let facts = Offline::Hotplug as u64;
             self.bare_to_inline(block, Word::inline(PageType::Offline, order, facts));
         }
+        self.mark_bad(start, pages, true);
         Ok(())
+    }
+
+    /// Bad pages of a range hear that it is off line, or is no more: then one that is good again is not handed out. With `mf_mutex`, so none of them changes
+    /// meanwhile. Where several went out of use as one block, each has a word of its own from here on: some may lie outside of the range.
+    fn mark_bad(&self, start: Pfn, pages: u32, offline: bool) {
+        let range = start.0..start.0.saturating_add(pages);
+        let mut at = start.0;
+        while at < range.end {
+            let found = self.pages.map.lookup(Pfn(at));
+            let Some(Found { head, word }) = found.filter(|f| f.word.is_hwpoison()) else {
+                at += 1;
+                continue;
+            };
+            let region = self.pages.map.region(head);
+            // From the last: until the head's word changes it covers those before.
+            for page in (head.0..head.0 + (1 << word.order())).rev() {
+                let word = if offline && range.contains(&page) {
+                    Word::hwpoison_offline()
+                } else {
+                    Word::hwpoison(0)
+                };
+                region.inspect(|region| region.word(Pfn(page)).publish(word));
+            }
+            at = head.0 + (1 << word.order());
+        }
+    }
+
+    /// The blocks of a range as their words have them, bad pages left out: of what is not off line, or reaches out of the range, no order.
+    fn offline_blocks(&self, start: Pfn, pages: u32) -> impl Iterator<Item = (Pfn, Option<usize>)> {
+        let end = start.0.saturating_add(pages);
+        let mut at = start.0;
+        core::iter::from_fn(move || {
+            loop {
+                if at >= end {
+                    return None;
+                }
+                let block = Pfn(at);
+                let found = self.pages.map.lookup(block).filter(|f| f.head == block);
+                let word = found.map_or(Word::ZERO, |f| f.word);
+                at = at.saturating_add(1 << word.order());
+                let off = matches!(
+                    word.inline_facts(),
+                    Some(Facts::Offline(Offline::Hotplug | Offline::Claimed))
+                );
+                if !word.is_hwpoison() {
+                    let order = Some(word.order()).filter(|_| off && at <= end);
+                    return Some((block, order));
+                }
+            }
+        })
     }
 
     /// The blocks of a range that is taken off line: bad pages in it stay what they are.
@@ -72,10 +123,10 @@ impl<P: Platform> Mm<P> {
     pub fn online_pages(&self, start: Pfn, pages: u32) -> Result<(), AllocError> {
         start.0.checked_add(pages).ok_or(AllocError::Busy)?;
         let _mutex = self.mf_mutex();
-        let all = || self.good_blocks(start, pages);
+        let all = || self.offline_blocks(start, pages);
         // The blocks are the caller's from here on: two who bring back the same do not both get them.
         let claimed = all()
-            .take_while(|&(block, order)| self.claim(block, order, 0, 1))
+            .take_while(|&(block, order)| order.is_some_and(|order| self.claim(block, order, 0, 1)))
             .count();
         let spare = if claimed == all().count() {
             // A descriptor for each block, all of them first.
@@ -87,15 +138,16 @@ impl<P: Platform> Mm<P> {
             Ok(spare) => spare,
             Err(why) => {
                 for (block, order) in all().take(claimed) {
-                    let back = self.claim(block, order, 1, 0);
+                    let back = order.is_some_and(|order| self.claim(block, order, 1, 0));
                     debug_assert!(back);
                 }
                 return Err(why);
             }
         };
+        self.mark_bad(start, pages, false);
         for (block, order) in all() {
-            let Some(desc) = spare.pop(&self.pages.map) else {
-                unreachable!("as many as there are blocks")
+            let (Some(order), Some(desc)) = (order, spare.pop(&self.pages.map)) else {
+                unreachable!("all were claimed, and there are as many as there are blocks")
             };
             let word = Word::described(PageType::Bare, order, desc, DescClass::Buddy);
             // As when it is handed out, but nothing is filled: it comes back at once, and a page that failed meanwhile is not to be touched.

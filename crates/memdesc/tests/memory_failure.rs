@@ -789,6 +789,35 @@ fn bad_pages_are_not_touched() {
     }
 }
 
+/// What is off line may be pulled out: a page in it that is good again is not handed out, and comes back with the others.
+#[test]
+fn a_page_that_is_good_again_stays_off_line() {
+    let (mm, _) = boot(MACHINE, 1);
+    let start = Pfn(4096);
+    let bad = [start.add(3), start.add(64), start.add(65), start.add(255)];
+    for page in bad {
+        assert_eq!(mm.memory_failure(page).result, Recovered);
+    }
+    mm.offline_pages(start, 256).unwrap();
+    for page in &bad[..3] {
+        mm.unpoison_memory(*page).unwrap();
+        assert!(matches!(mm.lookup(*page).2, Memory::Offline));
+    }
+    assert_eq!(mm.num_poisoned_pages(), 1);
+    let now = ledger(&mm);
+    assert_eq!(now.by_type[PageType::Offline as usize], 255);
+    assert_eq!(now.by_type[PageType::Poisoned as usize], 1);
+    // Not another cut than it went off line with.
+    assert_eq!(mm.online_pages(start, 200), Err(AllocError::Busy));
+    mm.online_pages(start, 256).unwrap();
+    assert_eq!(ledger(&mm).by_type[PageType::Offline as usize], 0);
+    // On line again: this one is free.
+    mm.unpoison_memory(bad[3]).unwrap();
+    assert!(!matches!(mm.lookup(bad[3]).2, Memory::Offline));
+    assert_eq!(mm.num_poisoned_pages(), 0);
+    use_all(&mm, &[], 1);
+}
+
 /// Every allocation that a failure makes fails once: the page goes out of use all the same, or says that it could not.
 #[test]
 fn without_memory_more_goes_out_of_use() {

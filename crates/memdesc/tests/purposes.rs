@@ -495,6 +495,76 @@ fn the_kernels_own_types() {
     assert!(ledger(&mm).balanced);
 }
 
+/// Idle pages of a pool are nobody's, also where their descriptors lie in memory that was full of something else.
+#[test]
+fn idle_pages_are_nobodys() {
+    let mm = machine().boot();
+    let mut pages = Vec::new();
+    while let Ok(page) = mm.alloc_pages(GFP_KERNEL, 0) {
+        // SAFETY: ours.
+        unsafe { mm.page_address(page).write_bytes(0x40, 4096) };
+        pages.push(page);
+    }
+    pages.into_iter().for_each(|page| free(&mm, page));
+    mm.shrink();
+    let mut pool = mm
+        .page_pool_create(PagePoolParams {
+            pool_size: 256,
+            ..Default::default()
+        })
+        .unwrap();
+    let ours = pool.alloc(GFP_KERNEL).unwrap();
+    let mut idle = 0;
+    for page in (0..PAGES).map(Pfn).filter(|&page| page != ours) {
+        if let Memory::NetPool(_) = mm.lookup(page).2 {
+            assert!(mm.folio_get(page).is_none(), "{page:?} is nobody's");
+            idle += 1;
+        }
+    }
+    assert_eq!(idle, pool.idle());
+    assert!(idle > 32);
+    check(&[&MmStruct::new(&mm, 1).unwrap()]);
+    // SAFETY: the driver's.
+    unsafe { mm.page_pool_put_page(ours) };
+}
+
+/// The words of tails count, of whatever users may map: `validate` knows that.
+#[test]
+fn counted_tails_are_valid() {
+    let (_, mm) = with_device();
+    let mut pool = mm
+        .page_pool_create(PagePoolParams {
+            order: 1,
+            pool_size: 8,
+            ..Default::default()
+        })
+        .unwrap();
+    let rings = mm.register_type::<Ring>().unwrap();
+    static FREED: AtomicU32 = AtomicU32::new(0);
+    let ring = Ring {
+        packets: AtomicU32::new(0),
+        freed: &FREED,
+    };
+    let packet = pool.alloc(GFP_KERNEL).unwrap();
+    let Ok(ring) = rings.alloc(GFP_KERNEL, 3, ring) else {
+        unreachable!()
+    };
+    let space = MmStruct::new(&mm, 1).unwrap();
+    let at = space.mmap(None, 8192, RW, Map::Anon).unwrap();
+    for mapped in [false, true] {
+        if mapped {
+            space.insert_page(at, packet.add(1)).unwrap();
+            space.insert_page(at + 4096, ring.add(5)).unwrap();
+        }
+        let found = mm.validate(|report| panic!("{report}"));
+        assert_eq!(found.errors(), 0);
+    }
+    drop(space);
+    free(&mm, ring);
+    // SAFETY: the driver's.
+    unsafe { mm.page_pool_put_page(packet) };
+}
+
 thread_local! {
     static MACHINE: std::cell::Cell<*const Mm<Host>> = const { std::cell::Cell::new(std::ptr::null()) };
     /// Points until the interrupt, and the pages that it puts.

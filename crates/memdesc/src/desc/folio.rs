@@ -146,11 +146,12 @@ impl Folio {
         self.counts.init(Held::REF);
     }
 
-    /// The same, but nobody has it yet.
+    /// The same, but nobody has it yet: a stale reader gets nothing, whatever the memory of a new slab held.
     pub(crate) fn init_idle(&self, head: Pfn) {
         self.place
             .store(Place::Head(head).pack(), Ordering::Relaxed);
         self.offset_flags.store(0, Ordering::Relaxed);
+        self.counts.init(Held::default());
     }
 
     /// Sets up what another folio was split into, before anybody can find it. No reference yet: [`Counts::unfreeze`].

@@ -152,8 +152,8 @@ impl<P: Platform> Mm<P> {
         } else {
             Word::ZERO
         };
-        // The tails of folios count how often they are mapped; those of inline types are heads of their own or zero.
-        let stray = if word.is_folio() || kind == PageType::Driver {
+        // The tails of counted blocks count how often they are mapped; those of inline types are heads of their own or zero.
+        let stray = if word.is_counted() || kind == PageType::Driver {
             tails().find(|&tail| !region.word(tail).load().is_tail())
         } else if kind.has_descriptor() {
             tails().find(|&tail| region.word(tail).load() != expected)

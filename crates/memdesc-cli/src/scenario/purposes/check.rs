@@ -2,7 +2,7 @@
 
 use std::sync::PoisonError;
 
-use memdesc::mmap::MmStruct;
+use memdesc::mmap::{MapError, MmStruct};
 use memdesc::{Mm, PageType};
 use memdesc_host::Host;
 
@@ -42,7 +42,16 @@ impl Checked {
         let mut seen = vec![0; (2 * shared.ram) as usize + DEVICE_PAGES as usize];
         match MmStruct::check_all(&spaces, &mut seen) {
             Ok(report) => self.entries = self.entries.max(report.pages + report.huge),
-            Err(why) => wrong.add(format!("counts and tables: {why:?}")),
+            Err(why) => {
+                let (MapError::Page(page, ..) | MapError::Folio(page, ..)) = why else {
+                    return wrong.add(format!("counts and tables: {why:?}"));
+                };
+                let found = mm.lookup(page);
+                let (name, history) = (mm.type_name(page), mm.page_history(page));
+                wrong.add(format!(
+                    "counts and tables: {why:?}: {name} {found:?}, {history:?}"
+                ));
+            }
         }
         let free = census.free_pages();
         self.least_free = Some(self.least_free.unwrap_or(free).min(free));
@@ -70,18 +79,33 @@ fn words(mm: &Mm<Host>, wrong: &Wrong) {
     }
 }
 
-/// Pages of each type before anything was made.
-pub(super) struct Baseline(Vec<u64>);
+/// Pages of each type before anything was made; bytes of objects that somebody has, and of tables that are kept for good, those of groups among them.
+pub(super) struct Baseline {
+    pages: Vec<u64>,
+    objects: u64,
+    tables: u64,
+}
+
+/// Bytes of objects that somebody has.
+fn objects(mm: &Mm<Host>) -> u64 {
+    let mut bytes = 0;
+    mm.slabinfo(|cache| {
+        if !cache.metadata {
+            bytes += cache.active_objs * cache.object_size as u64;
+        }
+    });
+    bytes
+}
 
 impl Baseline {
     pub(super) fn of(mm: &Mm<Host>) -> Baseline {
         mm.shrink();
-        Baseline(
-            PageType::ALL
-                .iter()
-                .map(|&kind| mm.pages_of(kind))
-                .collect(),
-        )
+        let count = |&kind| mm.pages_of(kind);
+        Baseline {
+            pages: PageType::ALL.iter().map(count).collect(),
+            objects: objects(mm),
+            tables: mm.ledger().other_metadata_bytes,
+        }
     }
 }
 
@@ -157,12 +181,9 @@ pub(super) fn at_the_end(mm: &Mm<Host>, before: &Baseline, wrong: &Wrong, outcom
     let ledger = mm.ledger();
     outcome.balanced = ledger.balanced;
     for (nth, &kind) in PageType::ALL.iter().enumerate() {
-        let (was, is) = (before.0[nth], mm.pages_of(kind));
+        let (was, is) = (before.pages[nth], mm.pages_of(kind));
         let passing = PASSING.contains(&kind);
-        let kept = matches!(
-            kind,
-            PageType::Slab | PageType::LargeKmalloc | PageType::Vmalloc
-        );
+        let kept = matches!(kind, PageType::LargeKmalloc | PageType::Vmalloc);
         if (passing && is != 0) || (kept && is > was) {
             outcome.lost += is - if passing { 0 } else { was };
             wrong.add(format!(
@@ -170,6 +191,21 @@ pub(super) fn at_the_end(mm: &Mm<Host>, before: &Baseline, wrong: &Wrong, outcom
                 kind.name()
             ));
         }
+    }
+    // What groups were made of stays for the next ones, and is in the ledger.
+    let kept = before.objects + ledger.other_metadata_bytes.saturating_sub(before.tables);
+    let left = objects(mm);
+    if left > kept {
+        wrong.add(format!(
+            "{left} bytes of objects at the end, where {kept} are kept"
+        ));
+        mm.slabinfo(|cache| {
+            if cache.active_objs > 0 && !cache.metadata {
+                let (name, pages) = (cache.name, cache.pages);
+                let objects = cache.active_objs;
+                wrong.add(format!("{objects} objects of {name} in {pages} pages"));
+            }
+        });
     }
     outcome.zombies = mm.memcg_zombies();
     mm.memcg_stat(|group| wrong.add(format!("a group is left: {group}")));
