@@ -194,6 +194,11 @@ impl Runner {
             &format!("address spaces on two CPUs, {seconds} s"),
             scenario(&["address-spaces", "--seconds", &seconds]),
         );
+        let most = seconds.parse().unwrap_or(20).min(20).to_string();
+        self.command(
+            &format!("everything at once, {most} s"),
+            scenario(&["purposes", "--seconds", &most]),
+        );
         self.command("file pages make room", scenario(&["page-cache"]));
         self.command("a spike is given back", scenario(&["free-page-reporting"]));
     }

@@ -55,6 +55,45 @@ fn address_spaces_for_a_moment() {
 }
 
 #[test]
+fn everything_at_once_for_a_moment() {
+    for services in ["none", "default"] {
+        let seen = json(&[
+            "purposes",
+            "--seconds",
+            "3",
+            "--mib",
+            "64",
+            "--services",
+            services,
+            "--json",
+        ]);
+        assert_eq!(seen["ok"], true, "{seen}");
+        assert_eq!(
+            (&seen["wrong"], &seen["lost_pages"]),
+            (&0.into(), &0.into())
+        );
+        assert!(seen["checks"].as_u64().unwrap() > 1, "{seen}");
+        for what in [
+            "frees",
+            "objects compressed",
+            "pages and fragments of them",
+            "drivers' pages mapped",
+            "forks",
+            "pages failed: recovered",
+            "ranges off line",
+            "balloon deflated",
+            "groups come and gone",
+        ] {
+            assert!(seen["counts"][what].as_u64().unwrap() > 0, "{what}: {seen}");
+        }
+    }
+    let out = scenario(&["purposes", "--services", "zeroes"]);
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(said.contains("is none of init_on_alloc"), "{said}");
+    assert_eq!(out.status.code(), Some(2));
+}
+
+#[test]
 fn a_spike_is_given_back() {
     for order in ["9", "6"] {
         let seen = json(&[

@@ -53,6 +53,43 @@ impl MappingOps for Disk {
     }
 }
 
+/// A guard that could not be made leaves the pages charged as they were: they are uncharged once.
+#[test]
+fn a_guard_that_fails_is_charged_once() {
+    let mm = boot();
+    let group = mm.memcg_create(None, "guards", NONE).unwrap();
+    let _scope = Host::memcg_scope(group.id());
+    let mut failed = 0;
+    for nth in 0..4 {
+        // Pages under a folio's descriptor, which a guard cannot keep.
+        let folio = mm.alloc_folio(GFP_KERNEL, 2, FolioKind::Anon).unwrap();
+        // SAFETY: ours.
+        unsafe { mm.free_pages(folio) };
+        let page = mm.alloc_pages(GFP_KERNEL_ACCOUNT, 2).unwrap();
+        mm.shrink();
+        mm.platform().faults().fail_nth(nth);
+        // SAFETY: ours, bare.
+        let guarded = unsafe { mm.guard_pages(page) };
+        mm.platform().faults().off();
+        match guarded {
+            Ok(()) => {
+                assert_eq!(group.usage(), 0);
+                // SAFETY: a guard of ours.
+                unsafe { mm.unguard_pages(page) };
+            }
+            Err(_) => {
+                failed += 1;
+                assert_eq!(group.usage(), 4 * PAGE);
+            }
+        }
+        check(&mm);
+        // SAFETY: ours, bare again.
+        unsafe { mm.free_pages(page) };
+        empty(&mm, &group, "guards");
+    }
+    assert!(failed > 0);
+}
+
 #[test]
 fn limits_of_a_tree() {
     let mm = boot();
