@@ -17,6 +17,9 @@ use crate::mmu::Search;
 /// Writes what else is known of a page into the message about a stray access. Called in a signal handler, that may have struck anywhere: no heap, no lock.
 pub type StrayFn = dyn Fn(Pfn, &mut dyn Write) + Send + Sync;
 
+/// A page fault handler: the address, whether it was a write, where the instruction is. Says whether the access may be made again.
+pub type FaultFn = dyn Fn(usize, bool, usize) -> bool + Send + Sync;
+
 /// The guard of one host.
 pub(crate) struct Guard {
     state: Box<State>,
@@ -30,13 +33,18 @@ struct State {
     ended: AtomicBool,
     words: OnceLock<PageWords>,
     on_stray: Option<Box<StrayFn>>,
+    on_fault: Option<Box<FaultFn>>,
 }
 
 /// The guards that the handler knows: it is told an address and nothing else.
 static ALL: [AtomicPtr<State>; 1024] = [const { AtomicPtr::new(std::ptr::null_mut()) }; 1024];
 
 impl Guard {
-    pub(crate) fn new(arena: &Arena, on_stray: Option<Box<StrayFn>>) -> Guard {
+    pub(crate) fn new(
+        arena: &Arena,
+        on_stray: Option<Box<StrayFn>>,
+        on_fault: Option<Box<FaultFn>>,
+    ) -> Guard {
         Guard {
             state: Box::new(State {
                 base: arena.base().addr(),
@@ -44,6 +52,7 @@ impl Guard {
                 ended: AtomicBool::new(false),
                 words: OnceLock::new(),
                 on_stray,
+                on_fault,
             }),
         }
     }
@@ -123,18 +132,41 @@ impl Drop for Guard {
     }
 }
 
-/// Says whose page was touched, if the address is in an arena that is watched. In the signal handler.
-pub(crate) fn tell_stray(addr: usize, write: bool) {
-    let _search = Search::new();
-    let found = ALL.iter().find_map(|place| {
+/// The guard whose arena an address is in.
+fn state_of(_search: &Search, addr: usize) -> Option<&State> {
+    ALL.iter().find_map(|place| {
         // SAFETY: a guard waits for all searches before it goes.
         let state = unsafe { place.load(Ordering::SeqCst).as_ref() }?;
         (addr.wrapping_sub(state.base) < state.bytes).then_some(state)
-    });
-    let Some(state) = found else { return };
+    })
+}
+
+/// Has the kernel's fault handler look at an access, if the address is in an arena that is watched: `true`, and it is made again. In the signal
+/// handler.
+pub(crate) fn handle(addr: usize, write: bool, ip: usize) -> bool {
+    let search = Search::new();
+    let state = state_of(&search, addr);
+    state.is_some_and(|s| s.on_fault.as_ref().is_some_and(|f| f(addr, write, ip)))
+}
+
+/// Says whose page was touched, if the address is in an arena that is watched. In the signal handler.
+pub(crate) fn tell_stray(addr: usize, write: bool, ip: usize) {
+    let search = Search::new();
+    let Some(state) = state_of(&search, addr) else {
+        return;
+    };
     let offset = addr - state.base;
     let pfn = Pfn((offset >> PAGE_SHIFT) as u32);
     let mut text = Text::new();
+    // SAFETY: as below.
+    let guarded = state
+        .words
+        .get()
+        .and_then(|w| unsafe { w.kfence_fault(addr, write, ip) });
+    if let Some(fault) = guarded {
+        let _ = writeln!(text, "memdesc: KFENCE: {fault}");
+        return text.print();
+    }
     let what = if write { "write to" } else { "read of" };
     let _ = write!(
         text,
@@ -164,14 +196,14 @@ pub(crate) fn tell_stray(addr: usize, write: bool) {
 
 /// A text without a heap.
 struct Text {
-    bytes: [u8; 512],
+    bytes: [u8; 1024],
     len: usize,
 }
 
 impl Text {
     fn new() -> Text {
         Text {
-            bytes: [0; 512],
+            bytes: [0; 1024],
             len: 0,
         }
     }

@@ -30,7 +30,7 @@ pub use arena::HostError;
 pub use cpu::CpuGuard;
 use cpu::Cpus;
 pub use faults::Faults;
-pub use guard::StrayFn;
+pub use guard::{FaultFn, StrayFn};
 pub use memcg::MemcgScope;
 pub use mmu::{MAX_ASID, MmuStats, UserView};
 pub use rcu::HostRcu;
@@ -79,6 +79,7 @@ pub struct HostBuilder {
     cpus: usize,
     floating: usize,
     stray: Option<Box<StrayFn>>,
+    fault: Option<Box<FaultFn>>,
     nodes: usize,
     reclaim: Option<Box<ReclaimFn>>,
     corruption: Option<Box<CorruptionFn>>,
@@ -138,6 +139,19 @@ impl HostBuilder {
         f: impl Fn(Pfn, &mut dyn std::fmt::Write) + Send + Sync + 'static,
     ) -> Self {
         self.stray = Some(Box::new(f));
+        self
+    }
+
+    /// Call this when an address of the arena is touched that is inaccessible: the kernel's page fault handler. It is given the address, whether it was a write,
+    /// and where the instruction is; if it says `true`, the access is made again, else the process dies as it does without. In the signal handler, on
+    /// the stack of who touched it. With [`Config::kfence_objects`](memdesc::Config::kfence_objects) it hands on to
+    /// [`Mm::kfence_handle_fault`](memdesc::Mm::kfence_handle_fault).
+    #[must_use]
+    pub fn on_fault(
+        mut self,
+        f: impl Fn(usize, bool, usize) -> bool + Send + Sync + 'static,
+    ) -> Self {
+        self.fault = Some(Box::new(f));
         self
     }
 
@@ -223,7 +237,7 @@ impl HostBuilder {
         };
         Ok(Host {
             mmu: mmu::Mmu::new(),
-            guard: guard::Guard::new(&arena, self.stray),
+            guard: guard::Guard::new(&arena, self.stray, self.fault),
             arena,
             vmalloc,
             cpus: Cpus::new(cpus, self.floating),
@@ -431,7 +445,7 @@ unsafe impl Platform for Host {
     }
 
     fn taken_over(&self, config: &Config, words: PageWords) {
-        if config.debug_pagealloc {
+        if config.debug_pagealloc || config.kfence_objects > 0 {
             self.guard.watch(words);
         }
     }

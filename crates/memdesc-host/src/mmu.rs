@@ -359,10 +359,12 @@ extern "C" fn on_segv(signal: libc::c_int, info: *mut libc::siginfo_t, context: 
     const WRITE: i64 = 1 << 1;
     const FETCH: i64 = 1 << 4;
     // SAFETY: the kernel gives valid pointers; errno is the interrupted code's.
-    let (errno, addr, code) = unsafe {
+    let (errno, addr, code, ip) = unsafe {
         let context = context.cast::<libc::ucontext_t>();
-        let code = (*context).uc_mcontext.gregs[libc::REG_ERR as usize];
-        (*libc::__errno_location(), (*info).si_addr().addr(), code)
+        let regs = &(*context).uc_mcontext.gregs;
+        let (code, ip) = (regs[libc::REG_ERR as usize], regs[libc::REG_RIP as usize]);
+        let addr = (*info).si_addr().addr();
+        (*libc::__errno_location(), addr, code, ip as usize)
     };
     let access = match code {
         code if code & FETCH != 0 => Access::Exec,
@@ -378,8 +380,13 @@ extern "C" fn on_segv(signal: libc::c_int, info: *mut libc::siginfo_t, context: 
             return;
         }
     }
+    if crate::guard::handle(addr, access == Access::Write, ip) {
+        // SAFETY: as above.
+        unsafe { *libc::__errno_location() = errno };
+        return;
+    }
     // Nobody's fault: back to the default, and the access happens again. First, or a fault in what follows would come here again.
     // SAFETY: a valid signal and disposition.
     unsafe { libc::signal(signal, libc::SIG_DFL) };
-    crate::guard::tell_stray(addr, access == Access::Write);
+    crate::guard::tell_stray(addr, access == Access::Write, ip);
 }

@@ -38,6 +38,7 @@ use crate::report::entry::Entry;
 use crate::report::history::{History, SetInfo, WAYS};
 use crate::slab::cache::{Geometry, Role};
 use crate::slab::init::init_flags;
+use crate::slab::kfence::{self, Countdown, Pool, Slot};
 use crate::slab::kmalloc::{CLASSES, Kind};
 use crate::slab::sheaf::Sheaves;
 use crate::slab::{CacheCore, CacheFlags};
@@ -93,6 +94,15 @@ impl Bump {
             Some(base) => unsafe { base.add(at) }.cast(),
             None => NonNull::dangling(),
         }
+    }
+
+    /// So many pages, in one piece: how many bytes from the start.
+    fn pages(&mut self, n: usize) -> usize {
+        let at = self
+            .used
+            .next_multiple_of(if n > 0 { PAGE_SIZE } else { 1 });
+        self.used = at + n * PAGE_SIZE;
+        at
     }
 
     /// The same, filled with values.
@@ -172,20 +182,23 @@ impl<P: Platform> Mm<P> {
             parts.layout.kept = 1;
         }
         // The boot memory itself is the first thing handed out.
-        parts.map.set(
-            Pfn(start),
-            pages,
-            PageType::Reserved,
-            Reserved::MemMap as u64,
-        );
+        let facts = Reserved::MemMap as u64;
+        let guarded = parts.kfence.pages();
+        let rest = pages - guarded.len() as u32;
+        debug_assert!(guarded.is_empty() || guarded.start == start + rest);
+        parts.map.set(Pfn(start), rest, PageType::Reserved, facts);
+        // Every other one is going to be a slab.
+        for pfn in guarded {
+            parts.map.set(Pfn(pfn), 1, PageType::Reserved, facts);
+        }
 
         let vmalloc = Vmalloc::new(&platform, parts.stacks);
         let services = Services::new(config, &platform);
-        platform.taken_over(config, PageWords::new(&parts.map));
+        platform.taken_over(config, PageWords::new(&parts.map, parts.kfence.view()));
         let zonelists = core::array::from_fn(|node| {
             core::array::from_fn(|kind| ZoneList::new(&parts.zones, node, ZoneType::ALL[kind]))
         });
-        Ok(Mm {
+        let mm = Mm {
             pages: PageAllocator {
                 platform,
                 map: parts.map,
@@ -222,10 +235,13 @@ impl<P: Platform> Mm<P> {
             own_types: OwnTypes::new(),
             device_cost: DeviceCost::new(),
             zs_pools: SpinLock::new(ZsPools::EMPTY),
+            kfence: parts.kfence,
             boot: parts.layout,
             bootstrap_depth: AtomicU64::new(0),
             bootstrap_pages: AtomicU64::new(0),
-        })
+        };
+        mm.kfence_init()?;
+        Ok(mm)
     }
 }
 
@@ -346,6 +362,7 @@ struct Parts {
     caches: BootSlice<CacheCore>,
     depot: Depot<BootSlice<AtomicU32>, BootSlice<Cell>>,
     history: History,
+    kfence: Pool,
     layout: BootLayout,
 }
 
@@ -525,6 +542,14 @@ fn lay_out<P: Platform>(
     let entries = bump.fill(sets * WAYS, |_| Entry::new());
     let history = History::new(entries, bump.fill(sets, |_| SetInfo::new()));
     layout.tables = (bump.used - before) as u64;
+    let objects = config.kfence_objects;
+    let slots = bump.fill(objects, |_| Slot::new());
+    let countdowns = bump.fill(if objects > 0 { nr_cpus } else { 0 }, |_| Countdown::new());
+    // Last: to the end of the boot memory.
+    let first = bump.pages(kfence::pool_pages(objects)) >> PAGE_SHIFT;
+    let first = Pfn(boot.start + first as u32);
+    let base = phys_to_virt(platform.direct_map(), first.phys()).addr();
+    let kfence = Pool::new(config, first, base, slots, countdowns);
     Parts {
         map,
         zones,
@@ -537,6 +562,7 @@ fn lay_out<P: Platform>(
         caches,
         depot,
         history,
+        kfence,
         layout,
     }
 }
@@ -630,6 +656,11 @@ fn built_in(index: usize, config: &Config, name: &mut Name) -> Spec {
                 Role::Descriptors,
             ),
         ),
+        i if i == BuiltIn::Kfence as usize => {
+            let mut spec = plain(PAGE_SIZE, 8, Role::Guarded);
+            spec.flags = spec.flags | CacheFlags::NO_SHEAVES;
+            ("kfence", spec)
+        }
         i if i == BuiltIn::ZsDesc as usize => {
             ("zsdesc", plain(size_of::<ZsDesc>(), 8, Role::Descriptors))
         }

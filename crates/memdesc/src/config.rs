@@ -55,6 +55,14 @@ pub struct Config {
     /// Words, links and counts are checked before they are followed, as they always are in debug builds (`CONFIG_DEBUG_LIST`, `check_pages`): a stray write
     /// into the memory map or a descriptor then gives a report.
     pub check_pages: bool,
+    /// Objects that the guarded pool has room for (`CONFIG_KFENCE_NUM_OBJECTS`, 255 in Linux); 0 for no pool. Two pages each, and one: see [`KfenceInfo`](crate::KfenceInfo).
+    /// Needs [`Platform::kernel_map_pages`](crate::Platform::kernel_map_pages) to find what does not show in a page's own bytes.
+    pub kfence_objects: usize,
+    /// One ordinary allocation of an object in so many is served from the guarded pool, of each CPU's; 0 for none until
+    /// [`kfence_set_sample`](crate::Mm::kfence_set_sample).
+    pub kfence_sample: u32,
+    /// And at most one in so many nanoseconds (`kfence.sample_interval`, 100 ms in Linux); 0 for as many as there are.
+    pub kfence_interval_ns: u64,
     /// Debug flags for every cache (`slab_debug=`).
     pub slab_debug: crate::slab::CacheFlags,
     /// Zero pages and objects when they are handed out (`init_on_alloc`); not objects with a constructor, of type-stable caches, or that are poisoned.
@@ -93,6 +101,9 @@ impl Default for Config {
             stack_depot: 0,
             page_owner: 0,
             check_pages: false,
+            kfence_objects: 0,
+            kfence_sample: 1000,
+            kfence_interval_ns: 0,
             slab_debug: crate::slab::CacheFlags::EMPTY,
             init_on_alloc: false,
             init_on_free: false,

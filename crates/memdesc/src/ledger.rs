@@ -8,6 +8,7 @@ use crate::memmap::{PageType, Word};
 use crate::mm::Mm;
 use crate::page_alloc::{MigrateType, PcpView, ZoneType};
 use crate::platform::Platform;
+use crate::slab::cache::Role;
 use crate::stats::Event;
 use crate::sync::atomic::Ordering;
 
@@ -90,6 +91,7 @@ impl<P: Platform> Mm<P> {
     /// Makes the ledger. Exact at a quiet moment: no request in flight on any CPU.
     pub fn ledger(&self) -> Ledger {
         let walk = self.walk();
+        let boot = self.boot.pages + self.boot.kept;
         let mut ledger = Ledger {
             given: self
                 .pages
@@ -105,7 +107,7 @@ impl<P: Platform> Mm<P> {
             metadata: 0,
             memmap_bytes: self.boot.memmap,
             descriptor_bytes: 0,
-            other_metadata_bytes: (self.boot.pages + self.boot.kept) * PAGE_SIZE as u64
+            other_metadata_bytes: (boot - self.kfence.slabs()) * PAGE_SIZE as u64
                 - self.boot.memmap,
             balanced: false,
             walk,
@@ -119,8 +121,8 @@ impl<P: Platform> Mm<P> {
                 ledger.pcp += u64::from(self.pages.pcp_view(cpu, index).count);
             }
         }
-        ledger.by_type[PageType::Reserved as usize] = ledger.by_type[PageType::Reserved as usize]
-            .wrapping_add(self.boot.pages + self.boot.kept);
+        ledger.by_type[PageType::Reserved as usize] =
+            ledger.by_type[PageType::Reserved as usize].wrapping_add(boot);
         let types = ledger
             .by_type
             .iter()
@@ -140,7 +142,10 @@ impl<P: Platform> Mm<P> {
                 let lists = self.lists(core);
                 (lists.pages, lists.bitmap_bytes)
             };
-            if core.is_metadata() {
+            if core.role == Role::Guarded {
+                ledger.metadata += pages;
+                ledger.other_metadata_bytes += pages * PAGE_SIZE as u64;
+            } else if core.is_metadata() {
                 ledger.metadata += pages;
                 ledger.descriptor_bytes += pages * PAGE_SIZE as u64;
             } else {
@@ -184,7 +189,8 @@ impl<P: Platform> Mm<P> {
         }
         // Groups: in slabs.
         ledger.other_metadata_bytes += self.pages.memcg.bytes();
-        let boot = self.boot.pages + self.boot.kept;
+        // But for those that are slabs.
+        let boot = boot - self.kfence.slabs();
         ledger.by_type[PageType::Reserved as usize] -= boot;
         ledger.metadata += boot;
         ledger

@@ -173,7 +173,10 @@ pub use {
         Recorded, Report, Stack, StackId, Track, Validation,
     },
     shrinker::Shrinker,
-    slab::{Cache, CacheFlags, CacheView, DestroyError, KmemCache, SlabBox},
+    slab::{
+        Cache, CacheFlags, CacheView, DestroyError, KfenceFault, KfenceInfo, KfenceObject,
+        KmemCache, SlabBox,
+    },
     stats::Event,
     vmalloc::{AddressInfo, KernelStack, VmAreaView, VmallocInfo},
 };

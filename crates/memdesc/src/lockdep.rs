@@ -66,6 +66,8 @@ pub mod classes {
         ZONE = "zone->lock", Config;
         /// The slab lists of a cache.
         SLAB_LISTS = "cache->lists", Config;
+        /// Free slots of the guarded pool.
+        KFENCE = "kfence->free", Config;
         /// The entries of a page table.
         PTL = "ptl", Config;
         /// The entries of a page table, under the lock of the one above.

@@ -20,6 +20,7 @@ use crate::rcu::prepaid::Prepaid;
 use crate::rcu::{Rcu, ReadGuard};
 use crate::shrinker::Shrinkers;
 use crate::slab::CacheCore;
+use crate::slab::kfence::Pool;
 use crate::slab::kmalloc::{CLASSES, Kind};
 use crate::stats::Event;
 use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -42,7 +43,8 @@ pub(crate) enum BuiltIn {
     VmArea = 8,
     PagePool = 9,
     ZsDesc = 10,
-    Kmalloc = 11,
+    Kfence = 11,
+    Kmalloc = 12,
 }
 
 impl BuiltIn {
@@ -92,6 +94,8 @@ pub struct Mm<P: Platform> {
     pub(crate) device_cost: DeviceCost,
     /// The pools of compressed memory. Lock order: see [`zsmalloc`](crate::zsmalloc).
     pub(crate) zs_pools: SpinLock<ZsPools>,
+    /// The guarded pool. Lock order: see [`kfence`](crate::slab::kfence).
+    pub(crate) kfence: Pool,
     pub(crate) boot: BootLayout,
     /// The deepest bootstrap chain so far, and the most pages one took.
     pub(crate) bootstrap_depth: AtomicU64,
@@ -218,6 +222,7 @@ impl<P: Platform> Mm<P> {
         if self.may_wait() {
             self.kvfree_rcu_barrier();
         }
+        self.kfence_barrier();
         self.rcu_pages_all();
         self.page_pools_shrink();
         self.vmalloc_shrink(self.may_wait());
@@ -282,7 +287,7 @@ impl<P: Platform> Mm<P> {
     /// May take locks; does not sleep for grace periods.
     pub fn rcu_work(&self) -> usize {
         let rcu = self.pages.platform.rcu();
-        let freed = self.kvfree_tick(false) + self.prepaid_tick();
+        let freed = self.kvfree_tick(false) + self.prepaid_tick() + self.kfence_work();
         self.discard_due();
         self.rcu_pages_due();
         self.vmalloc_work(false);

@@ -63,7 +63,10 @@ pub struct Slab {
     list: AtomicU8,
     /// Lies in the page that it describes (`__alloc_slab`).
     self_described: AtomicU8,
-    _reserved: [u8; 5],
+    /// 1: a page of the guarded pool, with one object, at `at` ([`kfence`](crate::slab::kfence)).
+    guarded: AtomicU8,
+    at: AtomicU16,
+    _reserved: [u8; 2],
     bitmap: [AtomicU64; BITMAP_WORDS],
 }
 
@@ -88,6 +91,7 @@ impl Slab {
         self.list.store(SlabList::NONE.0, Ordering::Relaxed);
         self.self_described
             .store(u8::from(self_described), Ordering::Relaxed);
+        self.guarded.store(0, Ordering::Relaxed);
         for (i, word) in self.bitmap(map).iter().enumerate() {
             let left = objects.saturating_sub(i * 64);
             let bits = if left >= 64 {
@@ -97,6 +101,29 @@ impl Slab {
             };
             word.store(bits, Ordering::Relaxed);
         }
+    }
+
+    /// From here on it describes a page of the guarded pool.
+    pub(crate) fn set_guarded(&self) {
+        self.at.store(0, Ordering::Relaxed);
+        self.guarded.store(1, Ordering::Relaxed);
+    }
+
+    /// A page of the guarded pool changes its cache, and where in the page the object is. It is in no list.
+    pub(crate) fn assign(&self, cache: NonNull<CacheCore>, at: usize) {
+        self.at.store(at as u16, Ordering::Relaxed);
+        self.cache.store(cache.as_ptr(), Ordering::Relaxed);
+    }
+
+    /// Is it a page of the guarded pool? Such a slab is never allocated from as others are, nor given back.
+    #[inline]
+    pub(crate) fn is_guarded(&self) -> bool {
+        self.guarded.load(Ordering::Relaxed) != 0
+    }
+
+    /// Where in its page the object of a guarded slab is.
+    pub(crate) fn guarded_at(&self) -> usize {
+        usize::from(self.at.load(Ordering::Relaxed))
     }
 
     pub(crate) fn links(&self) -> &Buddy {

@@ -2,14 +2,35 @@
 
 use crate::address::Pfn;
 use crate::memmap::{Found, MemMap};
+use crate::slab::KfenceFault;
+use crate::slab::kfence::View;
 
 /// The memory map, to be read by the platform that the memory manager runs on. It is where it is for as long as the memory is.
 #[derive(Debug)]
-pub struct PageWords(MemMap);
+pub struct PageWords(MemMap, View);
 
 impl PageWords {
-    pub(crate) fn new(map: &MemMap) -> PageWords {
-        PageWords(map.again())
+    pub(crate) fn new(map: &MemMap, kfence: &View) -> PageWords {
+        PageWords(map.again(), kfence.again())
+    }
+
+    /// Whose object of the guarded pool was touched; `None` for addresses that are not in it. For platforms that end here; those that go on call
+    /// [`Mm::kfence_handle_fault`](crate::Mm::kfence_handle_fault).
+    ///
+    /// # Safety
+    ///
+    /// As [`lookup`](Self::lookup).
+    ///
+    /// # Context
+    ///
+    /// Any: loads.
+    pub unsafe fn kfence_fault(
+        &self,
+        address: usize,
+        write: bool,
+        ip: usize,
+    ) -> Option<KfenceFault> {
+        self.1.fault(address, write, ip)
     }
 
     /// The block that a page belongs to, and its word; `None` for a hole and for what was never handed out. What it says may be stale when

@@ -43,14 +43,14 @@ impl<P: Platform> Mm<P> {
     /// The owners of a slab's objects, of a cache that has them.
     pub(crate) fn owners(&self, core: &CacheCore, slab: &Slab) -> &[AtomicU16] {
         let objects = slab.objects();
-        let mut at = Slab::bitmap_bytes(objects);
+        let mut at = 0;
         if core.flags.contains(CacheFlags::RCU_PREPAID) {
             at += crate::rcu::prepaid::bytes(objects);
         }
         debug_assert!(core.flags.has_owners());
-        let ptr = self.pages.map.virt(slab.pfn().phys()).wrapping_add(at);
-        // SAFETY: the geometry of such a cache leaves `owners_bytes` there, before the first object, zeroed by `owners_init` and only accessed as these
-        // atomics as long as the slab lives.
+        let ptr = self.slab_side(slab).wrapping_add(at);
+        // SAFETY: the geometry of such a cache leaves `owners_bytes` there, before the first object, and the pool has as much for a guarded one; zeroed by
+        // `owners_init` and only accessed as these atomics as long as the slab lives.
         unsafe { core::slice::from_raw_parts(ptr.cast::<AtomicU16>(), objects) }
     }
 
@@ -104,7 +104,10 @@ impl<P: Platform> Mm<P> {
         let wanted = core.flags.contains(CacheFlags::ACCOUNT) || gfp.contains(gfp::__GFP_ACCOUNT);
         let memcg = if wanted { self.active_memcg() } else { 0 };
         let charge = self.charge_object(core, memcg, gfp)?;
-        let object = self.cache_alloc(core, gfp, caller)?;
+        let object = match self.kfence_object(core, gfp, caller) {
+            Some(sampled) => sampled?,
+            None => self.cache_alloc(core, gfp, caller)?,
+        };
         self.keep_charge(core, object, charge);
         Ok(object)
     }
@@ -136,7 +139,7 @@ impl<P: Platform> Mm<P> {
                 .map
                 .region(pfn)
                 .map_or(Word::ZERO, |r| r.word(pfn).load());
-            let at = pfn.phys().0 as usize + core.geometry_of(slab).offset(index);
+            let at = pfn.phys().0 as usize + core.offset_in(slab, index);
             self.pages.memcg_uncharge(
                 memcg,
                 core.charged_bytes(),

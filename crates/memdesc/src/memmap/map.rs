@@ -38,6 +38,14 @@ impl<T> BootSlice<T> {
     pub(crate) unsafe fn new(ptr: NonNull<T>, len: usize) -> Self {
         BootSlice { ptr, len }
     }
+
+    /// The same slice once more: of boot memory, which is never given to anyone else.
+    pub(crate) fn again(&self) -> BootSlice<T> {
+        BootSlice {
+            ptr: self.ptr,
+            len: self.len,
+        }
+    }
 }
 
 impl<T> Deref for BootSlice<T> {
@@ -311,17 +319,10 @@ impl MemMap {
 
     /// The same map once more.
     pub(crate) fn again(&self) -> MemMap {
-        // SAFETY: boot memory is never given to anyone else: what was promised of these slices is true of copies of them.
-        let (sections, regions) = unsafe {
-            (
-                BootSlice::new(self.sections.ptr, self.sections.len),
-                BootSlice::new(self.regions.ptr, self.regions.len),
-            )
-        };
         MemMap::new(
             self.direct_map,
-            sections,
-            regions,
+            self.sections.again(),
+            self.regions.again(),
             Checks::new(false, false),
         )
     }

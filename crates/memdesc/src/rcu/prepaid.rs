@@ -53,6 +53,14 @@ pub(crate) const fn bytes(objects: usize) -> usize {
     size_of::<Header>() + 2 * words(objects) * 8
 }
 
+/// Is what lies here in no list?
+pub(crate) fn is_idle(side: *mut u8) -> bool {
+    // SAFETY: callers pass what a slot of the guarded pool has in the place of a slab's: `bytes(1)`, aligned to 8, never given to anyone else, and
+    // any bytes are a header.
+    let header = unsafe { &*side.cast::<Header>() };
+    header.stacked.load(Ordering::Acquire) == 0 && header.harvested.load(Ordering::Acquire) == 0
+}
+
 const fn words(objects: usize) -> usize {
     objects.div_ceil(64)
 }
@@ -108,11 +116,10 @@ impl<P: Platform> Mm<P> {
         slab: &Slab,
     ) -> (&Header, &[AtomicU64], &[AtomicU64]) {
         let objects = slab.objects();
-        let at = self.pages.map.virt(slab.pfn().phys());
-        let header = at.wrapping_add(Slab::bitmap_bytes(objects));
-        debug_assert!(core.flags.contains(CacheFlags::RCU_PREPAID));
-        // SAFETY: the geometry of a prepaid cache leaves `bytes` before the first object, 8-byte aligned, zeroed by `prepaid_init`
-        // and only accessed as these atomics as long as the slab lives.
+        let header = self.slab_side(slab);
+        debug_assert!(core.flags.contains(CacheFlags::RCU_PREPAID) || slab.is_guarded());
+        // SAFETY: the geometry of a prepaid cache leaves `bytes` before the first object, 8-byte aligned, zeroed by `prepaid_init`, and the guarded
+        // pool has as much for a slab of its; only accessed as these atomics as long as the slab lives.
         unsafe {
             let bits = header.add(size_of::<Header>()).cast::<AtomicU64>();
             let n = words(objects);
@@ -369,6 +376,18 @@ impl<P: Platform> Mm<P> {
         waiting: &[AtomicU64],
     ) -> usize {
         let map = &self.pages.map;
+        if slab.is_guarded() {
+            let bits = waiting[0].swap(0, Ordering::Relaxed);
+            // Release: as below. First: once it is free, somebody else may have the slot.
+            header.harvested.store(0, Ordering::Release);
+            let object = map.virt(slab.pfn().phys()).wrapping_add(slab.guarded_at());
+            if bits != 0
+                && let Some(object) = NonNull::new(object)
+            {
+                self.kfence_free(self.pages.free_path(), core, object, Location::caller());
+            }
+            return usize::from(bits != 0);
+        }
         if core.flags.has_owners() {
             for (i, word) in waiting.iter().enumerate() {
                 let mut bits = word.load(Ordering::Relaxed);

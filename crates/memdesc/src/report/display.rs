@@ -63,6 +63,9 @@ impl fmt::Display for Report<'_> {
 impl Report<'_> {
     fn first_line(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "memdesc: {}: ", self.what.text())?;
+        if let Some(fault) = &self.kfence {
+            write!(f, "{fault}; ")?;
+        }
         if let Some(cache) = self.cache {
             write!(f, "object {:#x} of {cache}", self.address)?;
         } else {

@@ -18,10 +18,12 @@ use crate::freepage::PageDamage;
 use crate::memmap::Word;
 use crate::page_alloc::alloc::PageAllocator;
 use crate::platform::Platform;
+use crate::slab::KfenceFault;
 
 pub use depot::{DepotInfo, MAX_FRAMES, Stack, StackId};
 pub use entry::{PageHistory, PageTrack, Track};
 pub use history::PageOwnerInfo;
+pub(crate) use page::dump;
 pub use page::{DescState, PageState};
 pub use validate::Validation;
 
@@ -162,6 +164,8 @@ pub struct Report<'a> {
     pub objects: [Option<ObjectState>; 2],
     /// Bytes around the first bad one.
     pub dump: Option<Dump>,
+    /// The access that faulted, if it was one to the guarded pool.
+    pub kfence: Option<KfenceFault>,
     pub(crate) stacks: Stacks<'a>,
 }
 

@@ -249,6 +249,7 @@ impl<P: Platform> PageAllocator<P> {
             neighbours,
             objects: [None; 2],
             dump: None,
+            kfence: None,
             stacks: Stacks(Some(self)),
         }
     }
@@ -363,7 +364,7 @@ impl<P: Platform> Mm<P> {
         let Some((slab, offset)) = map.slab_behind(self.pages.phys(object.as_ptr())) else {
             return report;
         };
-        if !core::ptr::eq(slab.cache_ptr(), core) {
+        if !core::ptr::eq(slab.cache_ptr(), core) || slab.is_guarded() {
             return report;
         }
         let geometry = core.geometry_of(slab);
@@ -482,8 +483,7 @@ impl<P: Platform> Mm<P> {
         // A slab that waits for its grace period leads to its cache still.
         core::ptr::eq(slab.cache_ptr(), core)
             && core
-                .geometry_of(slab)
-                .index(offset)
+                .index_in(slab, offset)
                 .is_some_and(|index| !slab.is_free(map, index))
     }
 
@@ -514,7 +514,7 @@ impl<P: Platform> Mm<P> {
 }
 
 /// The bytes of a slab round the bad one: `offset` is the object's, `bad` is counted from there.
-fn dump(base: *const u8, bytes: usize, offset: usize, bad: isize) -> Dump {
+pub(crate) fn dump(base: *const u8, bytes: usize, offset: usize, bad: isize) -> Dump {
     let mut dump = Dump {
         from: 0,
         len: 0,
@@ -526,7 +526,7 @@ fn dump(base: *const u8, bytes: usize, offset: usize, bad: isize) -> Dump {
     dump.from = from as isize - offset as isize;
     dump.len = to.saturating_sub(from);
     for (byte, at) in dump.bytes.iter_mut().zip(from..to) {
-        // SAFETY: within the slab, which is mapped and initialised from its first object to the end of its last as debug caches are; volatile, since
+        // SAFETY: within the slab, which is mapped and initialised from its first object to the end of its last as debug caches and guarded pages are; volatile, since
         // a faulty user may be writing.
         *byte = unsafe { base.add(at).read_volatile() };
     }

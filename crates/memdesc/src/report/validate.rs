@@ -88,6 +88,10 @@ impl<P: Platform> Mm<P> {
             }
         }
         self.for_each_cache(|core| self.validate_cache(core, &mut found, caller, &mut visit));
+        self.kfence_validate(caller, |what, report| {
+            found.count(what);
+            visit(report);
+        });
         found
     }
 
@@ -340,6 +344,10 @@ impl<P: Platform> Mm<P> {
                 let Some((slab, _)) = map.slab_behind(at.phys()) else {
                     break;
                 };
+                if slab.is_guarded() {
+                    at = slab.links().next();
+                    continue;
+                }
                 let geometry = core.geometry_of(slab);
                 let base = map.virt(at.phys());
                 for index in 0..geometry.objects as usize {

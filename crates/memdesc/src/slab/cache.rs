@@ -118,6 +118,8 @@ pub(crate) enum Role {
     Slabs,
     /// Folios and page table descriptors: ordinary, but counted as metadata.
     Descriptors,
+    /// Pages of the guarded pool that no object is in: see [`kfence`](super::kfence).
+    Guarded,
 }
 
 /// Where things are in a slab and in the slot of an object.
@@ -136,7 +138,7 @@ pub(crate) struct Geometry {
     /// From an object's start to the 8 bytes that link it to others once it is dead: 0, in the object itself, unless what it
     /// holds must outlive it.
     pub(crate) link: u32,
-    align: u32,
+    pub(crate) align: u32,
     /// Slabs have the bits of prepaid frees.
     prepaid: bool,
     /// Slabs have a vector of whom objects are charged to.
@@ -146,6 +148,21 @@ pub(crate) struct Geometry {
 }
 
 impl Geometry {
+    /// A page of the guarded pool: one object, and where it is stands in the slab.
+    pub(crate) const GUARDED: Geometry = Geometry {
+        object_size: PAGE_SIZE as u32,
+        size: PAGE_SIZE as u32,
+        lead: 0,
+        first: 0,
+        objects: 1,
+        order: 0,
+        link: 0,
+        align: 8,
+        prepaid: false,
+        owners: false,
+        reciprocal: (1u64 << 32).div_ceil(PAGE_SIZE as u64),
+    };
+
     /// The geometry for objects of this size (`calculate_sizes`, `calculate_order`); `None` if they do not fit a block.
     ///
     /// `keeps`: what a free object holds must stay, so its link lies behind it, 8 bytes more.
@@ -504,10 +521,30 @@ impl CacheCore {
         core::str::from_utf8(&self.name[..self.name_len as usize]).unwrap_or("?")
     }
 
-    /// Where things are in this slab.
+    /// Where things are in this slab; of a guarded one only how much there is.
     #[inline]
     pub(crate) fn geometry_of(&self, slab: &Slab) -> &Geometry {
+        if slab.is_guarded() {
+            return const { &Geometry::GUARDED };
+        }
         self.geometry_at(slab.order())
+    }
+
+    /// Where an object is in this slab, from its start.
+    pub(crate) fn offset_in(&self, slab: &Slab, index: usize) -> usize {
+        if slab.is_guarded() {
+            return slab.guarded_at();
+        }
+        self.geometry_at(slab.order()).offset(index)
+    }
+
+    /// Which object of this slab starts at this offset.
+    #[inline]
+    pub(crate) fn index_in(&self, slab: &Slab, offset: usize) -> Option<usize> {
+        if slab.is_guarded() {
+            return (offset == slab.guarded_at()).then_some(0);
+        }
+        self.geometry_at(slab.order()).index(offset)
     }
 
     /// Where things are in a slab of this order, which is the wanted one or the smallest.

@@ -117,6 +117,15 @@ pub(crate) fn large_order(size: usize) -> Result<usize, AllocError> {
     Ok(size.div_ceil(PAGE_SIZE).next_power_of_two().ilog2() as usize)
 }
 
+/// What memory of this size is aligned to.
+const fn promised(size: usize) -> usize {
+    if size.is_power_of_two() && size > 8 {
+        size
+    } else {
+        8
+    }
+}
+
 /// What a kmalloc pointer leads to.
 pub(crate) enum Where<'a> {
     Object(&'a CacheCore),
@@ -156,6 +165,11 @@ impl<P: Platform> Mm<P> {
         gfp: Flags,
         caller: Caller,
     ) -> Result<NonNull<u8>, AllocError> {
+        if self.kfence.samples()
+            && let Some(sampled) = self.kfence_alloc(core, size, promised(size), gfp, caller)
+        {
+            return sampled;
+        }
         if core.is_debug() {
             return self.kmalloc_debug(core, size, gfp, caller);
         }
@@ -293,14 +307,19 @@ impl<P: Platform> Mm<P> {
         }
     }
 
-    /// Usable bytes behind a kmalloc pointer (`ksize`): the class's size.
+    /// Usable bytes behind a kmalloc pointer (`ksize`): the class's size, or what was asked for if it is from the guarded pool.
     ///
     /// # Safety
     ///
     /// `ptr` is live memory from [`kmalloc`](Self::kmalloc).
     pub unsafe fn ksize(&self, ptr: NonNull<u8>) -> usize {
         match self.where_is(ptr.as_ptr()) {
-            Ok(Where::Object(core)) => core.geometry.object_size as usize,
+            Ok(Where::Object(core)) => match self.kfence.slot_of(ptr.as_ptr()) {
+                // It is free.
+                Some(_) if core.is_metadata() => 0,
+                Some((_, slot)) => slot.size(),
+                None => core.geometry.object_size as usize,
+            },
             Ok(Where::Pages(found)) => PAGE_SIZE << found.word.order(),
             Err(_) => 0,
         }
@@ -329,6 +348,7 @@ impl<P: Platform> Mm<P> {
         if fits {
             if let Ok(Where::Object(core)) = self.where_is(ptr.as_ptr())
                 && core.is_debug()
+                && !self.kfence.contains(ptr.as_ptr())
             {
                 // What lies between was red zone, not what the caller left there.
                 let had = debug::asked(core, ptr).unwrap_or(size);
@@ -343,7 +363,9 @@ impl<P: Platform> Mm<P> {
         let new = self.kmalloc(size, gfp)?;
         // Of a debug cache's object what was asked for: behind it is red zone.
         let had = match self.where_is(ptr.as_ptr()) {
-            Ok(Where::Object(core)) if core.is_debug() => debug::asked(core, ptr).unwrap_or(old),
+            Ok(Where::Object(core)) if core.is_debug() && !self.kfence.contains(ptr.as_ptr()) => {
+                debug::asked(core, ptr).unwrap_or(old)
+            }
             _ => old,
         };
         // SAFETY: both are live, distinct, and at least this long; the old one is the caller's to give up.

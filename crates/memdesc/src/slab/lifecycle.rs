@@ -123,6 +123,9 @@ impl<P: Platform> Mm<P> {
         if core.flags.has_owners() || gfp.contains(gfp::__GFP_ACCOUNT) {
             return self.cache_alloc_charged(core, gfp, Location::caller());
         }
+        if let Some(sampled) = self.kfence_object(core, gfp, Location::caller()) {
+            return sampled;
+        }
         self.cache_alloc(core, gfp, Location::caller())
     }
 
@@ -170,6 +173,11 @@ impl<P: Platform> Mm<P> {
                     rest[0] = object.as_ptr();
                     1
                 })
+            } else if let Some(sampled) = self.kfence_object(core, gfp, caller) {
+                sampled.map(|object| {
+                    rest[0] = object.as_ptr();
+                    1
+                })
             } else if core.is_debug() || rest.len() < core.sheaves.capacity() / 2 {
                 self.cache_alloc(core, gfp, caller).map(|object| {
                     rest[0] = object.as_ptr();
@@ -214,7 +222,8 @@ impl<P: Platform> Mm<P> {
         let core = self.checked(cache);
         let caller = Location::caller();
         let path = self.pages.free_path();
-        let one_by_one = core.is_debug() || core.flags.has_owners();
+        let one_by_one =
+            core.is_debug() || core.flags.has_owners() || self.kfence.contains_any(objects);
         if one_by_one || objects.len() < core.sheaves.capacity() / 2 {
             for object in objects.iter().filter_map(|o| NonNull::new(*o)) {
                 self.cache_free(self.pages.free_path(), core, object, false, caller);
@@ -259,6 +268,7 @@ impl<P: Platform> Mm<P> {
         if self.may_wait() {
             self.kvfree_rcu_barrier();
         }
+        self.kfence_barrier();
         {
             // Reclaim on another CPU shrinks all caches under this lock; what it takes out of a sheaf would look live.
             let mut list = self.slab_mutex();
@@ -322,8 +332,11 @@ impl<P: Platform> Mm<P> {
                 let slab = super::cache::slab_of(map, at);
                 let base = map.virt(slab.pfn().phys());
                 for index in (0..slab.objects()).filter(|&i| !slab.is_free(map, i)) {
-                    let object = base.wrapping_add(core.geometry_of(slab).offset(index));
-                    let track = NonNull::new(object).and_then(|o| super::debug::tracks(core, o).0);
+                    let object = base.wrapping_add(core.offset_in(slab, index));
+                    let track = match self.kfence.slot_of(object) {
+                        Some((_, slot)) => slot.tracks().0,
+                        None => NonNull::new(object).and_then(|o| super::debug::tracks(core, o).0),
+                    };
                     visit(object, track);
                 }
                 at = slab.links().next();

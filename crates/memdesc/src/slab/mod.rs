@@ -9,6 +9,7 @@
 //! | [`bootstrap`] | descriptors: how the first slabs come up out of nothing, and where the recursion stops |
 //! | [`kmalloc`] | size classes |
 //! | [`nolock`] | objects from any context |
+//! | [`kfence`] | a guarded pool: one allocation in so many, between pages that nobody can touch |
 //! | [`debug`] | red zones, poison, who did it |
 //! | [`typed`] | `KmemCache<T>` |
 //!
@@ -18,6 +19,7 @@ pub(crate) mod bootstrap;
 pub(crate) mod cache;
 pub(crate) mod debug;
 pub(crate) mod init;
+pub(crate) mod kfence;
 pub(crate) mod kmalloc;
 mod lifecycle;
 pub(crate) mod nolock;
@@ -27,6 +29,7 @@ pub(crate) mod typed;
 
 pub use cache::{Cache, CacheFlags, CacheView, DestroyError};
 pub(crate) use cache::{CacheCore, slab_of};
+pub use kfence::{KfenceFault, KfenceInfo, KfenceObject};
 pub use kmalloc::KMALLOC_MAX_CACHE_SIZE;
 pub(crate) use nolock::DeferredObjects;
 pub use typed::{KmemCache, SlabBox};

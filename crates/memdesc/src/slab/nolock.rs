@@ -220,6 +220,10 @@ impl<P: Platform> Mm<P> {
 
     /// An object comes back, from any context.
     pub(crate) fn free_object_nolock(&self, core: &CacheCore, object: NonNull<u8>) {
+        let guarded = self.kfence.contains(object.as_ptr());
+        if guarded && !self.kfence_defer(core, object) {
+            return;
+        }
         if core.flags.has_owners() {
             self.uncharge_object(core, object);
         }
@@ -227,6 +231,7 @@ impl<P: Platform> Mm<P> {
         let pin = Pin::try_new(&self.pages.platform);
         let stats = self.pages.any_stats(pin.as_ref());
         if core.sheaves.capacity() > 0
+            && !guarded
             && let Some(pin) = &pin
             && core.sheaves.try_owner(pin, |stack| stack.push(object)) == Some(true)
         {
@@ -248,6 +253,9 @@ impl<P: Platform> Mm<P> {
 
     /// Where a dead object keeps its link: in itself, or behind it if what it holds must stay.
     fn link_of(&self, core: &CacheCore, object: NonNull<u8>) -> &AtomicPtr<u8> {
+        if let Some((_, slot)) = self.kfence.slot_of(object.as_ptr()) {
+            return &slot.link;
+        }
         let at = object
             .as_ptr()
             .wrapping_add(core.geometry.link as usize)

@@ -167,6 +167,8 @@ impl<P: Platform> Mm<P> {
         }
         match core.role {
             Role::Buddies | Role::Slabs => self.meta_slab(core, out),
+            // Its pages are what they are.
+            Role::Guarded => Err(AllocError::Empty),
             Role::Objects | Role::Descriptors => {
                 let slab = self.new_slab(core, gfp)?;
                 Ok(self.take_and_list(core, slab, out))
@@ -287,13 +289,16 @@ impl<P: Platform> Mm<P> {
         caller: Caller,
     ) {
         might_lock(&self.pages.platform, &classes::SLAB_LISTS);
-        if core.flags.has_owners() {
-            self.uncharge_object(core, object);
-        }
         let pin = path.pin();
         let stats = self.pages.stats(pin);
         if core.role == Role::Objects {
             stats.add(pin, Event::SlabFree, 1);
+        }
+        if self.kfence.contains(object.as_ptr()) {
+            return self.kfence_free(path, core, object, caller);
+        }
+        if core.flags.has_owners() {
+            self.uncharge_object(core, object);
         }
         if core.sheaves.capacity() == 0 {
             let _path = self.pages.may_sleep(path);
@@ -348,7 +353,11 @@ impl<P: Platform> Mm<P> {
     pub(crate) fn cache_free_run(&self, core: &CacheCore, objects: &[*mut u8], caller: Caller) {
         let checked = cfg!(any(debug_assertions, feature = "checked"));
         let served = core.flags.contains(CacheFlags::INIT_ON_FREE);
-        let one_by_one = core.is_debug() || core.flags.has_owners() || served || checked;
+        let one_by_one = core.is_debug()
+            || core.flags.has_owners()
+            || served
+            || checked
+            || self.kfence.contains_any(objects);
         if one_by_one || core.sheaves.capacity() == 0 {
             for object in objects.iter().filter_map(|o| NonNull::new(*o)) {
                 self.cache_free(self.pages.free_path(), core, object, false, caller);
@@ -431,7 +440,7 @@ impl<P: Platform> Mm<P> {
             return Err(Corruption::WrongCache);
         }
         let offset = (phys.0 - found.head.phys().0) as usize;
-        match core.geometry_of(slab).index(offset) {
+        match core.index_in(slab, offset) {
             Some(index) => Ok((slab, index)),
             None => Err(Corruption::NotAHead),
         }
@@ -533,6 +542,9 @@ impl<P: Platform> Mm<P> {
 
     /// Takes the empty slabs out of a cache and gives them back (`kmem_cache_shrink`), sheaves first. Says how many pages.
     pub(crate) fn cache_shrink(&self, core: &CacheCore) -> usize {
+        if core.role == Role::Guarded {
+            return 0;
+        }
         for cpu in 0..self.pages.platform.nr_cpus() {
             if core.sheaves.capacity() == 0 {
                 break;
@@ -589,7 +601,13 @@ impl<P: Platform> Mm<P> {
             None => (what, pfn),
         };
         let mut report = self.report_at(what, pfn, object.addr(), caller);
-        if let Some(core) = core {
+        let name;
+        if let Some((_, slot)) = self.kfence.slot_of(object) {
+            // Whose it was, if it is nobody's now.
+            name = slot.name();
+            report.cache = Some(name.as_str());
+            (report.allocated, report.freed) = slot.tracks();
+        } else if let Some(core) = core {
             report.cache = Some(core.name());
             if let Some(object) = NonNull::new(object.cast_mut()) {
                 report = self.report_with(report, core, object);

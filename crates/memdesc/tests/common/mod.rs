@@ -36,7 +36,7 @@ pub fn scaled(native: usize, miri: usize) -> usize {
 
 /// The default, with the free-page services that the environment names: any test runs with any of them.
 ///
-/// `MEMDESC_FREEPAGE=pagealloc,poison,init_on_free,init_on_alloc,reporting`, or `all`.
+/// `MEMDESC_FREEPAGE=pagealloc,poison,init_on_free,init_on_alloc,reporting,kfence`, or `all`.
 pub fn base_config() -> Config {
     let mut config = Config::default();
     let wanted = std::env::var("MEMDESC_FREEPAGE").unwrap_or_default();
@@ -47,7 +47,9 @@ pub fn base_config() -> Config {
             "init_on_free" => config.init_on_free = true,
             "init_on_alloc" => config.init_on_alloc = true,
             "reporting" => report_small(&mut config),
+            "kfence" => guard_some(&mut config),
             "all" => {
+                guard_some(&mut config);
                 config.debug_pagealloc = true;
                 config.page_poison = true;
                 config.init_on_free = true;
@@ -65,6 +67,12 @@ pub fn report_small(config: &mut Config) {
     config.page_reporting = true;
     config.page_reporting_order = 4;
     config.page_reporting_delay_ns = 0;
+}
+
+/// A few of the objects are guarded, wherever they are allocated.
+pub fn guard_some(config: &mut Config) {
+    config.kfence_objects = 24;
+    config.kfence_sample = 5;
 }
 
 /// A machine to test on.
