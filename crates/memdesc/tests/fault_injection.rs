@@ -290,7 +290,9 @@ fn pages_at() {
         every_point(&format!("alloc_pages_at order {order}"), |mm, _| {
             let fits = |&pfn: &u32| {
                 let (_, o, memory) = mm.lookup(Pfn(pfn));
+                let last = Pfn(pfn + (1 << order) - 1);
                 matches!(memory, Memory::Untouched)
+                    && matches!(mm.lookup(last).2, Memory::Untouched)
                     || matches!(memory, Memory::Free { in_pcp: false }) && o > order
             };
             let place = (0..4096 - 64)

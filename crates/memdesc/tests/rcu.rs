@@ -502,6 +502,7 @@ fn what_a_prepaid_object_costs() {
 #[test]
 fn type_stable_slabs_wait_for_readers() {
     let mm = machine(common::base_config());
+    mm.kfence_set_sample(0);
     for (flags, stays) in [
         (CacheFlags::EMPTY, false),
         (CacheFlags::TYPESAFE_BY_RCU, true),

@@ -151,6 +151,15 @@ fn class_name(size: usize, gfp: Flags) -> String {
     }
 }
 
+/// The class that serves a size.
+fn class_of(size: usize) -> usize {
+    match size {
+        65..=96 => 96,
+        129..=192 => 192,
+        _ => size.next_power_of_two().max(8),
+    }
+}
+
 impl<'m> Test<'m> {
     fn new(mm: &'m Mm<Host>) -> Test<'m> {
         let mut test = Test {
@@ -392,7 +401,9 @@ impl<'m> Test<'m> {
                 self.mm.live_objects(&handle, |object, track| {
                     listed.push(object.addr());
                     let tracked = SPECS[cache].flags.contains(CacheFlags::STORE_USER);
-                    assert_eq!(track.is_some(), tracked);
+                    // Of guarded objects it is always known.
+                    let guarded = self.mm.is_kfence_address(object);
+                    assert_eq!(track.is_some(), tracked || guarded);
                     if let Some(track) = track {
                         assert!(
                             track.location.file().ends_with("slab_state_machine.rs"),
@@ -425,7 +436,8 @@ impl<'m> Test<'m> {
                 Some(cache) => SPECS[cache].name.to_owned(),
                 // SAFETY: live memory from kmalloc.
                 None => match unsafe { self.mm.ksize(object.ptr) } {
-                    class @ 0..=8192 => class_name(class, object.gfp),
+                    // Of a guarded object what was asked for: the class is the next.
+                    size @ 0..=8192 => class_name(class_of(size), object.gfp),
                     _ => continue,
                 },
             };

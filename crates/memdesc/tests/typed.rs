@@ -177,6 +177,7 @@ fn a_cache_of_another_is_refused() {
 #[test]
 fn slabs_get_smaller_when_memory_is_in_pieces() {
     let mm = mm(4096);
+    mm.kfence_set_sample(0);
     let cache = mm
         .kmem_cache_create("inode", 1128, 8, CacheFlags::EMPTY, None)
         .unwrap();
