@@ -92,7 +92,7 @@ impl<P: Platform> Mm<P> {
         }
     }
 
-    /// An object of a cache that charges all of its objects, or that is asked for with `__GFP_ACCOUNT`.
+    /// An object of a cache that charges all of its objects, or that is asked for with `__GFP_ACCOUNT`; or of any while some are guarded.
     #[cold]
     #[inline(never)]
     pub(crate) fn cache_alloc_charged(

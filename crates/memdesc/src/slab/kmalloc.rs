@@ -148,7 +148,7 @@ impl<P: Platform> Mm<P> {
     pub fn kmalloc(&self, size: usize, gfp: Flags) -> Result<NonNull<u8>, AllocError> {
         let caller = Location::caller();
         match class_of(size) {
-            Some(class) if !gfp.intersects(NOT_NORMAL) => {
+            Some(class) if !gfp.intersects(NOT_NORMAL) && !self.kfence.samples() => {
                 self.kmalloc_in(self.kmalloc_cache(Kind::Normal, class), size, gfp, caller)
             }
             Some(class) => self.kmalloc_other(class, size, gfp, caller),
@@ -165,18 +165,30 @@ impl<P: Platform> Mm<P> {
         gfp: Flags,
         caller: Caller,
     ) -> Result<NonNull<u8>, AllocError> {
-        if self.kfence.samples()
-            && let Some(sampled) = self.kfence_alloc(core, size, promised(size), gfp, caller)
-        {
-            return sampled;
-        }
         if core.is_debug() {
             return self.kmalloc_debug(core, size, gfp, caller);
         }
         self.cache_alloc(core, gfp, caller)
     }
 
-    /// What is not of the normal kind.
+    /// From the guarded pool, if it is this allocation's turn.
+    #[inline]
+    fn kmalloc_sampled(
+        &self,
+        core: &CacheCore,
+        size: usize,
+        gfp: Flags,
+        caller: Caller,
+    ) -> Result<NonNull<u8>, AllocError> {
+        if self.kfence.samples()
+            && let Some(sampled) = self.kfence_alloc(core, size, promised(size), gfp, caller)
+        {
+            return sampled;
+        }
+        self.kmalloc_in(core, size, gfp, caller)
+    }
+
+    /// What is not of the normal kind, and all while some are guarded.
     #[inline(never)]
     fn kmalloc_other(
         &self,
@@ -190,7 +202,8 @@ impl<P: Platform> Mm<P> {
         }
         let memcg = self.memcg_for(gfp);
         if memcg == 0 {
-            return self.kmalloc_in(self.kmalloc_cache(Kind::of(gfp), class), size, gfp, caller);
+            let core = self.kmalloc_cache(Kind::of(gfp), class);
+            return self.kmalloc_sampled(core, size, gfp, caller);
         }
         if gfp.contains(gfp::__GFP_DMA) {
             return Err(AllocError::NoZone);
@@ -205,7 +218,7 @@ impl<P: Platform> Mm<P> {
         }
         let core = self.kmalloc_cache(Kind::Cgroup, class);
         let charge = self.charge_object(core, memcg, gfp)?;
-        let object = self.kmalloc_in(core, size, gfp, caller)?;
+        let object = self.kmalloc_sampled(core, size, gfp, caller)?;
         self.keep_charge(core, object, charge);
         Ok(object)
     }

@@ -120,11 +120,9 @@ impl<P: Platform> Mm<P> {
         gfp: Flags,
     ) -> Result<NonNull<u8>, AllocError> {
         let core = self.checked(cache);
-        if core.flags.has_owners() || gfp.contains(gfp::__GFP_ACCOUNT) {
+        let charged = core.flags.has_owners() || gfp.contains(gfp::__GFP_ACCOUNT);
+        if charged || self.kfence.samples() {
             return self.cache_alloc_charged(core, gfp, Location::caller());
-        }
-        if let Some(sampled) = self.kfence_object(core, gfp, Location::caller()) {
-            return sampled;
         }
         self.cache_alloc(core, gfp, Location::caller())
     }
