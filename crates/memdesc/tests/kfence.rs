@@ -156,7 +156,7 @@ mod faults {
                     if is_write {
                         write(at, 7)
                     } else {
-                        drop(read(at))
+                        read(at);
                     }
                 };
                 for (end, offset, where_) in [
@@ -399,7 +399,7 @@ mod faults {
                     kfree(&mm, object);
                     read(by(object, 5));
                 }
-                "nobody" => drop(read(by(object, 3 * PAGE_SIZE as isize))),
+                "nobody" => _ = read(by(object, 3 * PAGE_SIZE as isize)),
                 _ => unreachable!(),
             }
         };
@@ -659,26 +659,37 @@ fn all_ways_back() {
             drop(section);
             mm.kvfree_rcu_barrier();
             assert_eq!(mm.kfence_info().in_use, 0);
-            // Charged, and no longer.
-            let group = mm.memcg_create(None, "job", u64::MAX).unwrap();
-            {
-                let _scope = Host::memcg_scope(group.id());
-                let p = k.alloc(None, 64, End::Any, GFP_KERNEL | __GFP_ACCOUNT);
-                // SAFETY: live.
-                assert_eq!(unsafe { mm.memcg_of_object(p) }, group.id());
-                assert!(group.stat().usage > 0);
-                kfree(mm, p);
-                assert_eq!(group.stat().usage, 0);
-                let p = k.alloc(None, 64, End::Any, GFP_KERNEL | __GFP_ACCOUNT);
-                // SAFETY: ours.
-                unsafe { mm.kfree_rcu_prepaid(p) };
-                mm.kvfree_rcu_barrier();
-                assert_eq!(group.stat().usage, 0);
-            }
-            drop(group);
             k.finish();
         }
     }
+}
+
+/// Charged, and no longer: at once, and after a grace period.
+#[test]
+fn charges() {
+    let k = Kernel::new();
+    let mm = &k.mm;
+    mm.kfence_set_sample(0);
+    let group = mm.memcg_create(None, "job", u64::MAX).unwrap();
+    mm.kfence_set_sample(1);
+    let _scope = Host::memcg_scope(group.id());
+    for by_rcu in [false, true] {
+        let p = k.alloc(None, 64, End::Any, GFP_KERNEL | __GFP_ACCOUNT);
+        // SAFETY: live.
+        assert_eq!(unsafe { mm.memcg_of_object(p) }, group.id());
+        assert!(group.stat().usage > 0);
+        mm.memcg_check().unwrap();
+        if by_rcu {
+            // SAFETY: ours.
+            unsafe { mm.kfree_rcu_prepaid(p) };
+            mm.kvfree_rcu_barrier();
+        } else {
+            kfree(mm, p);
+        }
+        assert_eq!(group.stat().usage, 0);
+        mm.memcg_check().unwrap();
+    }
+    assert_eq!(mm.kfence_info().in_use, 0);
 }
 
 /// How often, and what is never guarded.

@@ -203,7 +203,7 @@ impl<P: Platform> Mm<P> {
     /// [`Platform::corruption`], makes the page accessible, and says `true`: the access may be made again, and goes through. `ip` is where the
     /// instruction is, 0 if that is not known.
     ///
-    /// What was touched beside an object is guarded again when the object is freed; a page that was touched though it is nobody's stays open, as in Linux.
+    /// A guard that was touched is one again once an object beside it comes or goes; the page of a free object once it has been another's.
     ///
     /// # Context
     ///
@@ -227,10 +227,8 @@ impl<P: Platform> Mm<P> {
         }
         report.kfence = Some(fault);
         self.pages.platform.corruption(&report);
-        if fault.what == Corruption::OutOfBounds
-            && let Some(object) = &fault.object
-        {
-            view.slots()[object.index].set_opened(page);
+        if page.is_multiple_of(2) {
+            pool.opened(page).store(1, Ordering::Relaxed);
         }
         self.pages.platform.kernel_map_pages(pfn, 0, true);
         true

@@ -121,6 +121,8 @@ pub(crate) struct Pool {
     countdowns: BootSlice<Countdown>,
     free: SpinLock<FreeList>,
     zero_on_free: bool,
+    /// See [`Slot`]: of the guard behind the last.
+    opened_last: AtomicU32,
     /// Slots that wait for a grace period.
     waiting: AtomicU32,
     in_use: AtomicU32,
@@ -156,6 +158,7 @@ impl Pool {
                 tail: NONE,
             }),
             zero_on_free: config.init_on_free,
+            opened_last: AtomicU32::new(0),
             waiting: AtomicU32::new(0),
             in_use: AtomicU32::new(0),
             allocs: AtomicU64::new(0),
@@ -204,6 +207,12 @@ impl Pool {
     /// The slot whose page this address is in.
     pub(crate) fn slot_of(&self, object: *const u8) -> Option<(usize, &Slot)> {
         self.view.slot_at(self.view.page_of(object.addr())?)
+    }
+
+    /// Was this guard made accessible by a fault? By its place in the pool.
+    fn opened(&self, guard: usize) -> &AtomicU32 {
+        let slot = self.view.slots().get(guard / 2);
+        slot.map_or(&self.opened_last, |slot| &slot.opened)
     }
 
     fn pfn(&self, index: usize) -> Pfn {
@@ -463,6 +472,7 @@ impl<P: Platform> Mm<P> {
             lists.inuse += 1;
             lists.relist(map, slab);
         }
+        self.kfence_shut(index);
         self.pages.platform.kernel_map_pages(pfn, 0, true);
         let page = map.virt(pfn.phys());
         let (Some(page), Some(object)) = (NonNull::new(page), NonNull::new(page.wrapping_add(at)))
@@ -565,6 +575,18 @@ impl<P: Platform> Mm<P> {
         }
     }
 
+    /// Shuts the guards beside a slot that faults have opened.
+    fn kfence_shut(&self, index: usize) {
+        let pool = &self.kfence;
+        for guard in [2 * index, 2 * index + 2] {
+            let opened = pool.opened(guard);
+            if opened.load(Ordering::Relaxed) != 0 && opened.swap(0, Ordering::Relaxed) != 0 {
+                let pfn = Pfn(pool.first.0 + guard as u32);
+                self.pages.platform.kernel_map_pages(pfn, 0, false);
+            }
+        }
+    }
+
     /// A slot that is the caller's goes to the end of the line, and its page becomes inaccessible.
     fn kfence_release(&self, index: usize, slot: &Slot) {
         let (map, platform, pool) = (&self.pages.map, &self.pages.platform, &self.kfence);
@@ -576,9 +598,7 @@ impl<P: Platform> Mm<P> {
             unsafe { at.write_bytes(0, slot.size()) };
         }
         platform.kernel_map_pages(pfn, 0, false);
-        if let Some(page) = slot.take_opened() {
-            platform.kernel_map_pages(Pfn(pool.first.0 + page as u32), 0, false);
-        }
+        self.kfence_shut(index);
         // SAFETY: a slab's cache lives as long as the slab has an object in use, as this one by its bitmap.
         let core = unsafe { slab.cache().as_ref() };
         {

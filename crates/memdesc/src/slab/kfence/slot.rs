@@ -138,8 +138,8 @@ pub(crate) struct Slot {
     pub(super) next: AtomicU32,
     at: AtomicU64,
     size: AtomicU32,
-    /// The guard page beside it that a fault made accessible, by place in the pool and one more; 0 for none.
-    opened: AtomicU32,
+    /// 1: a fault made the guard page left of it accessible.
+    pub(super) opened: AtomicU32,
     /// The grace period that it waits for.
     pub(super) cookie: AtomicU64,
     /// The next in a list of objects whose free is deferred: not in the object, whose bytes are all somebody's or a canary.
@@ -239,21 +239,6 @@ impl Slot {
 
     pub(super) fn note_free(&self, track: Track) {
         self.freed.set(Some(track));
-    }
-
-    /// A fault made this page of the pool accessible, and the object in here is the nearest.
-    pub(super) fn set_opened(&self, page: usize) {
-        self.opened.store(page as u32 + 1, Ordering::Relaxed);
-    }
-
-    pub(super) fn take_opened(&self) -> Option<usize> {
-        match self.opened.load(Ordering::Relaxed) {
-            0 => None,
-            page => {
-                self.opened.store(0, Ordering::Relaxed);
-                Some(page as usize - 1)
-            }
-        }
     }
 
     /// See [`Slot`]: the bytes that stand for those before the first object of other slabs.
