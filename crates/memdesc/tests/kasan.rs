@@ -1,8 +1,8 @@
 //! What Linux's `kasan_test_c` and `mm/kfence` tests ask for, case by case.
 //!
 //! KASAN has a shadow byte for every eight and sees each single access, reads too. Here a stray *write* is seen by red zones and poison, when the object is freed, is
-//! handed out again, or [`Mm::validate`] comes by; a stray *read* only where memory is inaccessible: free pages ([`Config::debug_pagealloc`]), the guards of
-//! vmalloc areas, and memory that is not mapped. Such a touch kills, and is seen here in a child process.
+//! handed out again, or [`Mm::validate`] comes by; a stray *read* only where memory is inaccessible: beside one object in so many ([`Config::kfence_objects`]), free pages
+//! ([`Config::debug_pagealloc`]), the guards of vmalloc areas, and memory that is not mapped. Such a touch kills, and is seen here in a child process.
 //!
 //! | Linux | here |
 //! |---|---|
@@ -18,9 +18,7 @@
 //! | `rcu_uaf`, `kmalloc_workqueue` | `writes_after_free`, after the grace period |
 //! | `mempool_*` | there are no mempools |
 //! | `vmalloc_oob`, `vmap_tags`, `vm_map_ram_tags`, `vmalloc_percpu` | `vmalloc_out_of_bounds`; there are no tags |
-//! | KFENCE `out_of_bounds_read`, `use_after_free_read`, `invalid_access` of objects | a pool of guarded objects is not here; of pages and areas: as above |
-//! | KFENCE `out_of_bounds_write`, `double_free`, `invalid_addr_free`, `corruption`, `free_bulk`, `kmalloc_aligned_oob_write`, `krealloc`, `memcache_alloc_bulk` | `writes_out_of_bounds`, `invalid_frees`, `caches` |
-//! | KFENCE `init_on_free`, `gfpzero`, `memcache_ctor`, `memcache_typesafe_by_rcu` | `meminit.rs` |
+//! | KFENCE `out_of_bounds_read`, `_write`, `use_after_free_read`, `double_free`, `invalid_addr_free`, `corruption`, `free_bulk`, `init_on_free`, `kmalloc_aligned_oob_*`, `memcache_*`, `krealloc`, `gfpzero`, `invalid_access`, `shrink_memcache` | `kfence.rs`, of guarded objects; without the pool `writes_out_of_bounds`, `invalid_frees`, `caches`, and `meminit.rs` |
 
 mod common;
 
