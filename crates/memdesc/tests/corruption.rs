@@ -11,7 +11,7 @@ use memdesc::*;
 use memdesc_host::Host;
 
 fn boot(slab_debug: CacheFlags) -> (Mm<Host>, Reports) {
-    let mut machine = Machine::flat(2048);
+    let mut machine = Machine::flat(2048).unsampled();
     machine.config.slab_debug = slab_debug;
     let reports = Reports::default();
     let mm = machine.boot_on(reports.on(machine.host()).build().unwrap());

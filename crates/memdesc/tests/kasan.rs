@@ -30,7 +30,7 @@ use memdesc::*;
 use memdesc_host::Host;
 
 fn boot() -> (Mm<Host>, Reports) {
-    let mut machine = Machine::flat(8192);
+    let mut machine = Machine::flat(8192).unsampled();
     machine.config.slab_debug = ALL;
     machine.config.page_owner = 4096;
     let reports = Reports::default();
@@ -339,7 +339,7 @@ mod inaccessible {
     }
 
     fn guarded() -> Mm<Host> {
-        Machine::flat(8192).guarded().boot()
+        Machine::flat(8192).unsampled().guarded().boot()
     }
 
     #[test]

@@ -26,7 +26,7 @@ fn ctor(object: NonNull<u8>) {
 
 #[test]
 fn caches() {
-    let machine = Machine::flat(4096);
+    let machine = Machine::flat(4096).unsampled();
     let mm = machine.boot();
     for size in (3..=10).map(|n| 1usize << n) {
         for debug in [CacheFlags::EMPTY, ALL] {
@@ -86,7 +86,7 @@ fn caches() {
 
 #[test]
 fn bulk() {
-    let machine = Machine::flat(4096);
+    let machine = Machine::flat(4096).unsampled();
     let mm = machine.boot();
     for size in (3..=10).map(|n| 1usize << n) {
         for debug in [CacheFlags::EMPTY, ALL] {
@@ -116,7 +116,7 @@ fn bulk() {
 
 #[test]
 fn contents_stay_until_the_grace_period() {
-    let machine = Machine::flat(4096);
+    let machine = Machine::flat(4096).unsampled();
     let mm = machine.boot();
     for size in [8, 64, 512, 1024] {
         let cache = mm
@@ -139,7 +139,7 @@ fn contents_stay_until_the_grace_period() {
 
 #[test]
 fn kmalloc_reads_zero() {
-    let machine = Machine::flat(8192);
+    let machine = Machine::flat(8192).unsampled();
     let mm = machine.boot();
     for size in [1, 8, 31, 96, 1000, 4096, 8192, 8193, 100_000] {
         for _ in 0..3 {

@@ -20,7 +20,7 @@ const PAGES: u32 = 2048;
 
 impl Bench {
     fn new() -> Bench {
-        Bench::of(Machine::flat(PAGES))
+        Bench::of(Machine::flat(PAGES).unsampled())
     }
 
     fn of(mut machine: Machine) -> Bench {

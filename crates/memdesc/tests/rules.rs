@@ -31,7 +31,10 @@ fn other<P: Platform>(mm: &Mm<P>) -> u64 {
 fn rule_1_one_word_a_page() {
     assert_eq!(size_of::<Word>(), 8);
     let (small, large) = (mib(1024), mib(16 << 10));
-    let (a, b) = (Machine::flat(small).boot(), Machine::flat(large).boot());
+    let (a, b) = (
+        Machine::flat(small).unsampled().boot(),
+        Machine::flat(large).unsampled().boot(),
+    );
     for (mm, pages) in [(&a, small), (&b, large)] {
         assert_eq!(mm.ledger().memmap_bytes, 8 * u64::from(pages));
         assert_eq!(mm.ledger().given, u64::from(pages));
@@ -48,7 +51,7 @@ fn rule_1_one_word_a_page() {
 /// Every page leads to the head: no order is an exception, and a tail is never taken for a head.
 #[test]
 fn rule_1_every_page_leads_to_the_same() {
-    let mm = Machine::flat(mib(64)).boot();
+    let mm = Machine::flat(mib(64)).unsampled().boot();
     for order in 0..=MAX_ORDER {
         let pfn = mm
             .alloc_folio(GFP_HIGHUSER_MOVABLE, order, FolioKind::File)
@@ -80,7 +83,7 @@ fn rule_2_all_zero_is_valid() {
     let huge_pages = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
     let exact = !huge_pages.is_ok_and(|s| s.contains("[always]"));
     for (gib, limit) in [(64, 1 << 20), (1024, 4 << 20)] {
-        let machine = Machine::flat(mib(gib << 10));
+        let machine = Machine::flat(mib(gib << 10)).unsampled();
         let host = machine.host().build().unwrap();
         let start = Instant::now();
         let mm = machine.boot_on(host);
@@ -113,7 +116,7 @@ fn rule_2_all_zero_is_valid() {
 /// Not known to be zero: the map is zeroed, whatever was there.
 #[test]
 fn rule_2_memory_that_is_not_zero() {
-    let mut machine = Machine::flat(2048);
+    let mut machine = Machine::flat(2048).unsampled();
     machine.config.memory_is_zeroed = false;
     let host = machine.host().build().unwrap();
     // SAFETY: the arena is ours until the memory manager takes it over.
@@ -176,7 +179,7 @@ fn live_long(mm: &Mm<Host>, rounds: usize, seed: u64) -> u64 {
 
 #[test]
 fn rule_3_freeing_allocates_nothing() {
-    let machine = Machine::flat(mib(64)).cpus(1);
+    let machine = Machine::flat(mib(64)).unsampled().cpus(1);
     let mm = machine.boot();
     let _cpu = mm.platform().claim(0).unwrap();
     let mut ops = 0;
@@ -192,7 +195,7 @@ fn rule_3_freeing_allocates_nothing() {
 #[cfg(debug_assertions)]
 fn rule_3_an_allocation_on_a_free_path_is_caught() {
     for objects in [false, true] {
-        let machine = Machine::flat(2048);
+        let machine = Machine::flat(2048).unsampled();
         let later: Later<Hooked> = Later::default();
         let hook_mm = later.clone();
         let mut hooked = Hooked::new(machine.host().build().unwrap());
@@ -222,7 +225,7 @@ fn rule_3_an_allocation_on_a_free_path_is_caught() {
 #[test]
 fn rule_4_free_memory_is_never_touched() {
     // Each page is a mapping of its own at worst, and a process may have 65530.
-    let mut machine = Machine::flat(mib(32)).cpus(1);
+    let mut machine = Machine::flat(mib(32)).unsampled().cpus(1);
     machine.config.debug_pagealloc = true;
     let mm = machine.boot();
     // With the services from the environment, other machines of this process use mappings up.
@@ -264,7 +267,7 @@ fn rule_4_free_memory_is_never_touched() {
 /// What lies in a page while it is free is there when it is handed out again.
 #[test]
 fn rule_4_contents_of_free_pages_stay() {
-    let mut machine = Machine::flat(2048);
+    let mut machine = Machine::flat(2048).unsampled();
     // Without the services that write to free pages before they count as free, or to those that are handed out, or give them away: nobody else does.
     machine.config = Config {
         memory_is_zeroed: true,
@@ -338,7 +341,7 @@ fn rule_5_the_recursion_stops() {
         |mm| mm.alloc_pages_at(Pfn(77), 0).unwrap(),
     ];
     for op in first {
-        let mm = Machine::flat(mib(16)).boot();
+        let mm = Machine::flat(mib(16)).unsampled().boot();
         op(&mm);
         let (depth, pages) = chain(&mm);
         assert_eq!((depth, pages), (2, 2), "up out of nothing");
@@ -348,7 +351,7 @@ fn rule_5_the_recursion_stops() {
 
 #[test]
 fn rule_5_worst_cases() {
-    let machine = Machine::flat(mib(16)).cpus(2);
+    let machine = Machine::flat(mib(16)).unsampled().cpus(2);
     let everything = GFP_NOWAIT | __GFP_MEMALLOC;
     for case in 0..6 {
         let mm = machine.boot();
@@ -457,7 +460,7 @@ fn fill_up(mut one: impl FnMut() -> bool) -> usize {
 
 #[test]
 fn rule_9_the_ledger_balances_at_every_mix() {
-    let machine = Machine::flat(mib(256));
+    let machine = Machine::flat(mib(256)).unsampled();
     let everything = GFP_NOWAIT | __GFP_MEMALLOC;
     let mut report = Vec::new();
     let mut at_most = |name: &str, mm: &Mm<Host>, limit: f64| {
@@ -534,7 +537,7 @@ fn rule_9_the_ledger_balances_at_every_mix() {
 /// Slabs cost a `struct slab` each. What a page costs depends on the size of the slab, and so on that of the objects.
 #[test]
 fn rule_9_slabs() {
-    let machine = Machine::flat(mib(64));
+    let machine = Machine::flat(mib(64)).unsampled();
     let everything = GFP_NOWAIT | __GFP_MEMALLOC;
     let mut worst: (f64, usize) = (0.0, 0);
     for size in [
@@ -564,7 +567,7 @@ fn rule_9_slabs() {
 /// Splitting the largest block for a single page writes a word for each half, not for each page; so does merging it back.
 #[test]
 fn rule_9_words_written_by_a_split() {
-    let mm = Machine::flat(mib(64)).boot();
+    let mm = Machine::flat(mib(64)).unsampled().boot();
     // Descriptors and a free block of order 10 are there already, and nothing smaller.
     let pfn = mm.alloc_pages(GFP_KERNEL, 10).unwrap();
     free(&mm, pfn);
@@ -588,7 +591,7 @@ fn rule_9_words_written_by_a_split() {
 /// What is freed wrongly is reported as what it is, and nothing changes.
 #[test]
 fn rule_10_errors_are_values() {
-    let machine = Machine::new("holes", &[range(0, 4096, 0), range(8192, 12288, 0)]);
+    let machine = Machine::new("holes", &[range(0, 4096, 0), range(8192, 12288, 0)]).unsampled();
     let reports = Reports::default();
     let mm = machine.boot_on(reports.on(machine.host()).build().unwrap());
     let bare = mm.alloc_pages(GFP_KERNEL, 2).unwrap();
@@ -741,7 +744,7 @@ fn rule_10_bad_machines() {
         .find(|&pages| try_with(&[range(0, pages, 0)], 1).is_ok())
         .unwrap();
     println!("{least} pages are enough");
-    let machine = Machine::flat(least);
+    let machine = Machine::flat(least).unsampled();
     let mm = machine.boot();
     while mm.alloc_pages(GFP_NOWAIT | __GFP_MEMALLOC, 0).is_ok() {}
     ledger(&mm);

@@ -118,6 +118,12 @@ impl Machine {
         self
     }
 
+    /// No object is guarded, whatever the environment says: for what is about bytes beside objects, or counts pages.
+    pub fn unsampled(mut self) -> Machine {
+        self.config.kfence_objects = 0;
+        self
+    }
+
     pub fn cpus(mut self, cpus: usize) -> Machine {
         self.cpus = cpus;
         self

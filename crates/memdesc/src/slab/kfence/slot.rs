@@ -7,7 +7,7 @@ use core::panic::Location;
 use core::ptr::NonNull;
 
 use crate::platform::{Pin, Platform};
-use crate::report::history::NO_CPU;
+use crate::report::entry::NO_CPU;
 use crate::report::{StackId, Track};
 use crate::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
