@@ -31,11 +31,11 @@ fn flags(rng: &mut Rng, shared: &Shared<'_>) -> (Flags, bool) {
         GFP_NOWAIT,
     ][rng.below(5)];
     if rng.one_in(3) {
-        gfp = gfp | __GFP_ACCOUNT;
+        gfp |= __GFP_ACCOUNT;
     }
     let zero = rng.one_in(3);
     if zero {
-        gfp = gfp | __GFP_ZERO;
+        gfp |= __GFP_ZERO;
     }
     (gfp, zero || shared.zeroed)
 }
@@ -298,7 +298,7 @@ impl<'s, 'm> Worker<'s, 'm> {
         };
         let prepaid = len < 4096 && self.rng.one_in(8);
         if prepaid {
-            gfp = gfp | __GFP_RCU_PREPAID;
+            gfp |= __GFP_RCU_PREPAID;
         }
         let got = match self.rng.below(8) {
             0 if !prepaid => mm.kmalloc_nolock(len, gfp),
