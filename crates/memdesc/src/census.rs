@@ -55,7 +55,7 @@ kinds! {
     Bare = "bare",
     /// Slabs of users' objects.
     Slab = "slab",
-    /// Slabs of descriptors.
+    /// Slabs of descriptors, and pages of the guarded pool that hold no object.
     Metadata = "metadata",
     /// Large kmalloc.
     LargeKmalloc = "large_kmalloc",

@@ -8,7 +8,6 @@ use crate::memmap::{PageType, Word};
 use crate::mm::Mm;
 use crate::page_alloc::{MigrateType, PcpView, ZoneType};
 use crate::platform::Platform;
-use crate::slab::cache::Role;
 use crate::stats::Event;
 use crate::sync::atomic::Ordering;
 
@@ -29,7 +28,7 @@ pub struct Ledger {
     pub metadata: u64,
     /// Bytes of words.
     pub memmap_bytes: u64,
-    /// Bytes of slabs of descriptors, slack included.
+    /// Bytes of slabs of descriptors, slack included, and of the guarded pool's pages that hold no object.
     pub descriptor_bytes: u64,
     /// Bytes of all other metadata: tables, per-CPU areas, sheaves, bitmaps in slabs, the rest of boot memory's last page.
     pub other_metadata_bytes: u64,
@@ -142,10 +141,7 @@ impl<P: Platform> Mm<P> {
                 let lists = self.lists(core);
                 (lists.pages, lists.bitmap_bytes)
             };
-            if core.role == Role::Guarded {
-                ledger.metadata += pages;
-                ledger.other_metadata_bytes += pages * PAGE_SIZE as u64;
-            } else if core.is_metadata() {
+            if core.is_metadata() {
                 ledger.metadata += pages;
                 ledger.descriptor_bytes += pages * PAGE_SIZE as u64;
             } else {

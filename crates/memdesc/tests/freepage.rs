@@ -49,7 +49,7 @@ impl Services {
 
     /// A machine with these services and no others, whatever the environment says.
     fn machine(self, pages: u32) -> Machine {
-        let mut machine = Machine::flat(pages);
+        let mut machine = Machine::flat(pages).unsampled();
         machine.config = Config {
             memory_is_zeroed: true,
             init_on_alloc: self.init_on_alloc,

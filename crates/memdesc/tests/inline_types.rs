@@ -85,7 +85,7 @@ fn ranges_are_reserved_for_what_they_are() {
 #[test]
 fn fault_injection_leaves_a_range_as_it_was() {
     for nth in 0..200 {
-        let mm = Machine::flat(MACHINE).boot();
+        let mm = Machine::flat(MACHINE).unsampled().boot();
         mm.platform().faults().fail_nth(nth);
         let result = mm.reserve_pages(Pfn(1001), 999, Reserved::KernelText);
         let (_, failed) = mm.platform().faults().off();
@@ -130,7 +130,7 @@ fn one_of_each(mm: &'static Mm<Host>) -> [(Pfn, &'static str); 7] {
 fn users_cannot_map_them_and_nobody_can_free_them() {
     let reports = Arc::new(Mutex::new(Vec::new()));
     let heard = reports.clone();
-    let machine = Machine::flat(MACHINE);
+    let machine = Machine::flat(MACHINE).unsampled();
     let host = machine.host().on_corruption(move |report| {
         heard.lock().unwrap().push(report.to_string());
     });
@@ -184,7 +184,7 @@ fn obstacles_at_the_end_of_all_numbers() {
 
 #[test]
 fn guards_come_and_go() {
-    let mm = Machine::flat(MACHINE).boot();
+    let mm = Machine::flat(MACHINE).unsampled().boot();
     let mut rng = Rng(5);
     let mut guards: Vec<(Pfn, usize)> = Vec::new();
     let mut pages = 0;
@@ -249,7 +249,7 @@ fn a_stray_access_to_a_guard_faults() {
     use std::os::unix::process::ExitStatusExt;
     const WHERE: &str = "MEMDESC_TEST_STRAY";
     if let Ok(which) = std::env::var(WHERE) {
-        let mm = Machine::flat(MACHINE).guarded().boot();
+        let mm = Machine::flat(MACHINE).unsampled().guarded().boot();
         let pages = mm.alloc_pages(GFP_KERNEL, 1).unwrap();
         let guard = mm.alloc_guard(GFP_KERNEL, 1).unwrap();
         fill(&mm, pages, 2, 1);
@@ -274,7 +274,7 @@ fn a_stray_access_to_a_guard_faults() {
 
 #[test]
 fn what_is_in_a_balloon_is_the_systems() {
-    let mm = Machine::flat(MACHINE).boot();
+    let mm = Machine::flat(MACHINE).unsampled().boot();
     let kept = mm.alloc_pages(GFP_KERNEL, 9).unwrap();
     fill(&mm, kept, 512, 7);
     // A machine that was busy: everything was touched once.
@@ -323,7 +323,7 @@ fn what_is_in_a_balloon_is_the_systems() {
 
 #[test]
 fn a_balloon_stops_at_the_watermarks() {
-    let mm = Machine::flat(MACHINE).boot();
+    let mm = Machine::flat(MACHINE).unsampled().boot();
     let balloon = Balloon::new(&mm);
     let got = balloon.inflate(u32::MAX, GFP_HIGHUSER);
     assert!(got > MACHINE / 10 * 9, "{got}");
@@ -342,7 +342,7 @@ fn a_balloon_stops_at_the_watermarks() {
 #[test]
 fn a_balloon_deflates_when_memory_is_out() {
     for on_oom in [false, true] {
-        let mm: &'static Mm<Host> = Box::leak(Box::new(Machine::flat(MACHINE).boot()));
+        let mm: &'static Mm<Host> = Box::leak(Box::new(Machine::flat(MACHINE).unsampled().boot()));
         let balloon = Balloon::new(mm);
         let balloon = if on_oom {
             balloon.deflate_on_oom()
@@ -397,7 +397,7 @@ fn a_balloon_deflates_when_memory_is_out() {
 /// Without a descriptor to be had the reserve serves; and a balloon that could not fill it takes nothing.
 #[test]
 fn a_balloon_deflates_without_descriptors() {
-    let mm = Machine::flat(MACHINE).boot();
+    let mm = Machine::flat(MACHINE).unsampled().boot();
     let balloon = Balloon::new(&mm);
     mm.platform().faults().fail_one_in(1, 1);
     assert_eq!(balloon.inflate(1000, GFP_HIGHUSER), 0);
@@ -434,7 +434,7 @@ fn a_balloon_deflates_without_descriptors() {
 /// The platform hears of blocks while they are nobody's: before they can be taken out again, and before they are free.
 #[test]
 fn the_platform_hears_of_blocks_that_are_nobodys() {
-    let machine = Machine::flat(MACHINE);
+    let machine = Machine::flat(MACHINE).unsampled();
     let later = common::Later::<common::Hooked>::default();
     let mut hooked = common::Hooked::new(machine.host().build().unwrap());
     let inside = Arc::new(Mutex::new(std::collections::BTreeSet::new()));
@@ -481,7 +481,7 @@ fn the_platform_hears_of_blocks_that_are_nobodys() {
 /// Balloons on two CPUs beside allocations whose contents are looked at: what is in use never goes to the system.
 #[test]
 fn balloons_under_load() {
-    let machine = Machine::flat(MACHINE).cpus(3);
+    let machine = Machine::flat(MACHINE).unsampled().cpus(3);
     let mm = machine.boot();
     let stop = AtomicBool::new(false);
     let balloon = Balloon::new(&mm);
