@@ -100,7 +100,7 @@ pub(crate) struct PurposesArgs {
     /// One allocation in so many fails on purpose; 0: none
     #[arg(long, value_name = "N", default_value_t = 3000)]
     pub(crate) fail_one_in: u32,
-    /// Record whole call stacks with whoever has memory: ten times as slow
+    /// Record whole call stacks with whoever has memory: about half as fast
     #[arg(long)]
     pub(crate) stacks: bool,
     /// Where the random numbers begin
