@@ -186,6 +186,11 @@ pub(crate) fn tell_stray(addr: usize, write: bool, ip: usize) {
         ),
         None => write!(text, ", which was never handed out"),
     };
+    // SAFETY: as above.
+    let history = state.words.get().and_then(|w| unsafe { w.history(pfn) });
+    if let Some(history) = history {
+        let _ = write!(text, "; {history}");
+    }
     if let Some(f) = &state.on_stray {
         let _ = write!(text, "; ");
         f(pfn, &mut text);

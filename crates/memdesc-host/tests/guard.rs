@@ -12,6 +12,7 @@ fn config() -> Config {
     Config {
         memory_is_zeroed: true,
         debug_pagealloc: true,
+        page_owner: 1024,
         ..Config::default()
     }
 }
@@ -95,6 +96,14 @@ fn a_stray_access_is_named_and_deadly() {
             );
             assert!(line.contains(place), "{line}");
         }
+        let freed = line.find("; freed as bare order 3 by ").expect("by whom");
+        let allocated = line
+            .find(", allocated as bare order 3 by ")
+            .expect("by whom");
+        assert!(
+            freed < allocated && line[freed..].contains("tests/guard.rs"),
+            "{line}"
+        );
         assert!(line.ends_with(&format!("; asked about {page}")), "{line}");
     }
 }

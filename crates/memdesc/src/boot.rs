@@ -194,7 +194,8 @@ impl<P: Platform> Mm<P> {
 
         let vmalloc = Vmalloc::new(&platform, parts.stacks);
         let services = Services::new(config, &platform);
-        platform.taken_over(config, PageWords::new(&parts.map, parts.kfence.view()));
+        let words = PageWords::new(&parts.map, parts.kfence.view(), &parts.history);
+        platform.taken_over(config, words);
         let zonelists = core::array::from_fn(|node| {
             core::array::from_fn(|kind| ZoneList::new(&parts.zones, node, ZoneType::ALL[kind]))
         });

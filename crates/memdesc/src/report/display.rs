@@ -4,7 +4,7 @@ use core::fmt;
 
 use super::entry::NO_CPU;
 use super::page::{DescState, PageState};
-use super::{Corruption, Recorded, Report, Track};
+use super::{Corruption, PageHistory, Recorded, Report, Track};
 use crate::address::{PAGE_SIZE, Pfn};
 use crate::freepage::PageDamage;
 
@@ -130,6 +130,23 @@ impl Report<'_> {
 
 /// By whom, on which CPU, when.
 struct Who<'a>(&'a Track);
+
+/// In one line.
+impl fmt::Display for PageHistory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let events = [("freed", self.freed), ("allocated", self.allocated)];
+        let mut between = "";
+        for (name, event) in events {
+            if let Some(event) = event {
+                let (kind, order) = (event.kind.name(), event.order);
+                let who = Who(&event.track);
+                write!(f, "{between}{name} as {kind} order {order} {who}")?;
+                between = ", ";
+            }
+        }
+        Ok(())
+    }
+}
 
 impl fmt::Display for Who<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -50,6 +50,11 @@ pub(crate) struct History {
 }
 
 impl History {
+    /// The same table once more, to be read.
+    pub(crate) fn again(&self) -> History {
+        History::new(self.entries.again(), self.sets.again())
+    }
+
     /// Over entries of [`WAYS`] for each set.
     pub(crate) fn new(entries: BootSlice<Entry>, sets: BootSlice<SetInfo>) -> History {
         History {
