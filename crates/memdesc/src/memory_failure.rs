@@ -438,8 +438,13 @@ impl<P: Platform> Mm<P> {
                 }
                 return (page, result, users, lost);
             }
+            if round % 32 == 31 {
+                // Nobody may have it: one that waits for the next tick to leave its list, or for the next free on another CPU.
+                self.free_all_deferred();
+                self.drain_all();
+            }
             self.pages.platform.relax(round);
-            round = round.saturating_add(1);
+            round = round.wrapping_add(1);
         }
     }
 
@@ -591,6 +596,7 @@ impl<P: Platform> Mm<P> {
                 return Step::Done(page, MfResult::Recovered, users, lost);
             }
             if round % 32 == 31 {
+                self.free_all_deferred();
                 self.drain_all();
             }
             self.pages.platform.relax(round);

@@ -216,6 +216,10 @@ fn who_freed_an_overwritten_page_is_named() {
     let mut machine = Machine::flat(8192);
     machine.config.page_poison = true;
     machine.config.page_owner = 4096;
+    // The pattern is 0xaa, and the test can write to free pages.
+    machine.config.init_on_free = false;
+    machine.config.debug_pagealloc = false;
+    machine.config.page_reporting = false;
     let reports = Reports::default();
     let mm = machine.boot_on(reports.on(machine.host()).build().unwrap());
     let pfn = mm.alloc_pages(GFP_KERNEL, 2).unwrap();
