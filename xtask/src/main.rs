@@ -79,6 +79,7 @@ fn main() -> ExitCode {
             runner.free_pages(true);
             runner.storm(seconds);
             runner.scenarios(seconds);
+            runner.everything(seconds);
         }
         Command::Replay { recordings } => runner.replay(&recordings),
     }

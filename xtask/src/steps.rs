@@ -194,13 +194,17 @@ impl Runner {
             &format!("address spaces on two CPUs, {seconds} s"),
             scenario(&["address-spaces", "--seconds", &seconds]),
         );
-        let most = seconds.parse().unwrap_or(20).min(20).to_string();
-        self.command(
-            &format!("everything at once, {most} s"),
-            scenario(&["purposes", "--seconds", &most]),
-        );
         self.command("file pages make room", scenario(&["page-cache"]));
         self.command("a spike is given back", scenario(&["free-page-reporting"]));
+    }
+
+    /// Every use of memory at once, as long as one likes. A moment of it is among the tests.
+    pub(crate) fn everything(&mut self, seconds: u64) {
+        let seconds = seconds.to_string();
+        self.command(
+            &format!("everything at once, {seconds} s"),
+            scenario(&["purposes", "--seconds", &seconds]),
+        );
     }
 
     pub(crate) fn replay_built_in(&mut self) {
