@@ -185,11 +185,6 @@ impl Runner {
     /// Address spaces that fork, fault, move and are reclaimed; and memory full of files.
     pub(crate) fn scenarios(&mut self, seconds: u64) {
         let seconds = seconds.to_string();
-        let scenario = |args: &[&str]| {
-            let mut command = cargo(&["run", "--release", "--quiet", "-p", "memdesc-cli", "--"]);
-            command.arg("scenario").args(args).arg("--quiet");
-            command
-        };
         self.command(
             &format!("address spaces on two CPUs, {seconds} s"),
             scenario(&["address-spaces", "--seconds", &seconds]),
@@ -345,4 +340,11 @@ fn set_up_miri() -> Result<(), String> {
         }
     }
     Err("no nightly toolchain with Miri, and rustup could not install one".to_owned())
+}
+
+/// `memdesc scenario` with these arguments.
+fn scenario(args: &[&str]) -> Command {
+    let mut command = cargo(&["run", "--release", "--quiet", "-p", "memdesc-cli", "--"]);
+    command.arg("scenario").args(args).arg("--quiet");
+    command
 }
