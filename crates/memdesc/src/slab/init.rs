@@ -36,7 +36,9 @@ impl<P: Platform> Mm<P> {
     /// A free object that nobody else has any more, checked if it is to be: it holds nothing from here on.
     #[inline]
     pub(crate) fn init_on_free(&self, core: &CacheCore, object: NonNull<u8>) {
-        if core.flags.contains(CacheFlags::INIT_ON_FREE) {
+        // A guarded object is as large as was asked for, and what lies behind it is checked; nobody reaches what it holds.
+        if core.flags.contains(CacheFlags::INIT_ON_FREE) && !self.is_kfence_address(object.as_ptr())
+        {
             // SAFETY: the object's owner has given it up, and it is not in its slab or a sheaf yet.
             unsafe { object.write_bytes(0, core.geometry.object_size as usize) };
         }

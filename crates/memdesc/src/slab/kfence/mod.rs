@@ -262,7 +262,7 @@ impl<P: Platform> Mm<P> {
         unsafe {
             slot::write_canaries(page, at);
             slot::write_canaries(page.add(at + size), PAGE_SIZE - at - size);
-            if gfp.contains(gfp::__GFP_ZERO) {
+            if gfp.contains(gfp::__GFP_ZERO) || core.flags.contains(CacheFlags::INIT_ON_ALLOC) {
                 object.write_bytes(0, size);
             }
         }
