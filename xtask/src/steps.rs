@@ -83,8 +83,8 @@ impl Runner {
         self.command("owner map, optimised and checked", owner_map());
     }
 
-    /// The core's integration tests with free memory inaccessible, checked, zeroed, with some objects guarded, and all of it at once; with `each` also with the
-    /// other services, by themselves.
+    /// The core's integration tests with free memory inaccessible, checked, zeroed, and all of it at once; with `each` also with the
+    /// other services, and with some objects guarded, each by itself.
     pub(crate) fn free_pages(&mut self, each: bool) {
         let mut settings = vec!["pagealloc", "poison", "init_on_free", "all"];
         if each {

@@ -49,7 +49,6 @@ pub fn base_config() -> Config {
             "reporting" => report_small(&mut config),
             "kfence" => guard_some(&mut config),
             "all" => {
-                guard_some(&mut config);
                 config.debug_pagealloc = true;
                 config.page_poison = true;
                 config.init_on_free = true;
