@@ -9,10 +9,10 @@ mod cpu;
 mod faults;
 mod guard;
 pub mod interrupt;
-mod memcg;
 mod mmu;
 pub mod rcu;
 mod stacks;
+mod task;
 mod window;
 
 use std::ptr::NonNull;
@@ -31,9 +31,9 @@ pub use cpu::CpuGuard;
 use cpu::Cpus;
 pub use faults::Faults;
 pub use guard::{FaultFn, StrayFn};
-pub use memcg::MemcgScope;
 pub use mmu::{MAX_ASID, MmuStats, UserView};
 pub use rcu::HostRcu;
+pub use task::TaskScope;
 pub use window::Window;
 
 /// A function that is asked to make memory free, and says how many pages it freed.
@@ -288,8 +288,14 @@ impl Host {
 
     /// What this thread allocates with `__GFP_ACCOUNT` is charged to the group with this number until the guard goes (`set_active_memcg`); 0 for nobody.
     /// Signal handlers that say that they are interrupts charge nobody.
-    pub fn memcg_scope(id: u16) -> MemcgScope {
-        MemcgScope::new(id)
+    pub fn memcg_scope(id: u16) -> TaskScope {
+        TaskScope::memcg(id)
+    }
+
+    /// What this thread asks for and ordinary memory does not give comes from the reserve with this number until the guard goes
+    /// (`memalloc_noreclaim_save`); 0 for none. Not what is asked for in signal handlers that say that they are interrupts.
+    pub fn reserve_scope(id: u16) -> TaskScope {
+        TaskScope::reserve(id)
     }
 
     /// Fault injection.
@@ -469,7 +475,11 @@ unsafe impl Platform for Host {
 
     #[inline]
     fn current_memcg(&self) -> u16 {
-        memcg::current()
+        task::memcg()
+    }
+
+    fn current_reserve(&self) -> u16 {
+        task::reserve()
     }
 
     #[inline]

@@ -210,6 +210,7 @@ impl<P: Platform> Mm<P> {
                 history: parts.history,
                 zonelists,
                 memcg: Memcgs::new(),
+                reserves: crate::reserve::Reserves::new(),
                 rt: config.preempt_rt,
                 services,
                 reporting: Reporting::new(config),

@@ -53,6 +53,8 @@ kinds! {
     Untouched = "free_untouched",
     /// Bare pages.
     Bare = "bare",
+    /// Set aside in a reserve, and taken by nobody.
+    SetAside = "set_aside",
     /// Slabs of users' objects.
     Slab = "slab",
     /// Slabs of descriptors, and pages of the guarded pool that hold no object.
@@ -113,6 +115,7 @@ impl CensusKind {
             PageType::Free if word.is_in_pcp() => CensusKind::PerCpu,
             PageType::Free => CensusKind::Free,
             PageType::Bare => CensusKind::Bare,
+            PageType::SetAside => CensusKind::SetAside,
             PageType::Slab => CensusKind::Slab,
             PageType::LargeKmalloc => CensusKind::LargeKmalloc,
             PageType::PageTable => CensusKind::PageTable,

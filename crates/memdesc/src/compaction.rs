@@ -233,7 +233,9 @@ impl<P: Platform> Mm<P> {
         if !obstacle.movable {
             return Step::Stays(obstacle);
         }
-        let flags = gfp::GFP_HIGHUSER_MOVABLE & !gfp::__GFP_RECLAIM | gfp::__GFP_NOWARN;
+        let flags = gfp::GFP_HIGHUSER_MOVABLE & !gfp::__GFP_RECLAIM
+            | gfp::__GFP_NOMEMALLOC
+            | gfp::__GFP_NOWARN;
         if kind == PageType::Zsmalloc {
             let Ok(to) = self.alloc_pages(flags, 0) else {
                 return Step::Stays(obstacle);

@@ -39,6 +39,10 @@ pub enum AllocError {
     /// The object is to be charged to a memory cgroup, and its cache does not keep whom objects are charged to: it was made without
     /// [`CacheFlags::ACCOUNT`](crate::CacheFlags::ACCOUNT) and [`CacheFlags::OWNERS`](crate::CacheFlags::OWNERS).
     NoOwners,
+    /// The reserve, or one above it, would stand above its limit; or what is asked for is not what it was made for.
+    ReserveLimit,
+    /// The reserve is not connected: nothing is set aside for it.
+    Detached,
     /// There are as many as there can be.
     TooMany,
     /// Fault injection said so.
@@ -62,6 +66,8 @@ impl fmt::Display for AllocError {
             AllocError::NoPageTable => "the addresses could not be mapped",
             AllocError::Limit => "the memory cgroup's limit is reached",
             AllocError::NoOwners => "the cache does not keep whom its objects are charged to",
+            AllocError::ReserveLimit => "the reserve's limit is reached",
+            AllocError::Detached => "the reserve is not connected",
             AllocError::TooMany => "as many as there can be",
             AllocError::Injected => "fault injected",
         })

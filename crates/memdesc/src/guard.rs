@@ -8,7 +8,7 @@
 
 use crate::address::Pfn;
 use crate::error::AllocError;
-use crate::gfp::Flags;
+use crate::gfp::{self, Flags};
 use crate::inline::{Facts, Poisoned};
 use crate::memmap::{DescClass, PageType, Word};
 use crate::mm::Mm;
@@ -46,7 +46,7 @@ impl<P: Platform> Mm<P> {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn alloc_guard(&self, gfp: Flags, order: usize) -> Result<Pfn, AllocError> {
-        let pfn = self.alloc_pages(gfp, order)?;
+        let pfn = self.alloc_pages(gfp | gfp::__GFP_NOMEMALLOC, order)?;
         // SAFETY: bare pages that we took just now.
         let guarded = unsafe { self.guard_pages(pfn) };
         if let Err(why) = guarded {
@@ -89,7 +89,7 @@ impl<P: Platform> Mm<P> {
     ///
     /// # Errors
     ///
-    /// [`AllocError::Busy`] if they are not bare; [`AllocError::NoDescriptor`] if what describes them is of another owner's kind, and there was no `struct
+    /// [`AllocError::Busy`] if they are not bare, or from a reserve; [`AllocError::NoDescriptor`] if what describes them is of another owner's kind, and there was no `struct
     /// buddy` to be had. They are as they were then.
     pub unsafe fn guard_pages(&self, pfn: Pfn) -> Result<(), AllocError> {
         let Some(region) = self.pages.map.region(pfn) else {
@@ -97,7 +97,7 @@ impl<P: Platform> Mm<P> {
         };
         let word = region.word(pfn).load_owned();
         let order = word.order();
-        if word.kind() != PageType::Bare || !pfn.is_aligned(order) {
+        if word.kind() != PageType::Bare || word.is_reserve() || !pfn.is_aligned(order) {
             return Err(AllocError::Busy);
         }
         // The word has no room for where a descriptor came from: it is a `struct buddy`, or becomes one.

@@ -288,14 +288,15 @@ impl<P: Platform> Mm<P> {
         self.pages.stats(&pin).block_retyped(&pin, from, to, order);
     }
 
-    /// Says of bare pages that they are the kernel's own for good: [`reserve_pages`](Self::reserve_pages) for pages that one has already.
+    /// Says of bare pages that they are the kernel's own for good: [`reserve_pages`](Self::reserve_pages) for pages that one has already. Those from a [reserve](crate::reserve)
+    /// stay what they are.
     ///
     /// # Safety
     ///
     /// `pfn` is the head of bare pages that the caller owns, and never frees.
     pub unsafe fn mark_reserved(&self, pfn: Pfn) {
         let word = self.pages.map.word(pfn).load_owned();
-        if word.kind() == PageType::Bare {
+        if word.kind() == PageType::Bare && !word.is_reserve() {
             let facts = Reserved::Other as u64;
             self.bare_to_inline(pfn, Word::inline(PageType::Reserved, word.order(), facts));
         }

@@ -184,7 +184,7 @@ impl<P: Platform> Mm<P> {
             ledger.by_type[kind as usize] = ledger.by_type[kind as usize].wrapping_sub(pages);
         }
         // Groups: in slabs.
-        ledger.other_metadata_bytes += self.pages.memcg.bytes();
+        ledger.other_metadata_bytes += self.pages.memcg.bytes() + self.pages.reserves.bytes();
         // But for those that are slabs.
         let boot = boot - self.kfence.slabs();
         ledger.by_type[PageType::Reserved as usize] -= boot;

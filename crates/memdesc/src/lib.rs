@@ -91,6 +91,8 @@ mod mmap {
     mod models;
 }
 #[cfg(not(loom))]
+mod name;
+#[cfg(not(loom))]
 mod netpool;
 #[cfg(loom)]
 mod netpool {
@@ -126,6 +128,14 @@ mod report {
     pub(crate) mod entry;
     #[cfg(test)]
     mod models;
+}
+#[cfg(not(loom))]
+pub mod reserve;
+#[cfg(loom)]
+mod reserve {
+    #[cfg(test)]
+    mod models;
+    mod wait;
 }
 #[cfg(not(loom))]
 mod shrinker;
@@ -172,6 +182,7 @@ pub use {
         Corruption, DepotInfo, DescState, PageHistory, PageOwnerInfo, PageState, PageTrack,
         Recorded, Report, Stack, StackId, Track, Validation,
     },
+    reserve::{Bound, Demand, DestroyReserveError, Reserve, ReserveView, Unbalanced},
     shrinker::Shrinker,
     slab::{
         Cache, CacheFlags, CacheView, DestroyError, KfenceFault, KfenceInfo, KfenceObject,

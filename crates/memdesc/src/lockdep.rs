@@ -94,6 +94,10 @@ pub mod classes {
         VMAP_PURGE = "vmap_purge", Sleep;
         /// What is in a balloon.
         BALLOON = "balloon", Config;
+        /// The tree of reserves.
+        RESERVES = "reserves", Sleep;
+        /// What is set aside for reserves.
+        RESERVE = "reserve->stores", Config;
         /// A page's failure.
         MEMORY_FAILURE = "mf_mutex", Sleep;
         /// A size class of a pool of compressed memory.

@@ -281,7 +281,10 @@ impl<P: Platform> Mm<P> {
             if !self.pages.map.lookup(pfn).is_some_and(is_folio) {
                 break;
             }
-            let flags = gfp::GFP_HIGHUSER_MOVABLE | gfp::__GFP_NORETRY | gfp::__GFP_NOWARN;
+            let flags = gfp::GFP_HIGHUSER_MOVABLE
+                | gfp::__GFP_NORETRY
+                | gfp::__GFP_NOMEMALLOC
+                | gfp::__GFP_NOWARN;
             match self.migrate_away(pfn, |order| self.alloc_pages(flags, order)) {
                 // SAFETY: bare pages, ours since the folio moved.
                 Ok(old) => unsafe { self.free_pages(old) },

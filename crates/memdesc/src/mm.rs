@@ -276,6 +276,7 @@ impl<P: Platform> Mm<P> {
         self.pages.decay(self);
         self.pages.settle(self);
         self.look_for_sparse();
+        self.reserve_tick();
         self.page_reporting_tick();
     }
 

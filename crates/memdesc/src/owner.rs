@@ -95,6 +95,8 @@ pub enum Memory {
     },
     /// Bare pages.
     Bare,
+    /// Set aside in a reserve.
+    SetAside,
     /// A slab.
     Slab(DescPtr<Slab>),
     /// Large kmalloc.
@@ -137,6 +139,7 @@ impl Memory {
             Memory::Untouched => "untouched",
             Memory::Free { .. } => "free",
             Memory::Bare => "bare",
+            Memory::SetAside => "set_aside",
             Memory::Slab(_) => "slab",
             Memory::LargeKmalloc => "large_kmalloc",
             Memory::Vmalloc(_) => "vmalloc",
@@ -189,9 +192,14 @@ impl<P: Platform> Mm<P> {
     ) -> Result<Pfn, AllocError> {
         if gfp.contains(gfp::__GFP_ACCOUNT) {
             let (memcg, stat) = (self.active_memcg(), MemcgStat::Kernel);
-            let charge = self.charge_pages(memcg, gfp, order, stat)?;
-            let got = self.new_pages(node, gfp, order, Charge::of(&charge));
-            return Charge::settle(charge, got);
+            let got = self
+                .charge_pages(memcg, gfp, order, stat)
+                .and_then(|charge| {
+                    let got = self.new_pages(node, gfp, order, Charge::of(&charge));
+                    Charge::settle(charge, got)
+                });
+            // Not charged to two: see there.
+            return got.or_else(|why| self.entitled_pages(PageType::Bare, gfp, order, why));
         }
         self.new_pages(node, gfp, order, 0)
     }
@@ -208,7 +216,13 @@ impl<P: Platform> Mm<P> {
     ) -> Result<Pfn, AllocError> {
         let block = self
             .pages
-            .alloc_block(PageType::Bare, gfp, order, node, self)?;
+            .alloc_block(PageType::Bare, gfp, order, node, self);
+        let block = match block {
+            Ok(block) => block,
+            // To two nobody charges: who has a reserve is not charged to a group as well.
+            Err(why) if memcg != 0 => return Err(why),
+            Err(why) => return self.entitled_pages(PageType::Bare, gfp, order, why),
+        };
         let word = block.word.to_owned(PageType::Bare);
         let word = self.pages.set_memcg(word, memcg);
         self.pages.map.publish_block(block.pfn, word);
@@ -400,10 +414,11 @@ impl<P: Platform> Mm<P> {
     ///
     /// # Errors
     ///
-    /// No memory for the descriptor; the pages are as they were. [`AllocError::BadSize`] for a type that has no built-in descriptor.
+    /// [`AllocError::Busy`] for pages that are not bare, or from a reserve. No memory for the descriptor; the pages are as they were. [`AllocError::BadSize`] for a type that has no built-in descriptor.
     pub unsafe fn retype(&self, pfn: Pfn, kind: PageType) -> Result<(), AllocError> {
         let word = self.pages.map.word(pfn).load_owned();
-        if word.kind() != PageType::Bare {
+        // What is a reserve's comes back to it as it is.
+        if word.kind() != PageType::Bare || word.is_reserve() {
             return Err(AllocError::Busy);
         }
         let memcg = self.pages.memcg_of(word);
@@ -475,6 +490,9 @@ impl<P: Platform> Mm<P> {
         caller: &'static core::panic::Location<'static>,
     ) {
         if self.check_owned(pfn, word, caller) {
+            if word.is_reserve() {
+                return self.reserve_pages_back(pfn, word);
+            }
             if word.is_folio() && self.folio_at(word.desc()).has_flag(FolioFlags::LRU) {
                 self.lru_forget(pfn);
             }
@@ -562,6 +580,7 @@ impl<P: Platform> Mm<P> {
                 in_pcp: word.is_in_pcp(),
             },
             PageType::Bare => Memory::Bare,
+            PageType::SetAside => Memory::SetAside,
             PageType::Slab => Memory::Slab(self.desc_ptr(word)),
             PageType::LargeKmalloc => Memory::LargeKmalloc,
             PageType::PageTable => Memory::PageTable(self.desc_ptr(word)),

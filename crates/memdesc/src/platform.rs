@@ -262,6 +262,12 @@ pub unsafe trait Platform: Sync {
         0
     }
 
+    /// The reserve that the caller's task is entitled to, by its [number](crate::Reserve::id); 0, the default, for none (`PF_MEMALLOC`, but strict). What its ordinary
+    /// requests do not get comes from there, and they do not reclaim. Called from any context, where ordinary memory has failed.
+    fn current_reserve(&self) -> u16 {
+        0
+    }
+
     /// Should the allocation at this point fail? For tests. From any context.
     #[inline]
     fn should_fail(&self, _point: FaultPoint) -> bool {

@@ -132,6 +132,21 @@ fn rows() -> Vec<Row> {
         row("bare", Some(8), No, |mm| {
             block(mm, mm.alloc_pages(GFP_KERNEL, 2).unwrap(), 2)
         }),
+        row("set_aside", Some(8), No, |mm| {
+            let demand = Demand::Pages { order: 4, count: 1 };
+            let reserve = mm.reserve("table", demand).unwrap();
+            reserve.connect(None).unwrap();
+            let found = (0..PAGES).find(|&pfn| matches!(mm.lookup(Pfn(pfn)).2, Memory::SetAside));
+            Made {
+                head: Pfn(found.unwrap()),
+                order: 4,
+                right: &[],
+                free: Box::new(move || {
+                    reserve.disconnect().unwrap();
+                    assert!(reserve.destroy().is_ok());
+                }),
+            }
+        }),
         row("driver", Some(size_of::<Folio>()), Counted, |mm| {
             folio(mm, FolioKind::Driver)
         }),

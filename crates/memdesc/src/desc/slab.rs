@@ -19,7 +19,7 @@ const BITMAP_WORDS: usize = 2;
 pub(crate) const BITMAP_INLINE: usize = BITMAP_WORDS * 64;
 
 /// Which of its cache's lists a slab is in: 0 for none, else one more than the share of its objects that are handed out, in
-/// [`Self::SHARES`]ths; the last is full.
+/// [`Self::SHARES`]ths, up to full; then those of slabs from reserves.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(transparent)]
 pub(crate) struct SlabList(u8);
@@ -27,8 +27,14 @@ pub(crate) struct SlabList(u8);
 impl SlabList {
     /// Into how many parts fullness is divided.
     pub(crate) const SHARES: usize = 8;
-    /// How many lists there are.
-    pub(crate) const COUNT: usize = Self::SHARES + 1;
+    /// How many lists there are: the last three are of slabs from reserves.
+    pub(crate) const COUNT: usize = Self::SHARES + 4;
+    /// From a reserve, and no object handed out.
+    pub(crate) const RESERVE_EMPTY: SlabList = SlabList(Self::SHARES as u8 + 2);
+    /// From a reserve, with free objects and with some handed out.
+    pub(crate) const RESERVE_PARTIAL: SlabList = SlabList(Self::SHARES as u8 + 3);
+    /// From a reserve, and full.
+    pub(crate) const RESERVE_FULL: SlabList = SlabList(Self::SHARES as u8 + 4);
     /// In none: being set up, or being given back.
     pub(crate) const NONE: SlabList = SlabList(0);
 
@@ -66,7 +72,8 @@ pub struct Slab {
     /// 1: a page of the guarded pool, with one object, at `at` ([`kfence`](crate::slab::kfence)).
     guarded: AtomicU8,
     at: AtomicU16,
-    _reserved: [u8; 2],
+    /// The number of the [reserve](crate::reserve) that its pages are from; 0: ordinary.
+    reserve: AtomicU16,
     bitmap: [AtomicU64; BITMAP_WORDS],
 }
 
@@ -92,6 +99,7 @@ impl Slab {
         self.self_described
             .store(u8::from(self_described), Ordering::Relaxed);
         self.guarded.store(0, Ordering::Relaxed);
+        self.reserve.store(0, Ordering::Relaxed);
         for (i, word) in self.bitmap(map).iter().enumerate() {
             let left = objects.saturating_sub(i * 64);
             let bits = if left >= 64 {
@@ -164,6 +172,32 @@ impl Slab {
     /// Does it lie in the page that it describes? Such a page stays: its descriptor cannot outlive it.
     pub fn is_self_described(&self) -> bool {
         self.self_described.load(Ordering::Relaxed) != 0
+    }
+
+    /// From here on its pages are those of this reserve.
+    pub(crate) fn set_reserve(&self, id: u16) {
+        self.reserve.store(id, Ordering::Relaxed);
+    }
+
+    /// The number of the reserve that its pages are from; 0 if they are from none.
+    #[inline]
+    pub(crate) fn reserve(&self) -> u16 {
+        self.reserve.load(Ordering::Relaxed)
+    }
+
+    /// The list that it belongs to.
+    #[inline]
+    pub(crate) fn home(&self) -> SlabList {
+        let (inuse, objects) = (self.inuse(), self.objects());
+        if self.reserve() == 0 {
+            SlabList::of(inuse, objects)
+        } else if inuse == 0 {
+            SlabList::RESERVE_EMPTY
+        } else if inuse < objects {
+            SlabList::RESERVE_PARTIAL
+        } else {
+            SlabList::RESERVE_FULL
+        }
     }
 
     pub(crate) fn list(&self) -> SlabList {

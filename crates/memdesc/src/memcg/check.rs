@@ -105,7 +105,7 @@ impl core::error::Error for MemcgMismatch {}
 impl Group {
     pub(crate) fn view(&self) -> MemcgView {
         let mut name = [0; 32];
-        let name_len = self.name(&mut name).len() as u8;
+        let name_len = self.name.get(&mut name).len() as u8;
         MemcgView {
             id: self.id(),
             parent: self.up().map_or(0, Group::id),

@@ -74,7 +74,6 @@ pub(crate) struct Counter {
 
 impl Counter {
     /// Of nobody, as zeroed memory is.
-    #[cfg(any(test, loom))]
     pub(crate) fn new() -> Counter {
         Counter {
             word: AtomicU64::new(0),
@@ -91,6 +90,16 @@ impl Counter {
         self.failcnt.store(0, Ordering::Relaxed);
         // Release: who charges sees the above. Pairs with the compare-exchange there.
         self.word.store(ONLINE | PIN, Ordering::Release);
+    }
+
+    /// Takes charges of its own from now on, or no more. By one who keeps it. What is charged already is seen by [`usage`](Self::usage) afterwards.
+    pub(crate) fn set_online(&self, online: bool) {
+        // AcqRel: between all charges before it and all that come after.
+        if online {
+            self.word.fetch_or(ONLINE, Ordering::AcqRel);
+        } else {
+            self.word.fetch_and(!ONLINE, Ordering::AcqRel);
+        }
     }
 
     /// What is charged.

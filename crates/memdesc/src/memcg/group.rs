@@ -12,14 +12,13 @@ use super::counter::{Counter, Left, Level};
 use crate::error::AllocError;
 use crate::gfp;
 use crate::mm::Mm;
+use crate::name::AtomicName;
 use crate::platform::Platform;
 use crate::sync::atomic::{AtomicPtr, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use crate::sync::{PfnStack, SpinLock};
 
 use crate::address::Pfn;
 
-/// Bytes of a name that are kept.
-const NAME_LEN: usize = 32;
 const LEAF: usize = 256;
 
 /// A group.
@@ -35,9 +34,8 @@ pub(crate) struct Group {
     /// For who counts again.
     pub(super) seen: AtomicU64,
     parent: AtomicPtr<Group>,
-    name: [AtomicU64; NAME_LEN / 8],
+    pub(super) name: AtomicName,
     id: AtomicU16,
-    name_len: AtomicU16,
     /// The next that is gone.
     free: AtomicU32,
 }
@@ -76,29 +74,6 @@ impl Group {
             at = group.up();
         }
         false
-    }
-
-    fn set_name(&self, name: &str) {
-        let mut len = name.len().min(NAME_LEN);
-        while !name.is_char_boundary(len) {
-            len -= 1;
-        }
-        let mut bytes = [0; NAME_LEN];
-        bytes[..len].copy_from_slice(&name.as_bytes()[..len]);
-        for (cell, chunk) in self.name.iter().zip(bytes.chunks_exact(8)) {
-            let mut word = [0; 8];
-            word.copy_from_slice(chunk);
-            cell.store(u64::from_ne_bytes(word), Ordering::Relaxed);
-        }
-        self.name_len.store(len as u16, Ordering::Relaxed);
-    }
-
-    pub(super) fn name<'b>(&self, into: &'b mut [u8; NAME_LEN]) -> &'b str {
-        for (cell, chunk) in self.name.iter().zip(into.chunks_exact_mut(8)) {
-            chunk.copy_from_slice(&cell.load(Ordering::Relaxed).to_ne_bytes());
-        }
-        let len = usize::from(self.name_len.load(Ordering::Relaxed)).min(NAME_LEN);
-        core::str::from_utf8(&into[..len]).unwrap_or("?")
     }
 }
 
@@ -245,7 +220,7 @@ impl<P: Platform> Mm<P> {
         making.free = group.free.load(Ordering::Relaxed);
         let up = parent.map_or(core::ptr::null(), |parent| &raw const *parent);
         group.parent.store(up.cast_mut(), Ordering::Relaxed);
-        group.set_name(name);
+        group.name.set(name);
         debug_assert!(group.stats.iter().all(|s| s.load(Ordering::Relaxed) == 0));
         group.counter.init(limit);
         Ok(group)

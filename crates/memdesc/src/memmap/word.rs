@@ -16,7 +16,7 @@
 //! | order | of the block or allocation this page belongs to | as the type |
 //! | migratetype | of the free list a free block is in | as the type |
 //! | class | [`DescClass`]: which cache the descriptor's memory came from | whoever sets the descriptor |
-//! | P | free: in a per-CPU list. Handed out: taken from a reserve | as the type |
+//! | P | free: in a per-CPU list. Handed out: taken from a [reserve](crate::reserve) | as the type |
 //!
 //! **What a word says, and for which pages.** A block is described by the word of its first page, its head. In a
 //! free block, and in an allocation above [`TAIL_WORDS_ORDER`], the other words are zero, which says "look further
@@ -118,6 +118,8 @@ pub enum PageType {
     Yours = 15,
     /// A driver's pages that users may map; a `folio` in no mapping.
     Driver = 16,
+    /// Set aside in a reserve, and nobody's: the descriptor that it will have when it is taken.
+    SetAside = 17,
 }
 
 /// By the low bits of a word. Those that no type has say nothing.
@@ -163,9 +165,9 @@ impl Contents {
 
 impl PageType {
     /// How many there are.
-    pub const COUNT: usize = 17;
+    pub const COUNT: usize = 18;
     /// All of them, by number.
-    pub const ALL: [PageType; 17] = [
+    pub const ALL: [PageType; 18] = [
         PageType::None,
         PageType::Free,
         PageType::Bare,
@@ -183,6 +185,7 @@ impl PageType {
         PageType::Poisoned,
         PageType::Yours,
         PageType::Driver,
+        PageType::SetAside,
     ];
 
     /// Does the word lead to a descriptor (or a kept `buddy`), rather than hold facts inline?
@@ -197,9 +200,12 @@ impl PageType {
     /// Is it a type whose owner gives its pages back by `free_pages`?
     #[inline]
     pub const fn is_owned_block(self) -> bool {
-        use PageType::{Device, Free, NetPool, Slab, Vmalloc, Zsmalloc};
+        use PageType::{Device, Free, NetPool, SetAside, Slab, Vmalloc, Zsmalloc};
         self.has_descriptor()
-            && !matches!(self, Free | Slab | Vmalloc | Device | NetPool | Zsmalloc)
+            && !matches!(
+                self,
+                Free | Slab | Vmalloc | Device | NetPool | Zsmalloc | SetAside
+            )
     }
 
     /// Can the owner move or reclaim such pages? Decides whether a pageblock is worth stealing.
@@ -228,6 +234,7 @@ impl PageType {
             PageType::Poisoned => "poisoned",
             PageType::Yours => "yours",
             PageType::Driver => "driver",
+            PageType::SetAside => "set_aside",
         }
     }
 }
@@ -347,13 +354,24 @@ impl Word {
             && matches!(self.class(), DescClass::File | DescClass::Anon)
     }
 
-    /// Are these pages that nobody but their owner has, and that he frees by `free_pages`?
+    /// Are these pages that nobody but their owner has, that he frees by `free_pages`, and that are nobody's afterwards: not a reserve's?
     #[inline]
     pub(crate) const fn is_only_owners(self) -> bool {
         const TYPES: u32 = 1 << PageType::Bare as u32
             | 1 << PageType::LargeKmalloc as u32
             | 1 << PageType::PageTable as u32;
-        TYPES >> (self.0 & TYPE_MASK) & 1 != 0
+        TYPES >> (self.0 & TYPE_MASK) & 1 != 0 && self.0 & P_BIT == 0
+    }
+
+    /// Handed out, and taken from a reserve?
+    #[inline]
+    pub const fn is_reserve(self) -> bool {
+        self.0 & P_BIT != 0 && self.0 & TYPE_MASK != PageType::Free as u64
+    }
+
+    /// The same, taken from a reserve.
+    pub(crate) const fn with_reserve(self) -> Word {
+        Word(self.0 | P_BIT)
     }
 
     /// Does it lead to what is counted as a folio is, so that users may map it? A folio, or pages of a driver, a network pool or a device under a folio's

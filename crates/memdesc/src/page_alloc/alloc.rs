@@ -24,6 +24,7 @@ use crate::page_alloc::{MigrateType, ZoneType};
 use crate::platform::{FaultPoint, Holder, Pin, Platform, ReclaimRequest, might_lock, might_sleep};
 use crate::report::depot::{Cell, Depot};
 use crate::report::history::History;
+use crate::reserve::Reserves;
 use crate::stats::{CpuStats, Event, FreePath};
 use crate::sync::atomic::AtomicU32;
 
@@ -52,6 +53,10 @@ pub(crate) trait Descriptors {
     fn try_put(&self, list: DescList);
     /// A check found something under a lock, and nobody has said so yet.
     fn report_flaw(&self) {}
+    /// Is the caller one whom reclaim waits for?
+    fn is_memalloc(&self, _gfp: Flags) -> bool {
+        false
+    }
     /// Memory is short: says how many pages or objects came free. May sleep.
     fn reclaim(&self, request: &ReclaimRequest) -> usize;
 }
@@ -115,6 +120,8 @@ pub(crate) struct PageAllocator<P> {
     pub(crate) zonelists: [[ZoneList; ZoneType::COUNT]; MAX_NODES],
     /// Whom pages are charged to.
     pub(crate) memcg: Memcgs,
+    /// What is promised to whom.
+    pub(crate) reserves: Reserves,
     /// Locks sleep ([`Config::preempt_rt`](crate::Config::preempt_rt)).
     pub(crate) rt: bool,
     /// What is done to free memory.
@@ -473,7 +480,8 @@ impl<P: Platform> PageAllocator<P> {
                 Ok(block) => return Ok(block),
                 Err(why) => why,
             };
-            if !gfp.allow_blocking() {
+            // Who has a reserve is what reclaim waits for.
+            if !gfp.allow_blocking() || descs.is_memalloc(gfp) {
                 return Err(why);
             }
             let limit = if gfp.contains(gfp::__GFP_NOFAIL) {

@@ -254,7 +254,7 @@ impl<P: Platform> Mm<P> {
                 inuse += all.saturating_sub(free) as u64;
                 objects += all as u64;
                 pages += 1u64 << slab.order();
-                empty += u32::from(free == all);
+                empty += u32::from(free == all && slab.reserve() == 0);
                 nr += 1;
                 if nr > list.nr {
                     return Some((at, Corruption::BadLinks));
@@ -323,7 +323,7 @@ impl<P: Platform> Mm<P> {
                 slab.set_list(SlabList::NONE);
                 lists.enter(geometry);
                 lists.inuse += slab.inuse() as u64;
-                lists.nr_empty += u32::from(slab.inuse() == 0);
+                lists.nr_empty += u32::from(slab.inuse() == 0 && slab.reserve() == 0);
                 lists.relist(map, slab);
             }
         }

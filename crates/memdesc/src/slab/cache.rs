@@ -313,7 +313,7 @@ pub(crate) struct SlabHead {
 /// What the list lock guards, with all bitmaps of the cache's slabs.
 #[derive(Debug)]
 pub(crate) struct Lists {
-    /// Slabs by fullness; the last list is of those that are full.
+    /// Slabs by fullness, up to those that are full; behind them those from reserves, from which only the entitled are served.
     pub(crate) by_share: [SlabHead; SlabList::COUNT],
     /// Slabs with no object handed out; they are in the first list.
     pub(crate) nr_empty: u32,
@@ -353,7 +353,7 @@ impl Lists {
 
     /// Puts a slab whose objects came or went into the list it belongs to.
     pub(crate) fn relist(&mut self, map: &MemMap, slab: &Slab) {
-        let (list, now) = (SlabList::of(slab.inuse(), slab.objects()), slab.list());
+        let (list, now) = (slab.home(), slab.list());
         if list != now {
             if now != SlabList::NONE {
                 self.remove(map, slab);
@@ -461,6 +461,10 @@ pub(crate) struct CacheCore {
     /// Of descriptors: not 0 if much of the slabs is free, and what lies in the emptier half of them had better move. Written by the
     /// periodic work.
     pub(crate) sparse: AtomicU32,
+    /// Slabs from reserves: as long as there are any, who frees an object looks whether it is from one. Changed under the list lock.
+    pub(crate) reserved: AtomicU32,
+    /// Reserves made for this cache: it cannot be destroyed before them.
+    pub(crate) reserves: AtomicU32,
     /// The next in the list of all caches; guarded by that list's lock.
     pub(crate) next: AtomicPtr<CacheCore>,
 
@@ -510,6 +514,8 @@ impl CacheCore {
                 bitmap_bytes: 0,
             }),
             sparse: AtomicU32::new(0),
+            reserved: AtomicU32::new(0),
+            reserves: AtomicU32::new(0),
             next: AtomicPtr::new(core::ptr::null_mut()),
 
             name: bytes,

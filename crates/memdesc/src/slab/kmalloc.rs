@@ -217,10 +217,18 @@ impl<P: Platform> Mm<P> {
             };
         }
         let core = self.kmalloc_cache(Kind::Cgroup, class);
-        let charge = self.charge_object(core, memcg, gfp)?;
-        let object = self.kmalloc_sampled(core, size, gfp, caller)?;
-        self.keep_charge(core, object, charge);
-        Ok(object)
+        let got = self.charge_object(core, memcg, gfp).and_then(|charge| {
+            let object = self.kmalloc_sampled(core, size, gfp, caller)?;
+            self.keep_charge(core, object, charge);
+            Ok(object)
+        });
+        got.or_else(|why| {
+            // From a reserve, where nobody is charged.
+            let core = self.kmalloc_cache(Kind::Normal, class);
+            let object = self.entitled_object(core, gfp, why)?;
+            self.on_alloc(core, object, gfp, size, caller);
+            Ok(object)
+        })
     }
 
     /// Whom an allocation with these flags is charged to.
@@ -264,7 +272,14 @@ impl<P: Platform> Mm<P> {
         let charge = self.charge_pages(memcg, gfp, order, stat)?;
         let block = self
             .pages
-            .alloc_block(PageType::LargeKmalloc, gfp, order, None, self)?;
+            .alloc_block(PageType::LargeKmalloc, gfp, order, None, self);
+        let block = match block {
+            Ok(block) => block,
+            Err(why) => {
+                let pfn = self.entitled_pages(PageType::LargeKmalloc, gfp, order, why)?;
+                return NonNull::new(self.page_address(pfn)).ok_or(AllocError::NoBlock);
+            }
+        };
         let word = self.own_block(block, DescClass::Buddy, PageType::LargeKmalloc, Some(gfp))?;
         let word = self.pages.set_memcg(word, charge.map_or(0, Charge::keep));
         self.pages.map.publish_block(block.pfn, word);
@@ -312,6 +327,9 @@ impl<P: Platform> Mm<P> {
         let deferred = self.pages.stats(path.pin()).deferred().any();
         match self.where_is(ptr.as_ptr()) {
             Ok(Where::Object(core)) => self.cache_free(path, core, ptr, false, caller),
+            Ok(Where::Pages(found)) if found.word.is_reserve() => {
+                self.reserve_pages_back(found.head, found.word);
+            }
             Ok(Where::Pages(found)) => self.take_back(path, found.head, found.word),
             Err(what) => self.report_object(what, None, ptr.as_ptr(), caller),
         }

@@ -89,7 +89,7 @@ impl<P: Platform> Mm<P> {
         })
     }
 
-    fn checked<'c>(&self, cache: &'c Cache<'_>) -> &'c CacheCore {
+    pub(crate) fn checked<'c>(&self, cache: &'c Cache<'_>) -> &'c CacheCore {
         let core = cache.core();
         assert!(
             core.owner == self.id(),
@@ -220,8 +220,10 @@ impl<P: Platform> Mm<P> {
         let core = self.checked(cache);
         let caller = Location::caller();
         let path = self.pages.free_path();
-        let one_by_one =
-            core.is_debug() || core.flags.has_owners() || self.kfence.contains_any(objects);
+        let one_by_one = core.is_debug()
+            || core.flags.has_owners()
+            || core.reserved.load(Ordering::Relaxed) != 0
+            || self.kfence.contains_any(objects);
         if one_by_one || objects.len() < core.sheaves.capacity() / 2 {
             for object in objects.iter().filter_map(|o| NonNull::new(*o)) {
                 self.cache_free(self.pages.free_path(), core, object, false, caller);
@@ -258,7 +260,7 @@ impl<P: Platform> Mm<P> {
     ///
     /// # Errors
     ///
-    /// Objects are live: the cache stays, and comes back with their number. [`live_objects`](Self::live_objects) names them.
+    /// Objects are live, or a reserve is made for such: the cache stays, and comes back with their number. [`live_objects`](Self::live_objects) names them.
     pub fn kmem_cache_destroy<'m>(&self, cache: Cache<'m>) -> Result<(), DestroyError<'m>> {
         let core = self.checked(&cache);
         // Frees in flight, by whatever form; and slabs on their way out.
@@ -275,7 +277,7 @@ impl<P: Platform> Mm<P> {
                 let lists = self.lists(core);
                 (lists.inuse, lists.nr_slabs())
             };
-            if live > 0 || slabs > 0 {
+            if live > 0 || slabs > 0 || core.reserves.load(Ordering::Relaxed) > 0 {
                 drop(list);
                 return Err(DestroyError { cache, live });
             }

@@ -230,8 +230,11 @@ impl<P: Platform> Mm<P> {
         self.init_on_free(core, object);
         let pin = Pin::try_new(&self.pages.platform);
         let stats = self.pages.any_stats(pin.as_ref());
+        let reserve = core.reserved.load(Ordering::Relaxed) != 0
+            && self.object_is_reserve(core, object.as_ptr());
         if core.sheaves.capacity() > 0
             && !guarded
+            && !reserve
             && let Some(pin) = &pin
             && core.sheaves.try_owner(pin, |stack| stack.push(object)) == Some(true)
         {
@@ -396,6 +399,9 @@ impl<P: Platform> Mm<P> {
         match self.where_is(ptr.as_ptr()) {
             // What checks objects does so under locks: later.
             Ok(Where::Object(core)) => self.free_object_nolock(core, ptr),
+            Ok(Where::Pages(found)) if found.word.is_reserve() => {
+                self.reserve_pages_back(found.head, found.word);
+            }
             Ok(Where::Pages(found)) => {
                 let kind = PageType::LargeKmalloc;
                 self.pages.free_block_nolock(kind, found.head, found.word);
@@ -454,6 +460,9 @@ impl<P: Platform> Mm<P> {
         if self.check_owned(pfn, word, Location::caller()) {
             if word.is_folio() && !self.lru_try_forget(pfn) {
                 return;
+            }
+            if word.is_reserve() {
+                return self.reserve_pages_back(pfn, word);
             }
             if word.kind() == PageType::Yours {
                 self.own_freed(word);

@@ -19,6 +19,7 @@ use crate::platform::{FaultPoint, Holder, Pin, Platform, ReclaimRequest, might_l
 use crate::report::Corruption;
 use crate::stats::{Event, FreePath};
 use crate::sync::SpinGuard;
+use crate::sync::atomic::Ordering;
 
 /// Who called, for debug caches and reports.
 pub(crate) type Caller = &'static Location<'static>;
@@ -58,7 +59,10 @@ impl<P: Platform> Mm<P> {
         }
         might_lock(&self.pages.platform, &classes::SLAB_LISTS);
         if self.pages.platform.should_fail(FaultPoint::CacheAlloc) {
-            return Err(AllocError::Injected);
+            let object = self.entitled_object(core, gfp, AllocError::Injected)?;
+            let size = core.geometry.object_size as usize;
+            self.on_alloc(core, object, gfp, size, caller);
+            return Ok(object);
         }
         let object = match self.sheaf_pop(core) {
             Some(object) => object,
@@ -127,7 +131,8 @@ impl<P: Platform> Mm<P> {
             Ok(n) => n,
             Err(why) => {
                 stats.add(&pin, Event::SlabAllocFail, 1);
-                return Err(why);
+                drop(pin);
+                return self.entitled_object(core, gfp, why);
             }
         };
         if core.role == Role::Objects {
@@ -300,7 +305,9 @@ impl<P: Platform> Mm<P> {
         if core.flags.has_owners() {
             self.uncharge_object(core, object);
         }
-        if core.sheaves.capacity() == 0 {
+        let reserve = core.reserved.load(Ordering::Relaxed) != 0
+            && self.object_is_reserve(core, object.as_ptr());
+        if reserve || core.sheaves.capacity() == 0 {
             let _path = self.pages.may_sleep(path);
             if !core.is_debug() || debug::on_free(self, core, object, caller) {
                 self.init_on_free(core, object);
@@ -357,6 +364,7 @@ impl<P: Platform> Mm<P> {
             || core.flags.has_owners()
             || served
             || checked
+            || core.reserved.load(Ordering::Relaxed) != 0
             || self.kfence.contains_any(objects);
         if one_by_one || core.sheaves.capacity() == 0 {
             for object in objects.iter().filter_map(|o| NonNull::new(*o)) {
@@ -505,7 +513,11 @@ impl<P: Platform> Mm<P> {
                 if slab.list() == SlabList::NONE {
                     continue;
                 }
-                if slab.inuse() > 0 {
+                if slab.reserve() != 0 {
+                    lists.relist(map, slab);
+                    // Last: what is free again may be charged again.
+                    self.reserve_objects_back(core, slab, 1);
+                } else if slab.inuse() > 0 {
                     lists.relist(map, slab);
                 } else if lists.nr_empty < MIN_PARTIAL || !self.prepaid_idle(core, slab) {
                     lists.nr_empty += 1;
@@ -675,6 +687,10 @@ impl<P: Platform> Descriptors for Mm<P> {
 
     fn report_flaw(&self) {
         self.report_flaws();
+    }
+
+    fn is_memalloc(&self, gfp: Flags) -> bool {
+        self.is_entitled(gfp)
     }
 
     fn put(&self, list: DescList) {

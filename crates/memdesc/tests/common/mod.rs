@@ -744,6 +744,9 @@ unsafe impl Platform for Hooked {
     fn current_memcg(&self) -> u16 {
         self.host.current_memcg()
     }
+    fn current_reserve(&self) -> u16 {
+        self.host.current_reserve()
+    }
     fn now(&self) -> u64 {
         self.host.now()
     }

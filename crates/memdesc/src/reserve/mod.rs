@@ -1,0 +1,890 @@
+//! Reserves: memory that is there when everything else is gone, for those entitled and for nobody else.
+//!
+//! Writing memory back over a network needs memory: packets, headers, slab pages. Seed 004 argues about how to promise it; Linux merged a pool under a
+//! watermark that whoever has `__GFP_MEMALLOC` may empty, and throttles. Here a promise is a [`Demand`]: so many objects of a cache, so many bytes of kmalloc,
+//! so many pages. From it follows a number of pages ([`Mm::reserve_estimate`], [`geometry`]), which are set aside when the reserve is connected, with the
+//! descriptors that they will need. After that no request within the demand fails, whatever the order of requests and frees, however large the mix.
+//!
+//! ```
+//! # use memdesc::{Demand, gfp::*};
+//! # use memdesc_host::Machine;
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let machine = Machine::new(32 << 20, 1)?;
+//! # let mm = &machine.mm;
+//! // A group, and what it needs below it.
+//! let swap = mm.reserve("nbd0", Demand::None)?;
+//! let data = mm.reserve("data", Demand::Kmalloc { bytes: 64 << 10, min: 64, max: 2048 })?;
+//! let frags = mm.reserve("frags", Demand::Pages { order: 0, count: 32 })?;
+//! data.connect(Some(&swap))?;
+//! frags.connect(Some(&swap))?;
+//! // Only now is anything set aside.
+//! swap.connect(None)?;
+//! // Ordinary memory while there is some, then what was set aside. Freed by the ordinary kfree.
+//! let head = data.kmalloc(700, GFP_ATOMIC)?;
+//! // SAFETY: ours, and not used any more.
+//! unsafe { mm.kfree(head) };
+//! # swap.disconnect()?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! | room | what |
+//! |---|---|
+//! | [`geometry`] | from a demand to a bound in pages, and why it is one |
+//! | [`tree`] | the nodes: made, connected, resized; limits |
+//! | [`store`] | what is set aside: blocks, slabs; how they are taken and come back |
+//! | [`wait`] | waiting for an uncharge |
+//! | here | requests, and what users see |
+//!
+//! **Who is entitled.** Who has the handle; or a task whose [`Platform::current_reserve`] names a reserve (`PF_MEMALLOC`), by all of its ordinary calls; or a request
+//! with `__GFP_MEMALLOC`, from the reserve that [`Mm::set_memalloc_reserve`] named; none of them with `__GFP_NOMEMALLOC`. An entitled request never reclaims
+//! by itself: it is what reclaim waits for.
+//!
+//! **What is charged** is the reserve's memory only: a request that ordinary memory serves costs nothing. An object is charged what its class is asked for at
+//! least, so a sum of requests within the demand is always within the limit. The charge goes with the memory: whoever frees it, by whatever call, takes it back, for the
+//! slab and the page know whose they are ([`Mm::is_from_reserve`]).
+//!
+//! What is freed after a grace period is charged until then: who uses `kfree_rcu` has to count what waits.
+//!
+//! Source: seed 004; Peter Zijlstra's `mm/reserve.c` (2007 to 2009), whose interface this follows and whose defects it does not.
+
+pub(crate) mod geometry;
+pub(crate) mod store;
+pub(crate) mod tree;
+pub(crate) mod wait;
+
+use core::fmt;
+use core::panic::Location;
+use core::ptr::NonNull;
+
+use crate::address::{MAX_ORDER, PAGE_SHIFT, PAGE_SIZE, Pfn};
+use crate::desc::Slab;
+use crate::error::AllocError;
+use crate::gfp::{self, Flags};
+use crate::memcg::counter::UNLIMITED;
+use crate::memmap::{PageType, Word};
+use crate::mm::Mm;
+use crate::name::NAME_LEN;
+use crate::platform::{Platform, might_sleep};
+use crate::report::{Corruption, Report};
+use crate::slab::kmalloc::Kind;
+use crate::slab::object::Caller;
+use crate::slab::{Cache, CacheCore, CacheFlags};
+use crate::sync::atomic::Ordering;
+pub use geometry::Bound;
+pub(crate) use tree::Reserves;
+use tree::{Node, Serve, Shape};
+
+/// What a reserve guarantees by itself; its children's demands come on top.
+#[derive(Clone, Copy, Debug)]
+pub enum Demand<'a> {
+    /// Nothing: it is there for its children.
+    None,
+    /// So many objects of a cache.
+    Objects {
+        /// The cache; not one made with [`CacheFlags::RCU_PREPAID`].
+        cache: &'a Cache<'a>,
+        /// How many at once.
+        count: usize,
+    },
+    /// So many objects of kmalloc, all served from the class of the largest.
+    KmallocObjects {
+        /// The largest, in bytes.
+        size: usize,
+        /// How many at once.
+        count: usize,
+    },
+    /// So many bytes of kmalloc, as asked for, in any mix of sizes.
+    Kmalloc {
+        /// The sum of what is asked for at once.
+        bytes: usize,
+        /// The smallest request; a smaller one is served and charged as if it were as large.
+        min: usize,
+        /// The largest request.
+        max: usize,
+    },
+    /// So many blocks of pages.
+    Pages {
+        /// Their order.
+        order: usize,
+        /// How many at once.
+        count: usize,
+    },
+}
+
+/// A reserve. Dropping the handle leaves it as it is; [`destroy`](Self::destroy) takes it down.
+#[must_use]
+pub struct Reserve<'m, P: Platform> {
+    mm: &'m Mm<P>,
+    node: &'m Node,
+}
+
+/// More was to be uncharged than is charged; nothing has changed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Unbalanced {
+    /// What is charged.
+    pub usage: u64,
+}
+
+impl fmt::Display for Unbalanced {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "more is to be uncharged than the {} bytes that are charged",
+            self.usage
+        )
+    }
+}
+
+impl core::error::Error for Unbalanced {}
+
+/// A reserve that could not be destroyed: it is connected, or has children. The handle comes back.
+#[derive(Debug)]
+pub struct DestroyReserveError<'m, P: Platform> {
+    /// The reserve; as it was.
+    pub reserve: Reserve<'m, P>,
+}
+
+/// A reserve in the listing.
+#[derive(Clone, Copy, Debug)]
+pub struct ReserveView<'a> {
+    /// Its name, as far as it is kept.
+    pub name: &'a str,
+    /// Its number, for [`Platform::current_reserve`].
+    pub id: u16,
+    /// Levels below the root.
+    pub depth: usize,
+    /// Things are set aside for it.
+    pub connected: bool,
+    /// What it guarantees by itself: `objects`, `kmalloc`, `pages`, or nothing.
+    pub kind: &'static str,
+    /// Pages that it needs by itself: its bound, or what was set instead.
+    pub own_pages: u64,
+    /// With all below it.
+    pub pages: u64,
+    /// Pages that it has, taken ones included; with all below it.
+    pub held_pages: u64,
+    /// Of its own: pages that are not idle now.
+    pub taken_pages: u64,
+    /// The most that ever were.
+    pub max_taken_pages: u64,
+    /// What may be charged to it and all below it, in bytes.
+    pub limit: u64,
+    /// What is charged.
+    pub usage: u64,
+    /// The most that ever was.
+    pub max_usage: u64,
+    /// Times that a request slept for an uncharge.
+    pub waits: u64,
+    /// Times that a charge was refused here.
+    pub refusals: u64,
+}
+
+impl<P: Platform> fmt::Debug for Reserve<'_, P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut name = [0; NAME_LEN];
+        let name = self.node.name.get(&mut name);
+        f.debug_tuple("Reserve").field(&name).finish()
+    }
+}
+
+/// Makes a demand's shape and amount of it.
+fn shape_of(demand: &Demand<'_>) -> Result<(Shape, u64), AllocError> {
+    let most = PAGE_SIZE << MAX_ORDER;
+    let ok = |good: bool| good.then_some(()).ok_or(AllocError::BadSize);
+    Ok(match *demand {
+        Demand::None => (Shape::None, 0),
+        Demand::Objects { cache, count } => {
+            let core = cache.core();
+            // Their slabs wait for what nobody who counts objects knows of.
+            ok(!core.flags.contains(CacheFlags::RCU_PREPAID) && !core.is_metadata())?;
+            (Shape::Objects(NonNull::from(core)), count as u64)
+        }
+        Demand::KmallocObjects { size, count } => {
+            ok((1..=most).contains(&size))?;
+            (Shape::KmallocObjects { size }, count as u64)
+        }
+        Demand::Kmalloc { bytes, min, max } => {
+            ok(min <= max && (1..=most).contains(&max))?;
+            (
+                Shape::Kmalloc {
+                    min: min.max(1),
+                    max,
+                },
+                bytes as u64,
+            )
+        }
+        Demand::Pages { order, count } => {
+            if order > MAX_ORDER {
+                return Err(AllocError::BadOrder);
+            }
+            (Shape::Pages { order }, count as u64)
+        }
+    })
+}
+
+impl<P: Platform> Mm<P> {
+    /// A reserve, detached: nothing is set aside for it yet. Of the name 32 bytes are kept (`mem_reserve_init`).
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    ///
+    /// # Errors
+    ///
+    /// [`AllocError::BadSize`], [`AllocError::BadOrder`] for a demand that cannot be; [`AllocError::TooMany`] for more than 511; no memory.
+    pub fn reserve(&self, name: &str, demand: Demand<'_>) -> Result<Reserve<'_, P>, AllocError> {
+        self.make_reserve(name, &demand, false)
+    }
+
+    /// A reserve without a store of its own: its demand is added to that of the parent that it is connected to, which has the same kind
+    /// of demand, and requests through it are the parent's. So many users can size one pool that they share.
+    ///
+    /// # Errors
+    ///
+    /// As [`reserve`](Self::reserve).
+    pub fn reserve_sizing(
+        &self,
+        name: &str,
+        demand: Demand<'_>,
+    ) -> Result<Reserve<'_, P>, AllocError> {
+        self.make_reserve(name, &demand, true)
+    }
+
+    fn make_reserve(
+        &self,
+        name: &str,
+        demand: &Demand<'_>,
+        sizing: bool,
+    ) -> Result<Reserve<'_, P>, AllocError> {
+        might_sleep(self.platform(), "making a reserve");
+        let (shape, amount) = shape_of(demand)?;
+        if let Demand::Objects { cache, .. } = demand {
+            self.checked(cache);
+        }
+        let mut making = self.reserve_mutex();
+        self.reserve_root(&mut making)?;
+        let node = self.new_node(&mut making, name, shape, amount, sizing)?;
+        Ok(Reserve { mm: self, node })
+    }
+
+    /// What has to be set aside for a demand: `kmem_alloc_estimate`, `kmalloc_estimate_fixed`, `kmalloc_estimate_bytes`, but a bound that holds for every order of
+    /// requests and frees. Exact but for [`Demand::Kmalloc`] with more than one class.
+    ///
+    /// # Errors
+    ///
+    /// As [`reserve`](Self::reserve).
+    pub fn reserve_estimate(&self, demand: Demand<'_>) -> Result<Bound, AllocError> {
+        let (shape, amount) = shape_of(&demand)?;
+        let node = Node::detached(shape);
+        let bytes = node.bytes_of(amount).ok_or(AllocError::BadSize)?;
+        Ok(self.bound_of(shape, bytes))
+    }
+
+    /// Requests with `__GFP_MEMALLOC` that ordinary memory cannot serve take from this reserve, or from those below it; from none if `None`.
+    pub fn set_memalloc_reserve(&self, reserve: Option<&Reserve<'_, P>>) {
+        let id = reserve.map_or(0, |reserve| reserve.of(self).id());
+        self.pages.reserves.memalloc.store(id, Ordering::Relaxed);
+    }
+
+    /// Is this memory, of kmalloc or of a cache, from a reserve? Of memory that the caller has (`skb_pfmemalloc`).
+    ///
+    /// # Context
+    ///
+    /// Any.
+    pub fn is_from_reserve(&self, ptr: *const u8) -> bool {
+        u32::try_from(self.pages.phys(ptr).0 >> PAGE_SHIFT)
+            .is_ok_and(|pfn| self.page_is_from_reserve(Pfn(pfn)))
+    }
+
+    /// Is this page from a reserve (`page_is_pfmemalloc`)?
+    ///
+    /// # Context
+    ///
+    /// Any.
+    pub fn page_is_from_reserve(&self, pfn: Pfn) -> bool {
+        let found = self
+            .pages
+            .map
+            .region(pfn)
+            .and_then(|_| self.pages.map.lookup(pfn));
+        found.is_some_and(|found| found.word.is_reserve())
+    }
+
+    /// Visits the reserves, each before those below it, the root first; those that are detached at the end (`/proc/reserve_info`).
+    ///
+    /// # Context
+    ///
+    /// May sleep; `visit` may not change the tree.
+    pub fn reserve_info(&self, mut visit: impl FnMut(ReserveView<'_>)) {
+        let _making = self.reserve_mutex();
+        let tops = self.pages.reserves.nodes().filter(|n| n.parent() == 0);
+        for top in tops {
+            self.visit_reserve(top, 0, &mut visit);
+        }
+    }
+
+    fn visit_reserve(&self, node: &Node, depth: usize, visit: &mut impl FnMut(ReserveView<'_>)) {
+        let mut name = [0; NAME_LEN];
+        visit(self.view_of(node, depth, &mut name));
+        for child in self.pages.reserves.children(node) {
+            self.visit_reserve(child, depth + 1, visit);
+        }
+    }
+
+    fn view_of<'b>(
+        &self,
+        node: &Node,
+        depth: usize,
+        name: &'b mut [u8; NAME_LEN],
+    ) -> ReserveView<'b> {
+        let reserves = &self.pages.reserves;
+        let own_pages = |node: &Node| {
+            if node.is_sizing() {
+                return 0;
+            }
+            let bound = self.own_bound(node, node.amount()).ok();
+            let blocks = bound.and_then(|bound| self.blocks_of(node, &bound).ok());
+            let each = blocks.into_iter().flatten().enumerate();
+            each.map(|(order, n)| u64::from(n) << order).sum::<u64>()
+        };
+        let held = |node: &Node| {
+            let each = node.stocks.iter().enumerate();
+            each.map(|(order, s)| u64::from(s.owned.load(Ordering::Relaxed)) << order)
+                .sum::<u64>()
+        };
+        let below = || reserves.nodes().filter(|n| reserves.is_within(n, node));
+        let all = &node.all.counter;
+        ReserveView {
+            name: node.name.get(name),
+            id: node.id(),
+            depth,
+            connected: node.is_connected(),
+            kind: match node.shape() {
+                Shape::None => "",
+                Shape::Objects(_) => "objects",
+                Shape::KmallocObjects { .. } | Shape::Kmalloc { .. } => "kmalloc",
+                Shape::Pages { .. } => "pages",
+            },
+            own_pages: own_pages(node),
+            pages: below().map(own_pages).sum(),
+            held_pages: below().map(held).sum(),
+            taken_pages: node.taken.load(Ordering::Relaxed),
+            max_taken_pages: node.max_taken.load(Ordering::Relaxed),
+            limit: all.limit(),
+            usage: all.usage(),
+            max_usage: all.watermark(),
+            waits: node.waits.load(Ordering::Relaxed),
+            refusals: all.failcnt() + node.own.counter.failcnt(),
+        }
+    }
+
+    /// Pages that are set aside, and that nobody has now.
+    pub fn set_aside_pages(&self) -> u64 {
+        self.pages_of(PageType::SetAside)
+    }
+
+    /// The reserve that a request is entitled to.
+    #[cold]
+    fn entitled(&self, gfp: Flags) -> Option<&Node> {
+        let reserves = &self.pages.reserves;
+        if !reserves.in_use() || gfp.contains(gfp::__GFP_NOMEMALLOC) {
+            return None;
+        }
+        let task = self.platform().current_reserve();
+        let id = match task {
+            0 if gfp.contains(gfp::__GFP_MEMALLOC) => reserves.memalloc.load(Ordering::Relaxed),
+            id => id,
+        };
+        reserves.get(id).filter(|node| node.is_alive())
+    }
+
+    /// Does the task have a reserve, so that it must not reclaim (`PF_MEMALLOC`)?
+    #[cold]
+    pub(crate) fn is_entitled(&self, gfp: Flags) -> bool {
+        self.entitled(gfp).is_some()
+    }
+
+    /// What ordinary memory did not serve, from the reserve that the request is entitled to, or from one below it that is for such.
+    fn serve_entitled<T>(
+        &self,
+        gfp: Flags,
+        why: AllocError,
+        charge_of: impl Fn(&Node) -> Option<u64>,
+        take: impl Fn(&Node) -> Option<T>,
+    ) -> Result<T, AllocError> {
+        let Some(top) = self.entitled(gfp) else {
+            return Err(why);
+        };
+        let reserves = &self.pages.reserves;
+        let mut refused = why;
+        // Without waiting first: another may have room.
+        for patient in [false, true] {
+            let fits = |n: &&Node| reserves.is_within(n, top) && !n.is_sizing();
+            for node in reserves.nodes().filter(fits) {
+                let Some(charge) = charge_of(node) else {
+                    continue;
+                };
+                let gfp = if patient { gfp } else { gfp::GFP_NOWAIT };
+                match self.take_charged(node, charge, gfp, || None, || take(node)) {
+                    Ok(got) => return Ok(got),
+                    Err(why) => refused = why,
+                }
+            }
+            if !may_wait(gfp) {
+                break;
+            }
+        }
+        Err(refused)
+    }
+
+    /// An object of a cache that ordinary memory did not serve.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn entitled_object(
+        &self,
+        core: &CacheCore,
+        gfp: Flags,
+        why: AllocError,
+    ) -> Result<NonNull<u8>, AllocError> {
+        self.serve_entitled(
+            gfp,
+            why,
+            |node| match node.shape() {
+                // As large as the class is, whatever was asked for.
+                Shape::KmallocObjects { .. } | Shape::Kmalloc { .. } => {
+                    node.charge_of(Serve::Class(self.kmalloc_class_of(core)?))
+                }
+                _ => node.charge_of_object(core),
+            },
+            |node| self.take_reserve_object(node, core),
+        )
+    }
+
+    /// Which class of ordinary kmalloc a cache is.
+    fn kmalloc_class_of(&self, core: &CacheCore) -> Option<usize> {
+        let class = crate::slab::kmalloc::class_of(core.geometry.object_size as usize)?;
+        core::ptr::eq(self.kmalloc_cache(Kind::Normal, class), core).then_some(class)
+    }
+
+    /// Pages that ordinary memory did not serve.
+    #[cold]
+    #[inline(never)]
+    #[track_caller]
+    pub(crate) fn entitled_pages(
+        &self,
+        kind: PageType,
+        gfp: Flags,
+        order: usize,
+        why: AllocError,
+    ) -> Result<Pfn, AllocError> {
+        self.serve_entitled(
+            gfp,
+            why,
+            |node| match (kind, node.shape()) {
+                (PageType::Bare, Shape::Pages { .. }) => node.charge_of_pages(order),
+                (PageType::LargeKmalloc, Shape::KmallocObjects { .. } | Shape::Kmalloc { .. }) => {
+                    node.charge_of(Serve::Large(order))
+                }
+                _ => None,
+            },
+            |node| self.take_pages(node, order, kind, gfp),
+        )
+    }
+
+    /// Charges, waiting for it if the flags allow that, and takes. `ordinary` is tried again after each wait.
+    fn take_charged<T>(
+        &self,
+        node: &Node,
+        charge: u64,
+        gfp: Flags,
+        ordinary: impl Fn() -> Option<T>,
+        take: impl Fn() -> Option<T>,
+    ) -> Result<T, AllocError> {
+        let reserves = &self.pages.reserves;
+        let mut flushed = false;
+        loop {
+            let mut charged = reserves.charge(node, charge);
+            if charged == Err(AllocError::ReserveLimit) {
+                if !flushed {
+                    // What was freed where it could not be finished is free.
+                    flushed = true;
+                    if self.free_all_deferred() > 0 {
+                        continue;
+                    }
+                }
+                if !may_wait(gfp) || reserves.never(node, charge) {
+                    return Err(AllocError::ReserveLimit);
+                }
+                might_sleep(self.platform(), "waiting for a reserve");
+                node.waits.fetch_add(1, Ordering::Relaxed);
+                let again = || {
+                    let charged = reserves.charge(node, charge);
+                    (charged != Err(AllocError::ReserveLimit)).then_some(charged)
+                };
+                let platform = self.platform();
+                let woken = reserves.waiters.wait_once(again, |turn, value| {
+                    platform.park(turn, value);
+                    platform.relax(0);
+                });
+                match woken {
+                    Some(second) => charged = second,
+                    None => {
+                        self.free_all_deferred();
+                        if let Some(got) = ordinary() {
+                            return Ok(got);
+                        }
+                        continue;
+                    }
+                }
+            }
+            charged?;
+            return match take() {
+                Some(got) => Ok(got),
+                None => {
+                    // A page of it failed, or it was given fewer than its bound.
+                    self.reserve_uncharge(node, charge, (Pfn::NONE, Word::ZERO));
+                    Err(AllocError::NoBlock)
+                }
+            };
+        }
+    }
+
+    /// Takes a charge back, and wakes who waits for that.
+    ///
+    /// # Context
+    ///
+    /// Any.
+    #[track_caller]
+    pub(crate) fn reserve_uncharge(&self, node: &Node, bytes: u64, of: (Pfn, Word)) {
+        if self.pages.reserves.uncharge(node, bytes).is_err() {
+            let (pfn, word) = of;
+            let address = pfn.phys().0 as usize;
+            let report = self.report_at(Corruption::Uncharged, pfn, address, Location::caller());
+            self.pages.platform.corruption(&Report { word, ..report });
+        }
+        let platform = self.platform();
+        self.pages
+            .reserves
+            .waiters
+            .wake(|turn| platform.unpark_all(turn));
+    }
+
+    /// `n` objects of a slab from a reserve are free again: what was charged for them is not any more. The bits say free already; the list lock may be held.
+    pub(crate) fn reserve_objects_back(&self, core: &CacheCore, slab: &Slab, n: usize) {
+        let (node, pfn) = (self.pages.reserves.get(slab.reserve()), slab.pfn());
+        if let Some(node) = node
+            && let Some(charge) = node.charge_of_object(core)
+        {
+            self.reserve_uncharge(node, charge * n as u64, (pfn, Word::ZERO));
+        }
+    }
+
+    /// Is an object of a cache that has slabs from reserves in one of those?
+    #[cold]
+    pub(crate) fn object_is_reserve(&self, core: &CacheCore, object: *const u8) -> bool {
+        !core.is_metadata()
+            && self
+                .locate(core, object)
+                .is_ok_and(|(slab, _)| slab.reserve() != 0)
+    }
+}
+
+/// May a request at its limit wait for an uncharge?
+fn may_wait(gfp: Flags) -> bool {
+    gfp.allow_blocking() && !gfp.intersects(gfp::__GFP_NORETRY | gfp::__GFP_FAST_TRY)
+}
+
+/// For the attempt at ordinary memory: it neither reclaims nor takes from where it is not yet meant to.
+fn ordinary(gfp: Flags) -> Flags {
+    (gfp & !(gfp::__GFP_DIRECT_RECLAIM | gfp::__GFP_NOFAIL | gfp::__GFP_MEMALLOC))
+        | gfp::__GFP_NOMEMALLOC
+        | gfp::__GFP_NOWARN
+}
+
+impl<'m, P: Platform> Reserve<'m, P> {
+    /// Of this memory manager?
+    fn of(&self, mm: &Mm<P>) -> &'m Node {
+        assert!(
+            core::ptr::eq(self.mm, mm),
+            "the reserve belongs to another memory manager"
+        );
+        self.node
+    }
+
+    /// The node whose store serves requests: of a sizing reserve its parent's.
+    fn store(&self) -> Result<&'m Node, AllocError> {
+        if !self.node.is_sizing() {
+            return Ok(self.node);
+        }
+        let parent = self.mm.pages.reserves.get(self.node.parent());
+        parent.ok_or(AllocError::Detached)
+    }
+
+    /// The number that [`Platform::current_reserve`] says to entitle a task to this reserve and all below it.
+    pub fn id(&self) -> u16 {
+        self.node.id()
+    }
+
+    /// Puts it, with all below it, under `parent`, or under the root. If that connects it to the root, what it all needs is set aside now, and limits
+    /// above grow by it (`mem_reserve_connect`).
+    ///
+    /// # Context
+    ///
+    /// May sleep and reclaim.
+    ///
+    /// # Errors
+    ///
+    /// No memory for all of it; [`AllocError::Busy`] if it is under a parent, or the parent is below it; [`AllocError::TooMany`] for more than 16 levels;
+    /// [`AllocError::BadSize`] for a sizing reserve under one of another kind. Nothing has changed then.
+    pub fn connect(&self, parent: Option<&Reserve<'m, P>>) -> Result<(), AllocError> {
+        might_sleep(self.mm.platform(), "connecting a reserve");
+        let mut making = self.mm.reserve_mutex();
+        let parent = match parent {
+            Some(parent) => parent.of(self.mm),
+            None => self.mm.reserve_root(&mut making)?,
+        };
+        self.mm.connect(self.node, parent)
+    }
+
+    /// Takes it out from under its parent; what was set aside goes back (`mem_reserve_disconnect`).
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    ///
+    /// # Errors
+    ///
+    /// [`AllocError::Busy`] while anything is charged in it or below it; [`AllocError::Detached`] if it has no parent. Nothing has changed then.
+    pub fn disconnect(&self) -> Result<(), AllocError> {
+        might_sleep(self.mm.platform(), "disconnecting a reserve");
+        self.mm.free_all_deferred();
+        let _making = self.mm.reserve_mutex();
+        self.mm.disconnect(self.node)
+    }
+
+    /// Another amount of the same: objects of the same cache, blocks of the same order, bytes in the same sizes.
+    ///
+    /// # Context
+    ///
+    /// May sleep and reclaim.
+    ///
+    /// # Errors
+    ///
+    /// No memory to grow; [`AllocError::Busy`] to shrink below what is charged; [`AllocError::BadSize`] for a demand of another kind. Nothing has
+    /// changed then.
+    pub fn resize(&self, demand: Demand<'_>) -> Result<(), AllocError> {
+        might_sleep(self.mm.platform(), "resizing a reserve");
+        let (shape, amount) = shape_of(&demand)?;
+        if shape != self.node.shape() {
+            return Err(AllocError::BadSize);
+        }
+        let _making = self.mm.reserve_mutex();
+        self.mm.resize(self.node, amount)
+    }
+
+    /// No more than this is charged to it and all below it, whatever their demands come to; `None`: what they come to.
+    ///
+    /// # Errors
+    ///
+    /// [`AllocError::Busy`] if more is charged.
+    pub fn set_limit(&self, bytes: Option<u64>) -> Result<(), AllocError> {
+        let _making = self.mm.reserve_mutex();
+        let limit = bytes.unwrap_or(UNLIMITED).min(UNLIMITED);
+        let before = self.node.cap.swap(limit, Ordering::Relaxed);
+        self.mm.set_limits_of(self.node).map_err(|_| {
+            self.node.cap.store(before, Ordering::Relaxed);
+            AllocError::Busy
+        })
+    }
+
+    /// Has it hold this many pages instead of its bound; `None`: the bound. Fewer is a bet and not a guarantee.
+    ///
+    /// # Errors
+    ///
+    /// [`AllocError::Busy`] while it is connected.
+    pub fn set_pages(&self, pages: Option<u64>) -> Result<(), AllocError> {
+        let _making = self.mm.reserve_mutex();
+        if self.node.is_connected() {
+            return Err(AllocError::Busy);
+        }
+        let pages = pages.unwrap_or(u64::MAX);
+        self.node.pages.store(pages, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Charges bytes to it and all above it, for memory that is had otherwise (`mem_reserve_pages_charge`).
+    ///
+    /// # Context
+    ///
+    /// Any.
+    ///
+    /// # Errors
+    ///
+    /// [`AllocError::ReserveLimit`]; [`AllocError::Detached`].
+    pub fn charge(&self, bytes: u64) -> Result<(), AllocError> {
+        self.mm.pages.reserves.charge(self.store()?, bytes)
+    }
+
+    /// Takes back what was charged by [`charge`](Self::charge).
+    ///
+    /// # Context
+    ///
+    /// Any.
+    ///
+    /// # Errors
+    ///
+    /// [`Unbalanced`] if less is charged.
+    pub fn uncharge(&self, bytes: u64) -> Result<(), Unbalanced> {
+        let node = self.store().unwrap_or(self.node);
+        let usage = node.all.counter.usage();
+        let reserves = &self.mm.pages.reserves;
+        reserves
+            .uncharge(node, bytes)
+            .map_err(|_| Unbalanced { usage })?;
+        let platform = self.mm.platform();
+        reserves.waiters.wake(|turn| platform.unpark_all(turn));
+        Ok(())
+    }
+
+    /// Memory as [`kmalloc`](Mm::kmalloc): ordinary if it can be had without reclaim, else from this reserve. At the limit it fails, or waits for an uncharge if
+    /// the flags say that it may sleep (and not `__GFP_NORETRY`). Freed by any call that frees such memory.
+    ///
+    /// # Context
+    ///
+    /// As `kmalloc`.
+    ///
+    /// # Errors
+    ///
+    /// [`AllocError::ReserveLimit`] at the limit, or if no reserve would serve it; [`AllocError::BadSize`] for a size that this one is not for and ordinary
+    /// memory did not serve; [`AllocError::Detached`].
+    #[track_caller]
+    pub fn kmalloc(&self, size: usize, gfp: Flags) -> Result<NonNull<u8>, AllocError> {
+        let caller = Location::caller();
+        let mm = self.mm;
+        let plain = || mm.kmalloc(size, ordinary(gfp)).ok();
+        if let Some(got) = plain() {
+            return Ok(got);
+        }
+        let node = self.store()?;
+        let (serve, charge) = node.serve(size).ok_or(AllocError::BadSize)?;
+        mm.take_charged(node, charge, gfp, plain, || match serve {
+            Serve::Class(class) => {
+                let core = mm.kmalloc_cache(Kind::Normal, class);
+                mm.finish_object(core, mm.take_reserve_object(node, core)?, gfp, size, caller)
+            }
+            Serve::Large(order) => {
+                let pfn = mm.take_pages(node, order, PageType::LargeKmalloc, gfp)?;
+                NonNull::new(mm.page_address(pfn))
+            }
+        })
+    }
+
+    /// An object as [`kmem_cache_alloc`](Mm::kmem_cache_alloc), in the way of [`kmalloc`](Self::kmalloc).
+    ///
+    /// # Context
+    ///
+    /// As `kmem_cache_alloc`.
+    ///
+    /// # Errors
+    ///
+    /// As [`kmalloc`](Self::kmalloc).
+    #[track_caller]
+    pub fn kmem_cache_alloc(
+        &self,
+        cache: &Cache<'_>,
+        gfp: Flags,
+    ) -> Result<NonNull<u8>, AllocError> {
+        let caller = Location::caller();
+        let mm = self.mm;
+        let plain = || mm.kmem_cache_alloc(cache, ordinary(gfp)).ok();
+        if let Some(got) = plain() {
+            return Ok(got);
+        }
+        let node = self.store()?;
+        let core = cache.core();
+        let charge = match node.shape() {
+            Shape::Objects(_) => node.charge_of_object(core).ok_or(AllocError::BadSize)?,
+            _ => return Err(AllocError::BadSize),
+        };
+        let size = core.geometry.object_size as usize;
+        mm.take_charged(node, charge, gfp, plain, || {
+            mm.finish_object(core, mm.take_reserve_object(node, core)?, gfp, size, caller)
+        })
+    }
+
+    /// Bare pages as [`alloc_pages`](Mm::alloc_pages), in the way of [`kmalloc`](Self::kmalloc).
+    ///
+    /// # Context
+    ///
+    /// As `alloc_pages`.
+    ///
+    /// # Errors
+    ///
+    /// As [`kmalloc`](Self::kmalloc); [`AllocError::BadOrder`] for an order that this reserve is not for.
+    #[track_caller]
+    pub fn alloc_pages(&self, gfp: Flags, order: usize) -> Result<Pfn, AllocError> {
+        let mm = self.mm;
+        let plain = || mm.alloc_pages(ordinary(gfp), order).ok();
+        if let Some(got) = plain() {
+            return Ok(got);
+        }
+        let node = self.store()?;
+        let charge = match node.shape() {
+            Shape::Pages { .. } => node.charge_of_pages(order).ok_or(AllocError::BadOrder)?,
+            _ => return Err(AllocError::BadSize),
+        };
+        mm.take_charged(node, charge, gfp, plain, || {
+            mm.take_pages(node, order, PageType::Bare, gfp)
+        })
+    }
+
+    /// How it stands, name apart.
+    pub fn view<'b>(&self, name: &'b mut [u8; 32]) -> ReserveView<'b> {
+        let _making = self.mm.reserve_mutex();
+        self.mm.view_of(self.node, 0, name)
+    }
+
+    /// Takes it down.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    ///
+    /// # Errors
+    ///
+    /// It is connected to a parent, or has children: it comes back.
+    pub fn destroy(self) -> Result<(), DestroyReserveError<'m, P>> {
+        let making = self.mm.reserve_mutex();
+        let reserves = &self.mm.pages.reserves;
+        let (charged, children) = (
+            self.node.own.counter.usage() + self.node.all.counter.usage(),
+            reserves.children(self.node).count(),
+        );
+        if self.node.parent() != 0 || charged > 0 || children > 0 {
+            drop(making);
+            return Err(DestroyReserveError { reserve: self });
+        }
+        let memalloc = &reserves.memalloc;
+        if memalloc.load(Ordering::Relaxed) == self.node.id() {
+            memalloc.store(0, Ordering::Relaxed);
+        }
+        self.mm.free_node(self.node);
+        Ok(())
+    }
+}
+
+impl<P: Platform> Mm<P> {
+    /// What is done to every object that is handed out.
+    fn finish_object(
+        &self,
+        core: &CacheCore,
+        object: NonNull<u8>,
+        gfp: Flags,
+        asked: usize,
+        caller: Caller,
+    ) -> Option<NonNull<u8>> {
+        self.on_alloc(core, object, gfp, asked, caller);
+        Some(object)
+    }
+}

@@ -1,0 +1,170 @@
+//! Reserves: what is promised is there when everything else is gone, for those entitled and for nobody else.
+#![allow(missing_docs)]
+
+mod common;
+
+use std::ptr::NonNull;
+
+use common::*;
+use memdesc::gfp::*;
+use memdesc::*;
+use memdesc_host::Host;
+
+/// Takes all that ordinary requests can get, at the highest priority there is: the adversary.
+struct Adversary {
+    pages: Vec<Pfn>,
+    objects: Vec<NonNull<u8>>,
+}
+
+impl Adversary {
+    fn take_all<P: Platform>(mm: &Mm<P>) -> Adversary {
+        let greedy = GFP_ATOMIC | __GFP_MEMALLOC | __GFP_NOWARN;
+        let mut all = Adversary {
+            pages: Vec::new(),
+            objects: Vec::new(),
+        };
+        for order in (0..=MAX_ORDER).rev() {
+            while let Ok(pfn) = mm.alloc_pages(greedy, order) {
+                all.pages.push(pfn);
+            }
+        }
+        for size in [
+            8192, 4096, 2048, 1024, 512, 256, 192, 128, 96, 64, 32, 16, 8,
+        ] {
+            while let Ok(ptr) = mm.kmalloc(size, greedy) {
+                all.objects.push(ptr);
+            }
+        }
+        all
+    }
+
+    fn give_all<P: Platform>(self, mm: &Mm<P>) {
+        self.objects.into_iter().for_each(|ptr| kfree(mm, ptr));
+        self.pages.into_iter().for_each(|pfn| free(mm, pfn));
+    }
+
+    /// Did it get anything that was promised to others?
+    fn check<P: Platform>(&self, mm: &Mm<P>) {
+        assert!(self.pages.iter().all(|&pfn| !mm.page_is_from_reserve(pfn)));
+        let clean = |ptr: &NonNull<u8>| !mm.is_from_reserve(ptr.as_ptr());
+        assert!(self.objects.iter().all(clean));
+    }
+}
+
+fn view<P: Platform>(reserve: &Reserve<'_, P>) -> ReserveView<'static> {
+    let mut name = [0; 32];
+    let view = reserve.view(&mut name);
+    ReserveView { name: "", ..view }
+}
+
+fn down<P: Platform>(reserve: Reserve<'_, P>) {
+    if view(&reserve).connected {
+        reserve.disconnect().unwrap();
+    }
+    assert!(reserve.destroy().is_ok());
+}
+
+fn boot() -> (Machine, Mm<Host>) {
+    let machine = Machine::flat(2048).unsampled();
+    let mm = machine.boot();
+    (machine, mm)
+}
+
+#[test]
+fn what_is_promised_is_there_when_all_else_is_gone() {
+    let (machine, mm) = boot();
+    let cache = mm
+        .kmem_cache_create("heads", 200, 0, CacheFlags::EMPTY, None)
+        .unwrap();
+    let group = mm.reserve("net", Demand::None).unwrap();
+    let heads = Demand::Objects {
+        cache: &cache,
+        count: 50,
+    };
+    let heads = mm.reserve("heads", heads).unwrap();
+    let mix = Demand::Kmalloc {
+        bytes: 30_000,
+        min: 64,
+        max: 12_000,
+    };
+    let data = mm.reserve("data", mix).unwrap();
+    let count = 9;
+    let frags = mm.reserve("frags", Demand::Pages { order: 1, count });
+    let frags = frags.unwrap();
+    for child in [&heads, &data, &frags] {
+        child.connect(Some(&group)).unwrap();
+        assert_eq!(view(child).held_pages, 0);
+        assert_eq!(child.kmalloc(100_000_000, GFP_ATOMIC).err(), {
+            Some(AllocError::BadSize)
+        });
+    }
+    group.connect(None).unwrap();
+    let bound = view(&group).pages;
+    assert_eq!(
+        (view(&group).held_pages, mm.set_aside_pages()),
+        (bound, bound)
+    );
+    assert_eq!(ledger(&mm).by_type[PageType::SetAside as usize], bound);
+
+    let adversary = Adversary::take_all(&mm);
+    adversary.check(&mm);
+    assert_eq!(mm.set_aside_pages(), bound);
+    let mut objects = Vec::new();
+    let mut rng = Rng(1);
+    for round in 0..scaled(20, 2) {
+        // Heads, to the last one.
+        for _ in 0..50 {
+            let object = heads.kmem_cache_alloc(&cache, GFP_ATOMIC).unwrap();
+            assert!(mm.is_from_reserve(object.as_ptr()), "round {round}");
+            fill(object, 200, 0x5a);
+            objects.push(object);
+        }
+        let more = heads.kmem_cache_alloc(&cache, GFP_ATOMIC);
+        assert_eq!(more.err(), Some(AllocError::ReserveLimit));
+        for object in objects.drain(..) {
+            cache_free(&mm, &cache, object);
+        }
+        // Pages.
+        let pages: Vec<_> = (0..count)
+            .map(|_| frags.alloc_pages(GFP_ATOMIC, 1).unwrap())
+            .collect();
+        assert!(pages.iter().all(|&pfn| mm.page_is_from_reserve(pfn.add(1))));
+        assert!(frags.alloc_pages(GFP_ATOMIC, 1).is_err());
+        pages.into_iter().for_each(|pfn| free(&mm, pfn));
+        // Any mix, in any order.
+        let (mut live, mut asked) = (Vec::new(), 0);
+        for _ in 0..scaled(3000, 100) {
+            let most = if rng.one_in(8) { 12_000 - 63 } else { 1500 };
+            let size = 64 + rng.below(most);
+            if asked + size <= 30_000 && !rng.one_in(3) {
+                let ptr = data.kmalloc(size, GFP_ATOMIC).unwrap();
+                assert!(mm.is_from_reserve(ptr.as_ptr()));
+                fill(ptr, size, size as u8);
+                live.push((ptr, size));
+                asked += size;
+            } else if !live.is_empty() {
+                let (ptr, size) = live.swap_remove(rng.below(live.len()));
+                assert!(bytes(ptr, size).iter().all(|&b| b == size as u8));
+                kfree(&mm, ptr);
+                asked -= size;
+            }
+        }
+        live.into_iter().for_each(|(ptr, _)| kfree(&mm, ptr));
+        mm.tick();
+        assert_eq!(view(&group).usage, 0);
+        assert_eq!(mm.set_aside_pages(), bound);
+    }
+    assert!(view(&group).max_usage > 0 && view(&data).max_taken_pages > 0);
+    adversary.give_all(&mm);
+    group.disconnect().unwrap();
+    assert_eq!(mm.set_aside_pages(), 0);
+    for child in [heads, data, frags] {
+        child.disconnect().unwrap();
+        assert!(child.destroy().is_ok());
+    }
+    down(group);
+    mm.kmem_cache_destroy(cache).unwrap();
+    mm.shrink();
+    assert!(ledger(&mm).balanced);
+    let _ = machine;
+}
