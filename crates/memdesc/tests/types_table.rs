@@ -356,7 +356,8 @@ fn the_whole_table() {
     for row in rows() {
         let reports = Reports::default();
         let (_, mm) = boot(&reports);
-        // What is reserved is so for good.
+        // What is reserved is so for good; and the table of reserves stays.
+        assert!(mm.reserve("first", Demand::None).unwrap().destroy().is_ok());
         let users =
             |ledger: &Ledger| common::users(ledger) - ledger.by_type[PageType::Reserved as usize];
         let before = users(&common::ledger(&mm));
