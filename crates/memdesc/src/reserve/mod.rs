@@ -504,7 +504,7 @@ impl<P: Platform> Mm<P> {
         let reserves = &self.pages.reserves;
         let mut flushed = false;
         loop {
-            let mut charged = reserves.charge(node, charge);
+            let mut charged = self.charge_reserve(node, charge);
             if charged == Err(AllocError::ReserveLimit) {
                 if !flushed {
                     // What was freed where it could not be finished is free.
@@ -519,7 +519,7 @@ impl<P: Platform> Mm<P> {
                 might_sleep(self.platform(), "waiting for a reserve");
                 node.waits.fetch_add(1, Ordering::Relaxed);
                 let again = || {
-                    let charged = reserves.charge(node, charge);
+                    let charged = self.charge_reserve(node, charge);
                     (charged != Err(AllocError::ReserveLimit)).then_some(charged)
                 };
                 let platform = self.platform();
@@ -548,6 +548,12 @@ impl<P: Platform> Mm<P> {
                 }
             };
         }
+    }
+
+    /// Charges. One at a time: a charge that a level further up refuses stands in nobody's way meanwhile.
+    fn charge_reserve(&self, node: &Node, bytes: u64) -> Result<(), AllocError> {
+        let _held = self.lock_stores();
+        self.pages.reserves.charge(node, bytes)
     }
 
     /// Takes a charge back, and wakes who waits for that.
@@ -717,13 +723,13 @@ impl<'m, P: Platform> Reserve<'m, P> {
     ///
     /// # Context
     ///
-    /// Any.
+    /// Any that may pin a CPU.
     ///
     /// # Errors
     ///
     /// [`AllocError::ReserveLimit`]; [`AllocError::Detached`].
     pub fn charge(&self, bytes: u64) -> Result<(), AllocError> {
-        self.mm.pages.reserves.charge(self.store()?, bytes)
+        self.mm.charge_reserve(self.store()?, bytes)
     }
 
     /// Takes back what was charged by [`charge`](Self::charge).
