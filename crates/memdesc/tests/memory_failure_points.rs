@@ -1,4 +1,5 @@
-//! What happens in the middle of a page's failure, at labelled points: its owner frees it between two looks, and it fails again while it goes out of use.
+//! What happens in the middle of a page's failure, at labelled points: its owner frees it between two looks, it fails again while it goes out
+//! of use, or while it waits to leave a list.
 #![cfg(not(miri))]
 
 mod common;
@@ -10,7 +11,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use common::*;
 use memdesc::gfp::GFP_KERNEL;
 use memdesc::*;
-use memdesc_host::Host;
+use memdesc_host::{Host, interrupt};
 
 /// The hook is one for all threads.
 static ONE: Mutex<()> = Mutex::new(());
@@ -120,5 +121,71 @@ fn fails_again_while_it_goes_out_of_use() {
     mm.unpoison_memory(page).unwrap();
     assert!(matches!(mm.lookup(page).2, Memory::Free { .. }));
     assert_eq!(mm.num_poisoned_pages(), 0);
+    ledger(&mm);
+}
+
+thread_local! {
+    /// The folio that its last holder lets go of in an NMI.
+    static LET_GO: Cell<Option<(*const Mm<Host>, Pfn)>> = const { Cell::new(None) };
+    /// Looks at a page that somebody has.
+    static LOOKS: Cell<u32> = const { Cell::new(0) };
+}
+
+/// More looks than any wait may take where nobody else does anything.
+const MOST_LOOKS: u32 = 1000;
+
+fn let_go_under_the_lru_lock(label: &'static str) {
+    match label {
+        "lru: about to link" | "lru: about to unlink" => {
+            if let Some((mm, head)) = LET_GO.take() {
+                let _nmi = interrupt::nmi();
+                // SAFETY: the test's, which waits for us; the folio is its, and it does not use it any more.
+                unsafe { (*mm).free_pages_nolock(head) };
+            }
+        }
+        "memory failure: in use" => {
+            LOOKS.set(LOOKS.get() + 1);
+            assert!(LOOKS.get() < MOST_LOOKS, "nobody frees it but a tick");
+        }
+        _ => {}
+    }
+}
+
+/// A folio that nobody has waits to leave its list, since its last holder let go where the list's lock was held. No tick comes, and nobody else frees
+/// anything: who handles its failure sees to it himself, whichever way the folio of the interrupted one was going.
+#[test]
+fn fails_while_it_waits_to_leave_its_list() {
+    let _one = ONE.lock().unwrap_or_else(|e| e.into_inner());
+    let Some(_hooked) = Hooked::set(let_go_under_the_lru_lock) else {
+        return;
+    };
+    let mm = Machine::flat(4096).boot();
+    let listed = || {
+        let head = mm.alloc_folio(GFP_KERNEL, 0, FolioKind::File).unwrap();
+        let folio = mm.folio_get(head).unwrap();
+        mm.folio_add_lru(&folio, head);
+        head
+    };
+    for linking in [true, false] {
+        let head = listed();
+        let other = listed();
+        LOOKS.set(0);
+        LET_GO.set(Some((&raw const mm, head)));
+        let interrupted = if linking { listed() } else { other };
+        free(&mm, interrupted);
+        assert!(LET_GO.take().is_none(), "the list's lock was not met");
+        // Nobody's, and not free: it waits.
+        assert!(matches!(mm.lookup(head).2, Memory::File(_)));
+        assert!(mm.folio_get(head).is_none());
+
+        let failure = mm.memory_failure(head);
+        assert_eq!(failure.result, MfResult::Recovered, "{failure}");
+        assert!(LOOKS.get() > 1, "it waited for nothing");
+        assert!(matches!(mm.lookup(head).2, Memory::HwPoison));
+        if linking {
+            free(&mm, other);
+        }
+    }
+    assert_eq!(mm.num_poisoned_pages(), 2);
     ledger(&mm);
 }
