@@ -202,12 +202,10 @@ impl<P: Platform> PageAllocator<P> {
             Some(block) => block,
             None => self.alloc_zone(kind, gfp, order, node, descs)?,
         };
-        self.prep_alloc(block.pfn, order, block.word, gfp);
-        if self.map.checks.watched() {
-            self.note_alloc(kind, block.pfn, order);
-            if self.map.checks.pending() {
-                descs.report_flaw();
-            }
+        self.prep_alloc(kind, block.pfn, order, block.word, gfp);
+        // The first is known from there: no look of its own.
+        if self.map.checks.watched() && self.map.checks.pending() {
+            descs.report_flaw();
         }
         Ok(block)
     }
@@ -282,8 +280,7 @@ impl<P: Platform> PageAllocator<P> {
                     got += 1;
                 });
             for &block in &blocks[..got] {
-                self.prep_alloc(block.pfn, 0, block.word, gfp);
-                self.note_alloc(kind, block.pfn, 0);
+                self.prep_alloc(kind, block.pfn, 0, block.word, gfp);
                 each(block);
             }
             taken += got;

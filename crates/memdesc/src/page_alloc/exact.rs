@@ -94,11 +94,11 @@ impl<P: Platform> PageAllocator<P> {
             }
             if let Some(result) = result {
                 if let Ok(block) = result {
-                    self.prep_alloc(block.pfn, order, block.word, Flags::EMPTY);
-                    self.note_alloc(PageType::Bare, block.pfn, order);
+                    let kind = PageType::Bare;
+                    self.prep_alloc(kind, block.pfn, order, block.word, Flags::EMPTY);
                     let pin = self.pin();
                     self.stats(&pin).add(&pin, Event::AllocAt, 1);
-                    self.stats(&pin).block_out(&pin, PageType::Bare, order);
+                    self.stats(&pin).block_out(&pin, kind, order);
                 }
                 return result;
             }
@@ -112,8 +112,7 @@ impl<P: Platform> PageAllocator<P> {
         for mt in [MigrateType::Unmovable, MigrateType::Reclaimable] {
             for index in self.zonelists[node][ZoneType::Normal as usize].iter() {
                 if let Some(block) = self.pcp(&pin, index).pop(&pin, &self.map, 0, mt) {
-                    self.prep_alloc(block.pfn, 0, block.word, Flags::EMPTY);
-                    self.note_alloc(PageType::Slab, block.pfn, 0);
+                    self.prep_alloc(PageType::Slab, block.pfn, 0, block.word, Flags::EMPTY);
                     return Some(block);
                 }
             }
@@ -133,8 +132,8 @@ impl<P: Platform> PageAllocator<P> {
                     if let Some(found) = take_smallest_in(&mut zone, attempt) {
                         drop(zone);
                         let word = found.word.unwrap_or(Word::ZERO);
-                        self.prep_alloc(found.pfn, found.order, word, Flags::EMPTY);
-                        self.note_alloc(PageType::Slab, found.pfn, found.order);
+                        let (kind, gfp) = (PageType::Slab, Flags::EMPTY);
+                        self.prep_alloc(kind, found.pfn, found.order, word, gfp);
                         return Ok(found);
                     }
                 }

@@ -69,8 +69,7 @@ impl<P: Platform> PageAllocator<P> {
         stats.add_any(Event::tried(first, &result), 1);
         if let Ok(block) = &result {
             stats.block_out_any(kind, order);
-            self.prep_alloc(block.pfn, order, block.word, gfp);
-            self.note_alloc(kind, block.pfn, order);
+            self.prep_alloc(kind, block.pfn, order, block.word, gfp);
         }
         if self.map.checks.pending() {
             descs.report_flaw();

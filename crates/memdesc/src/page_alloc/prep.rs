@@ -6,17 +6,27 @@
 use super::alloc::PageAllocator;
 use crate::address::Pfn;
 use crate::gfp::Flags;
-use crate::memmap::{Contents, Word};
+use crate::memmap::{Contents, PageType, Word};
 use crate::platform::Platform;
 
 impl<P: Platform> PageAllocator<P> {
-    /// A block is about to be handed out. `word` is what it was while free; with `__GFP_ZERO` it is zeroed.
+    /// A block is about to be handed out as `kind`. `word` is what it was while free; with `__GFP_ZERO` it is zeroed.
     #[inline]
     #[track_caller]
-    pub(crate) fn prep_alloc(&self, pfn: Pfn, order: usize, word: Word, gfp: Flags) {
+    pub(crate) fn prep_alloc(
+        &self,
+        kind: PageType,
+        pfn: Pfn,
+        order: usize,
+        word: Word,
+        gfp: Flags,
+    ) {
         self.platform.pages_allocated(pfn, order);
         if self.services.on_alloc(gfp) {
             self.serve_alloc(pfn, order, word, gfp);
+        }
+        if self.map.checks.watched() {
+            self.note_alloc(kind, pfn, order);
         }
     }
 
