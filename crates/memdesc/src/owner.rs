@@ -469,10 +469,7 @@ impl<P: Platform> Mm<P> {
     pub unsafe fn free_pages(&self, pfn: Pfn) {
         let caller = core::panic::Location::caller();
         let path = self.pages.free_path();
-        let word = match self.pages.map.region(pfn) {
-            Some(region) => region.word(pfn).load_owned(),
-            None => Word::ZERO,
-        };
+        let word = self.pages.map.owned_word(pfn);
         if word.is_only_owners() && pfn.is_aligned(word.order()) && !self.pages.map.checks.on() {
             return self.take_back(path, pfn, word);
         }

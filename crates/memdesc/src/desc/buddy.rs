@@ -131,13 +131,11 @@ impl PfnList {
         }
         let links = map.buddy_at(word.desc());
         let back = |at: Pfn, link: fn(&Buddy) -> Pfn| {
-            let found = map.region(at).map(|r| r.word(at).load_owned());
-            found.is_some_and(|w| {
-                w.is_free_in_zone(word.order())
-                    && w.migratetype() == word.migratetype()
-                    && map.is_in_slab(w.desc())
-                    && link(map.buddy_at(w.desc())) == pfn
-            })
+            let found = map.owned_word(at);
+            found.is_free_in_zone(word.order())
+                && found.migratetype() == word.migratetype()
+                && map.is_in_slab(found.desc())
+                && link(map.buddy_at(found.desc())) == pfn
         };
         let (next, prev) = (links.next(), links.prev());
         let right = if next == Pfn::NONE {

@@ -11,7 +11,6 @@ use super::charge::Charge;
 use crate::desc::Slab;
 use crate::error::AllocError;
 use crate::gfp::{self, Flags};
-use crate::memmap::Word;
 use crate::mm::Mm;
 use crate::platform::Platform;
 use crate::slab::kmalloc::Where;
@@ -134,11 +133,7 @@ impl<P: Platform> Mm<P> {
         let memcg = owner.swap(0, Ordering::AcqRel);
         if memcg != 0 {
             let pfn = slab.pfn();
-            let word = self
-                .pages
-                .map
-                .region(pfn)
-                .map_or(Word::ZERO, |r| r.word(pfn).load());
+            let word = self.pages.map.owned_word(pfn);
             let at = pfn.phys().0 as usize + core.offset_in(slab, index);
             self.pages.memcg_uncharge(
                 memcg,

@@ -411,6 +411,15 @@ impl MemMap {
         }
     }
 
+    /// The word of a page, as the one reads it who wrote it last or holds the lock; zero outside RAM, which a number from elsewhere may lead to.
+    #[inline]
+    pub(crate) fn owned_word(&self, pfn: Pfn) -> Word {
+        match self.region(pfn) {
+            Some(region) => region.word(pfn).load_owned(),
+            None => Word::ZERO,
+        }
+    }
+
     /// The block that a page belongs to, and its word; `None` for a hole and for what was never handed out.
     ///
     /// Any page of an allocation leads to the same answer. Without a lock the answer may be stale when it comes

@@ -94,9 +94,7 @@ impl LockedZone<'_> {
             .into_iter()
             .filter(|&p| p != Pfn::NONE)
         {
-            let word = map
-                .region(pfn)
-                .map_or(Word::ZERO, |r| r.word(pfn).load_owned());
+            let word = map.owned_word(pfn);
             let fits = word.is_free_in_zone(order) && word.migratetype() == mt;
             if !fits || !map.is_in_slab(word.desc()) {
                 map.checks.note(pfn, Flaw::Word);

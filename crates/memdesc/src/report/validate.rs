@@ -421,8 +421,7 @@ impl LockedZone<'_> {
             for (mt, list) in row.iter().enumerate() {
                 let (mut at, mut nr) = (list.ends.head, 0);
                 while at != Pfn::NONE {
-                    let region = self.map.region(at);
-                    let word = region.map_or(Word::ZERO, |r| r.word(at).load_owned());
+                    let word = self.map.owned_word(at);
                     let fits = word.is_free_in_zone(order) && word.migratetype() as usize == mt;
                     nr += 1;
                     if !fits || !list.ends.agrees(self.map, at, word) || nr > list.nr {

@@ -453,10 +453,7 @@ impl<P: Platform> Mm<P> {
     /// Any, as `kmalloc_nolock`.
     #[track_caller]
     pub unsafe fn free_pages_nolock(&self, pfn: Pfn) {
-        let word = match self.pages.map.region(pfn) {
-            Some(region) => region.word(pfn).load_owned(),
-            None => Word::ZERO,
-        };
+        let word = self.pages.map.owned_word(pfn);
         if self.check_owned(pfn, word, Location::caller()) {
             if word.is_folio() && !self.lru_try_forget(pfn) {
                 return;
