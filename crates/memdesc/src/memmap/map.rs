@@ -125,6 +125,25 @@ impl Region {
         unsafe { self.words.add((pfn.0 - self.start) as usize).as_ref() }
     }
 
+    /// The block that a page of this region belongs to; see [`MemMap::lookup`].
+    #[inline]
+    pub(crate) fn lookup(&self, pfn: Pfn) -> Option<Found> {
+        let word = self.word(pfn).load();
+        if !word.is_tail() {
+            return Some(Found {
+                head: pfn.align_down(word.order()),
+                word,
+            });
+        }
+        climb(pfn, |at| {
+            if self.contains(at) {
+                self.word(at).load()
+            } else {
+                Word::ZERO
+            }
+        })
+    }
+
     fn publish_tails(&self, pfn: Pfn, word: Word) {
         for tail in 1..1 << word.order() {
             self.word(pfn.add(tail)).publish(word);
@@ -426,21 +445,7 @@ impl MemMap {
     /// back, unless the caller owns the page or holds a reference that keeps it.
     #[inline]
     pub(crate) fn lookup(&self, pfn: Pfn) -> Option<Found> {
-        let region = self.any_region(pfn)?;
-        let word = region.word(pfn).load();
-        if !word.is_tail() {
-            return Some(Found {
-                head: pfn.align_down(word.order()),
-                word,
-            });
-        }
-        climb(pfn, |at| {
-            if region.contains(at) {
-                region.word(at).load()
-            } else {
-                Word::ZERO
-            }
-        })
+        self.any_region(pfn)?.lookup(pfn)
     }
 
     /// Says of every page from `start` on, `pages` of them, what `word` says (its order is replaced): the range is cut

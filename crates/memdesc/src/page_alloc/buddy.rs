@@ -14,7 +14,7 @@
 use super::zone::{FreeList, LockedZone};
 use crate::address::{MAX_ORDER, PAGEBLOCK_ORDER, Pfn};
 use crate::desc::DescList;
-use crate::memmap::heads::{climb, first_block_order};
+use crate::memmap::heads::first_block_order;
 use crate::memmap::{Contents, DescClass, Flaw, Found, PageType, Region, Word};
 use crate::page_alloc::MigrateType;
 use crate::sync::atomic::Ordering;
@@ -341,26 +341,13 @@ impl LockedZone<'_> {
     /// Takes a bad page that is noted out of this zone's free memory, if it is in there. Says whether it was.
     pub(crate) fn take_bad(&mut self, bad: Pfn, freed: &mut DescList) -> bool {
         let region = self.region(bad);
-        let load = |pfn| {
-            if region.contains(pfn) {
-                region.word(pfn).load()
-            } else {
-                Word::ZERO
-            }
-        };
-        let own = load(bad);
-        let found = if own.is_tail() {
-            climb(bad, load)
-        } else {
-            Some(Found {
-                head: bad,
-                word: own,
-            })
-        };
+        let found = region.lookup(bad);
         let (Some(Found { head, word }), Some(noted)) = (found, self.map.bad.find(bad, 0)) else {
             return false;
         };
-        if !word.is_free_in_zone(word.order()) || !head.is_aligned(word.order()) {
+        // The tails of a free block have no word of their own.
+        let in_order = head == bad || region.word(bad).load_owned().is_tail();
+        if !word.is_free_in_zone(word.order()) || !in_order {
             return false;
         }
         self.unlink(head, word);

@@ -7,8 +7,8 @@ use crate::address::{MAX_ORDER, PAGEBLOCK_ORDER, Pfn};
 use crate::desc::DescList;
 use crate::error::AllocError;
 use crate::gfp::Flags;
-use crate::memmap::heads::{blocks, climb};
-use crate::memmap::{DescClass, PageType, Word};
+use crate::memmap::heads::blocks;
+use crate::memmap::{DescClass, Found, PageType, Word};
 use crate::page_alloc::{MigrateType, ZoneType};
 use crate::platform::Platform;
 use crate::stats::Event;
@@ -65,28 +65,15 @@ impl<P: Platform> PageAllocator<P> {
             let result = if pfn.0 >= start && last < end {
                 None
             } else {
-                let load = |p| {
-                    if region.contains(p) {
-                        region.word(p).load()
-                    } else {
-                        Word::ZERO
-                    }
-                };
-                let own = load(pfn);
-                let found = if own.is_tail() {
-                    climb(pfn, load)
-                } else {
-                    None
-                };
-                let (head, word) = found.map_or((pfn, own), |f| (f.head, f.word));
-                Some(
-                    if word.is_free_in_zone(word.order()) && word.order() >= order {
+                let fits =
+                    |f: &Found| f.word.is_free_in_zone(f.word.order()) && f.word.order() >= order;
+                Some(match region.lookup(pfn).filter(fits) {
+                    Some(Found { head, word }) => {
                         zone.unlink(head, word);
                         Ok(zone.expand_at(Block { pfn: head, word }, pfn, order, &mut spare))
-                    } else {
-                        Err(AllocError::Busy)
-                    },
-                )
+                    }
+                    None => Err(AllocError::Busy),
+                })
             };
             drop(zone);
             if !spare.is_empty() {

@@ -9,7 +9,6 @@ use super::zone::LockedZone;
 use crate::address::{MAX_ORDER, PAGEBLOCK_ORDER, PAGEBLOCK_PAGES, Pfn};
 use crate::desc::DescList;
 use crate::memmap::PageType;
-use crate::memmap::heads::climb;
 use crate::page_alloc::MigrateType;
 use crate::sync::atomic::Ordering;
 
@@ -213,18 +212,12 @@ impl LockedZone<'_> {
         let mut at = start;
         while at < end {
             let mut word = region.word(Pfn(at)).load_owned();
-            if word.is_tail() && at == start {
-                // The pageblock may be the second half of a larger block.
-                let load = |p| {
-                    if region.contains(p) {
-                        region.word(p).load_owned()
-                    } else {
-                        word
-                    }
-                };
-                if let Some(found) = climb(Pfn(at), load) {
-                    word = found.word;
-                }
+            // The pageblock may be the second half of a larger block.
+            if word.is_tail()
+                && at == start
+                && let Some(found) = region.lookup(Pfn(at))
+            {
+                word = found.word;
             }
             // A zero word here is untouched memory, and so is all after it.
             let pages = if word.is_tail() {
