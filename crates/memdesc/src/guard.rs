@@ -111,9 +111,7 @@ impl<P: Platform> Mm<P> {
             kept = buddy;
         }
         // From here on it cannot fail. Whom they are charged to stands in what described them.
-        if word.is_charged() {
-            let _ = self.pages.uncharge_block(pfn, word);
-        }
+        let _ = self.pages.uncharge_block(pfn, word);
         self.count_retyped(PageType::Bare, PageType::Poisoned, order);
         self.pages.map.publish_block(pfn, Word::guard(order, kept));
         if kept != word.desc() {

@@ -264,11 +264,7 @@ impl<P: Platform> Mm<P> {
     pub(crate) fn bare_to_inline(&self, pfn: Pfn, new: Word) {
         let old = self.pages.map.word(pfn).load_owned();
         debug_assert!(old.kind() == PageType::Bare && old.order() == new.order());
-        let old = if old.is_charged() {
-            self.pages.uncharge_block(pfn, old)
-        } else {
-            old
-        };
+        let old = self.pages.uncharge_block(pfn, old);
         self.count_retyped(PageType::Bare, new.kind(), new.order());
         self.pages.map.publish_block(pfn, new);
         self.put_desc(old.desc());

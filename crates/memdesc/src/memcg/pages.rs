@@ -71,7 +71,8 @@ impl<P: Platform> PageAllocator<P> {
         word.with_number(CHARGED)
     }
 
-    /// Charged pages are freed: see [`prep_free`](Self::prep_free), the one place that comes here.
+    /// Nobody is charged for these pages any more, if anybody was: they are freed ([`prep_free`](Self::prep_free), which looks first), become something
+    /// that is never charged, or are charged to another. Gives the word without it.
     #[cold]
     #[inline(never)]
     pub(crate) fn uncharge_block(&self, pfn: Pfn, word: Word) -> Word {
@@ -165,11 +166,7 @@ impl<P: Platform> Mm<P> {
         let word = self.pages.map.word(table).load_owned();
         let charge =
             self.charge_pages(memcg, gfp::GFP_KERNEL, word.order(), MemcgStat::PageTables)?;
-        let bare = if word.is_charged() {
-            self.pages.uncharge_block(table, word)
-        } else {
-            word
-        };
+        let bare = self.pages.uncharge_block(table, word);
         let new = self.pages.set_memcg(bare, charge.map_or(0, Charge::keep));
         self.pages.map.publish_block(table, new);
         Ok(())
