@@ -236,6 +236,13 @@ impl DescList {
         self.len += 1;
     }
 
+    /// Adds all of another, one by one: it is short.
+    pub(crate) fn append(&mut self, map: &MemMap, mut other: DescList) {
+        while let Some(desc) = other.pop(map) {
+            self.push(map, desc);
+        }
+    }
+
     /// Takes one out.
     #[inline]
     pub(crate) fn pop(&mut self, map: &MemMap) -> Option<PhysAddr> {

@@ -319,17 +319,12 @@ impl LockedZone<'_> {
         map.bad.add_out(1 << left);
         // What is noted beside it goes out of use with it.
         while let Some((_, nth)) = map.bad.find(at, left) {
-            let mut others = self.take_note(nth);
-            while let Some(desc) = others.pop(map) {
-                freed.push(map, desc);
-            }
+            freed.append(map, self.take_note(nth));
         }
         if let Some(word) = own {
             freed.push(map, word.desc());
         }
-        while let Some(desc) = spare.pop(map) {
-            freed.push(map, desc);
-        }
+        freed.append(map, spare);
     }
 
     /// Forgets a bad page that is noted; what lay with it is the caller's.
