@@ -65,6 +65,18 @@ const fn words(objects: usize) -> usize {
     objects.div_ceil(64)
 }
 
+/// The objects whose bits are set. Each word is looked at once, when its turn comes, by `read`: who hands an object on takes its bit away before.
+fn set_bits(words: &[AtomicU64], read: fn(&AtomicU64) -> u64) -> impl Iterator<Item = usize> {
+    words.iter().enumerate().flat_map(move |(i, word)| {
+        let mut bits = read(word);
+        core::iter::from_fn(move || {
+            let bit = (bits != 0).then(|| bits.trailing_zeros() as usize)?;
+            bits &= bits - 1;
+            Some(i * 64 + bit)
+        })
+    })
+}
+
 /// The prepaid frees of one CPU.
 #[derive(Debug)]
 #[repr(C, align(64))]
@@ -388,33 +400,21 @@ impl<P: Platform> Mm<P> {
             }
             return usize::from(bits != 0);
         }
+        let look = |word: &AtomicU64| word.load(Ordering::Relaxed);
+        let take = |word: &AtomicU64| word.swap(0, Ordering::Relaxed);
+        let base = map.virt(slab.pfn().phys());
+        let object = |index| NonNull::new(base.wrapping_add(core.geometry_of(slab).offset(index)));
         if core.flags.has_owners() {
-            for (i, word) in waiting.iter().enumerate() {
-                let mut bits = word.load(Ordering::Relaxed);
-                while bits != 0 {
-                    self.uncharge_index(core, slab, i * 64 + bits.trailing_zeros() as usize);
-                    bits &= bits - 1;
-                }
-            }
+            set_bits(waiting, look).for_each(|index| self.uncharge_index(core, slab, index));
         }
         if core.is_debug() {
             // One by one, each checked as ever.
             let mut freed = 0;
-            let base = map.virt(slab.pfn().phys());
-            for (i, word) in waiting.iter().enumerate() {
-                let mut bits = word.swap(0, Ordering::Relaxed);
-                while bits != 0 {
-                    let index = i * 64 + bits.trailing_zeros() as usize;
-                    bits &= bits - 1;
-                    freed += 1;
-                    let object = base.wrapping_add(core.geometry_of(slab).offset(index));
-                    let Some(object) = NonNull::new(object) else {
-                        unreachable!()
-                    };
-                    if crate::slab::debug::on_free(self, core, object, Location::caller()) {
-                        self.init_on_free(core, object);
-                        self.slabs_give(core, &[object.as_ptr()], true, Location::caller());
-                    }
+            for object in set_bits(waiting, take).filter_map(object) {
+                freed += 1;
+                if crate::slab::debug::on_free(self, core, object, Location::caller()) {
+                    self.init_on_free(core, object);
+                    self.slabs_give(core, &[object.as_ptr()], true, Location::caller());
                 }
             }
             // Release pairs with the Acquire in `prepaid_harvest` and `prepaid_idle`.
@@ -422,18 +422,8 @@ impl<P: Platform> Mm<P> {
             return freed;
         }
         if core.flags.contains(CacheFlags::INIT_ON_FREE) {
-            let base = map.virt(slab.pfn().phys());
-            for (i, word) in waiting.iter().enumerate() {
-                let mut bits = word.load(Ordering::Relaxed);
-                while bits != 0 {
-                    let index = i * 64 + bits.trailing_zeros() as usize;
-                    bits &= bits - 1;
-                    let object = base.wrapping_add(core.geometry_of(slab).offset(index));
-                    if let Some(object) = NonNull::new(object) {
-                        self.init_on_free(core, object);
-                    }
-                }
-            }
+            let objects = set_bits(waiting, look).filter_map(object);
+            objects.for_each(|object| self.init_on_free(core, object));
         }
         let mut empty = Pfn::NONE;
         let mut wrong = false;
