@@ -48,6 +48,8 @@ pub type MemoryFailureFn = dyn Fn(u64, u64, Pfn) + Send + Sync;
 
 /// The hosted platform.
 pub struct Host {
+    /// Goes first, in this order: as soon as the arena is unmapped its addresses may be another host's, whose faults are not this one's.
+    guard: guard::Guard,
     mmu: mmu::Mmu,
     arena: Arena,
     /// For vmalloc; none under Miri.
@@ -55,7 +57,6 @@ pub struct Host {
     cpus: Cpus,
     /// membarrier(2) works, so the owner's side of a local lock needs only a compiler fence.
     asymmetric: bool,
-    guard: guard::Guard,
     /// Call stacks are taken.
     stacks: bool,
     nodes: usize,

@@ -3,9 +3,11 @@
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Output};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use memdesc::gfp::{__GFP_MEMALLOC, GFP_KERNEL, GFP_NOWAIT};
-use memdesc::{Config, Mm, Pfn};
+use memdesc::{Config, Mm, Pfn, Platform};
 use memdesc_host::{Host, ram};
 
 fn config() -> Config {
@@ -156,5 +158,42 @@ fn a_host_that_does_not_guard() {
         mm.page_address(pfn).write(9);
         mm.free_pages(pfn);
         assert_eq!(mm.page_address(pfn).read(), 9);
+    }
+}
+
+/// Looks, when the handler goes, whether the arena is there still.
+struct Goes {
+    base: Arc<AtomicUsize>,
+    was_mapped: Arc<AtomicBool>,
+}
+
+impl Drop for Goes {
+    fn drop(&mut self) {
+        let base = self.base.load(Ordering::Relaxed);
+        // SAFETY: msync(2) touches nothing; it fails where nothing is mapped.
+        let synced = unsafe { libc::msync(base as *mut libc::c_void, 4096, libc::MS_ASYNC) };
+        self.was_mapped.store(synced == 0, Ordering::Relaxed);
+    }
+}
+
+/// The addresses of an arena go to whom the system pleases as soon as it is unmapped: a host's handler is nobody's by then, or it would be asked for the
+/// faults of the next host.
+#[test]
+fn the_handler_goes_before_the_arena() {
+    for _ in 0..16 {
+        let (base, was_mapped) = (Arc::<AtomicUsize>::default(), Arc::<AtomicBool>::default());
+        let goes = Goes {
+            base: base.clone(),
+            was_mapped: was_mapped.clone(),
+        };
+        let handler = move |_, _, _| {
+            let _ = &goes;
+            false
+        };
+        let builder = Host::builder().memory(&[ram(0, 4096)]).on_fault(handler);
+        let host = builder.build().unwrap();
+        base.store(host.direct_map().addr(), Ordering::Relaxed);
+        drop(host);
+        assert!(was_mapped.load(Ordering::Relaxed));
     }
 }
