@@ -231,8 +231,8 @@ impl<P: Platform> Mm<P> {
 
     /// Pages under a descriptor that the caller brings (`alloc_pages_desc` of seed 000): every page of the block will lead
     /// to it. The descriptor is given up to the memory manager until [`free_pages`](Self::free_pages), which then owns it:
-    /// its memory serves as the free block's `struct buddy` and goes back to its cache one day. Never charged: what such a descriptor says is
-    /// the kernel's.
+    /// its memory serves as the free block's `struct buddy` and goes back to its cache one day. They are [`PageType::Yours`], of no registered type.
+    /// Never charged: what such a descriptor says is the kernel's.
     ///
     /// # Safety
     ///
@@ -241,19 +241,15 @@ impl<P: Platform> Mm<P> {
     ///
     /// # Errors
     ///
-    /// As [`alloc_pages`](Self::alloc_pages); the descriptor then is still the caller's. [`AllocError::BadSize`] for a type that
-    /// has a descriptor of its own.
+    /// As [`alloc_pages`](Self::alloc_pages); the descriptor then is still the caller's.
     #[track_caller]
     pub unsafe fn alloc_pages_desc(
         &self,
         gfp: Flags,
         order: usize,
-        kind: PageType,
         desc: NonNull<u8>,
     ) -> Result<Pfn, AllocError> {
-        if kind != PageType::Yours {
-            return Err(AllocError::BadSize);
-        }
+        let kind = PageType::Yours;
         let block = self.pages.alloc_block(kind, gfp, order, None, self)?;
         self.put_desc(block.word.desc());
         let desc = self.pages.phys(desc.as_ptr());

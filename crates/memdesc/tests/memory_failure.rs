@@ -523,7 +523,7 @@ const CASES: &[(&str, Case)] = &[
             .unwrap();
         let desc = mm.kmem_cache_alloc(&cache, GFP_KERNEL).unwrap();
         // SAFETY: an object of 64 bytes, given up to the pages.
-        let pages = unsafe { mm.alloc_pages_desc(GFP_KERNEL, 2, PageType::Yours, desc) };
+        let pages = unsafe { mm.alloc_pages_desc(GFP_KERNEL, 2, desc) };
         let page = pages.unwrap().add(1);
         fails(mm, page, (Kernel(PageType::Yours), Delayed));
         free(mm, head_of(mm, page));

@@ -447,7 +447,7 @@ fn the_kernels_own_types() {
     // A descriptor that is of no registered type is not taken for one.
     let raw = mm.kmalloc(64, GFP_KERNEL).unwrap();
     // SAFETY: an object of 64 bytes, given up to the pages.
-    let pages = unsafe { mm.alloc_pages_desc(GFP_KERNEL, 0, PageType::Yours, raw) }.unwrap();
+    let pages = unsafe { mm.alloc_pages_desc(GFP_KERNEL, 0, raw) }.unwrap();
     // SAFETY: ours.
     assert!(unsafe { zeroth.of(pages) }.is_none());
     assert_eq!(mm.type_name(pages), "yours");

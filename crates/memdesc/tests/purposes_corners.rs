@@ -69,7 +69,7 @@ fn a_brought_descriptor_is_of_no_registered_type() {
         .unwrap();
     let desc = mm.kmem_cache_alloc(&cache, GFP_KERNEL).unwrap();
     // SAFETY: an object of a cache of this machine, 8 bytes.
-    let pfn = unsafe { mm.alloc_pages_desc(GFP_KERNEL, 0, PageType::Yours, desc) }.unwrap();
+    let pfn = unsafe { mm.alloc_pages_desc(GFP_KERNEL, 0, desc) }.unwrap();
     // SAFETY: ours.
     assert!(unsafe { firsts.of(pfn) }.is_none());
     assert_eq!(mm.type_name(pfn), "yours");

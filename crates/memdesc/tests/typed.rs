@@ -231,7 +231,7 @@ fn descriptors_of_ones_own() {
     for order in [0, 2, 5, 0, 9, 0] {
         let desc = mm.kmem_cache_alloc(&cache, GFP_KERNEL).unwrap();
         // SAFETY: an object of 64 bytes of a cache of this memory manager, given up until the pages are freed.
-        let pfn = unsafe { mm.alloc_pages_desc(GFP_KERNEL, order, PageType::Yours, desc) };
+        let pfn = unsafe { mm.alloc_pages_desc(GFP_KERNEL, order, desc) };
         let pfn = pfn.unwrap();
         for page in 0..1 << order {
             let (head, o, Memory::Yours(kind, found)) = mm.lookup(pfn.add(page)) else {
@@ -243,23 +243,6 @@ fn descriptors_of_ones_own() {
         blocks.push(pfn);
     }
     assert_eq!(mm.pages_of(PageType::Yours), 3 + 4 + 32 + 512);
-    let desc = mm.kmem_cache_alloc(&cache, GFP_KERNEL).unwrap();
-    for kind in [
-        PageType::Slab,
-        PageType::Bare,
-        PageType::Reserved,
-        PageType::Free,
-        PageType::File,
-        PageType::PageTable,
-        PageType::NetPool,
-        PageType::Device,
-    ] {
-        // SAFETY: as above; it is refused.
-        let refused = unsafe { mm.alloc_pages_desc(GFP_KERNEL, 0, kind, desc) };
-        assert_eq!(refused, Err(AllocError::BadSize));
-    }
-    // SAFETY: still ours.
-    unsafe { mm.kmem_cache_free(&cache, desc) };
     for pfn in blocks {
         // SAFETY: allocated above, freed once.
         unsafe { mm.free_pages(pfn) };
