@@ -144,12 +144,13 @@ impl<P: Platform> Mm<P> {
         }
         let (home_start, home_end) = longest_run(ranges);
 
+        let services = Services::new(config, &platform);
         // The first pass counts; the second knows where to put things. The count does not depend on the place.
         let mut count = Bump {
             base: None,
             used: 0,
         };
-        let _ = lay_out(&mut count, &platform, config, ranges, 0..0);
+        let _ = lay_out(&mut count, &platform, config, services, ranges, 0..0);
         let bytes = count.used;
         let pages = bytes.div_ceil(PAGE_SIZE) as u32;
         // Room must be left for something to allocate.
@@ -169,7 +170,8 @@ impl<P: Platform> Mm<P> {
             base: Some(base),
             used: 0,
         };
-        let mut parts = lay_out(&mut bump, &platform, config, ranges, start..home_end);
+        let boot = start..home_end;
+        let mut parts = lay_out(&mut bump, &platform, config, services, ranges, boot);
         debug_assert_eq!(bump.used, bytes);
         parts.layout.pages = u64::from(pages);
         parts.layout.start = Pfn(start);
@@ -193,7 +195,6 @@ impl<P: Platform> Mm<P> {
         }
 
         let vmalloc = Vmalloc::new(&platform, parts.stacks);
-        let services = Services::new(config, &platform);
         let words = PageWords::new(&parts.map, parts.kfence.view(), &parts.history);
         platform.taken_over(config, words);
         let zonelists = core::array::from_fn(|node| {
@@ -372,6 +373,7 @@ fn lay_out<P: Platform>(
     bump: &mut Bump,
     platform: &P,
     config: &Config,
+    services: Services,
     ranges: &[MemRange],
     boot: core::ops::Range<u32>,
 ) -> Parts {
@@ -514,13 +516,7 @@ fn lay_out<P: Platform>(
         let core = CacheCore::new(
             name.as_str(),
             geometry,
-            spec.flags
-                | init_flags(
-                    Services::new(config, platform),
-                    spec.flags,
-                    spec.role,
-                    false,
-                ),
+            spec.flags | init_flags(services, spec.flags, spec.role, false),
             spec.gfp,
             spec.role,
             None,
