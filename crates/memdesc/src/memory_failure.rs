@@ -271,8 +271,7 @@ impl<P: Platform> Mm<P> {
                     break;
                 }
                 Some(Step::Again) => {
-                    self.pages.platform.relax(round);
-                    round += 1;
+                    self.mf_wait(&mut round);
                     continue;
                 }
                 None => {}
@@ -441,14 +440,19 @@ impl<P: Platform> Mm<P> {
                 }
                 return (page, result, users, lost);
             }
-            if round % 32 == 31 {
-                // Nobody may have it: one that waits for the next tick to leave its list, or for the next free on another CPU.
-                self.free_all_deferred();
-                self.drain_all();
-            }
-            self.pages.platform.relax(round);
-            round = round.wrapping_add(1);
+            self.mf_wait(&mut round);
         }
+    }
+
+    /// A round of waiting for a page that somebody is to let go of. Nobody may have it: one that waits for the next tick to leave its list, or for the next
+    /// free on another CPU. So now and then what waits is sent on its way.
+    fn mf_wait(&self, round: &mut u32) {
+        if *round % 32 == 31 {
+            self.free_all_deferred();
+            self.drain_all();
+        }
+        self.pages.platform.relax(*round);
+        *round = round.wrapping_add(1);
     }
 
     /// If the page is free, takes it out of use; `None` if it is not. It is noted, so once it is in use it is not free again.
@@ -598,12 +602,7 @@ impl<P: Platform> Mm<P> {
                 self.mf_close(pfn);
                 return Step::Done(page, MfResult::Recovered, users, lost);
             }
-            if round % 32 == 31 {
-                self.free_all_deferred();
-                self.drain_all();
-            }
-            self.pages.platform.relax(round);
-            round += 1;
+            self.mf_wait(&mut round);
         }
         Step::Done(page, MfResult::Failed, users, lost)
     }
