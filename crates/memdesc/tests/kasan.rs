@@ -304,33 +304,6 @@ fn caches() {
 mod inaccessible {
     use super::*;
 
-    /// What a child process of ours dies of when it touches this address; 0 if it lives.
-    fn touch(at: *mut u8, write: bool) -> i32 {
-        // SAFETY: the child does nothing but touch memory and end, and so needs no lock that another thread had.
-        unsafe {
-            let child = libc::fork();
-            assert!(child >= 0);
-            if child == 0 {
-                libc::prctl(libc::PR_SET_DUMPABLE, 0);
-                libc::signal(libc::SIGSEGV, libc::SIG_DFL);
-                libc::signal(libc::SIGBUS, libc::SIG_DFL);
-                if write {
-                    at.write_volatile(1);
-                } else {
-                    at.read_volatile();
-                }
-                libc::_exit(0);
-            }
-            let mut status = 0;
-            assert_eq!(libc::waitpid(child, &mut status, 0), child);
-            if libc::WIFSIGNALED(status) {
-                libc::WTERMSIG(status)
-            } else {
-                0
-            }
-        }
-    }
-
     #[track_caller]
     fn dies(at: *mut u8) {
         for write in [false, true] {

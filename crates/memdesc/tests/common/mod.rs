@@ -2,6 +2,7 @@
 #![allow(dead_code, missing_docs, unreachable_pub, unused_macros)]
 
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use memdesc::*;
 use memdesc_host::Host;
@@ -273,6 +274,36 @@ pub fn bytes<'a>(ptr: NonNull<u8>, len: usize) -> &'a [u8] {
 /// The bytes of a page that the test has.
 pub fn page<P: Platform>(mm: &Mm<P>, pfn: Pfn) -> NonNull<u8> {
     NonNull::new(mm.page_address(pfn)).unwrap()
+}
+
+/// What a child process of ours dies of when it touches this address; 0 if it lives. Pages hold afterwards what they held.
+#[cfg(not(miri))]
+pub fn touch(at: *mut u8, write: bool) -> i32 {
+    // SAFETY: the child does nothing but touch memory and end, and so needs no lock that another thread had.
+    unsafe {
+        let child = libc::fork();
+        assert!(child >= 0);
+        if child == 0 {
+            libc::prctl(libc::PR_SET_DUMPABLE, 0);
+            libc::signal(libc::SIGSEGV, libc::SIG_DFL);
+            libc::signal(libc::SIGBUS, libc::SIG_DFL);
+            if write {
+                // Physical memory is the parent's too. The processor writes here whatever it finds, and nothing was read before.
+                let byte = AtomicU8::from_ptr(at);
+                let _ = byte.compare_exchange(1, 1, Ordering::SeqCst, Ordering::SeqCst);
+            } else {
+                at.read_volatile();
+            }
+            libc::_exit(0);
+        }
+        let mut status = 0;
+        assert_eq!(libc::waitpid(child, &mut status, 0), child);
+        if libc::WIFSIGNALED(status) {
+            libc::WTERMSIG(status)
+        } else {
+            0
+        }
+    }
 }
 
 pub fn zones<P: Platform>(mm: &Mm<P>) -> Vec<ZoneView> {
