@@ -21,11 +21,11 @@ pub(crate) fn rcu(args: &BenchRcu) -> Result<u8, Error> {
     let outcome = rcu::run(&options, |done| bar.set_position((done * 1000.0) as u64))
         .map_err(|why| Error::Usage(why.to_string()))?;
     bar.finish_and_clear();
-    if args.json {
-        output::print(&format!("{:#}\n", object(&options, &outcome)));
-    } else {
-        output::print(&table(&options, &outcome));
-    }
+    output::print_found(
+        args.json,
+        || object(&options, &outcome),
+        || table(&options, &outcome),
+    );
     Ok(0)
 }
 

@@ -59,14 +59,9 @@ pub(crate) enum Scenario {
     Purposes(PurposesArgs),
 }
 
+/// What all that runs at random has.
 #[derive(Debug, Args)]
-pub(crate) struct FreePageReportingArgs {
-    /// So many MiB of memory
-    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(64..=65_536))]
-    pub(crate) mib: u32,
-    /// Report free blocks of this order and above
-    #[arg(long, value_name = "N", default_value_t = 9, value_parser = order)]
-    pub(crate) order: usize,
+pub(crate) struct Run {
     /// Where the random numbers begin
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) seed: u64,
@@ -76,6 +71,18 @@ pub(crate) struct FreePageReportingArgs {
     /// No progress bars
     #[arg(long, short)]
     pub(crate) quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct FreePageReportingArgs {
+    /// So many MiB of memory
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(64..=65_536))]
+    pub(crate) mib: u32,
+    /// Report free blocks of this order and above
+    #[arg(long, value_name = "N", default_value_t = 9, value_parser = order)]
+    pub(crate) order: usize,
+    #[command(flatten)]
+    pub(crate) run: Run,
 }
 
 fn order(text: &str) -> Result<usize, String> {
@@ -103,15 +110,8 @@ pub(crate) struct PurposesArgs {
     /// Record whole call stacks with whoever has memory: about half as fast
     #[arg(long)]
     pub(crate) stacks: bool,
-    /// Where the random numbers begin
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub(crate) seed: u64,
-    /// Print one JSON object
-    #[arg(long)]
-    pub(crate) json: bool,
-    /// No progress bar
-    #[arg(long, short)]
-    pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) run: Run,
 }
 
 /// What can be done with free pages.
@@ -184,15 +184,8 @@ pub(crate) struct PageCacheArgs {
     /// So many MiB of memory
     #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u32).range(64..=65_536))]
     pub(crate) memory: u32,
-    /// Where the random numbers begin
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub(crate) seed: u64,
-    /// Print one JSON object
-    #[arg(long)]
-    pub(crate) json: bool,
-    /// No progress bars
-    #[arg(long, short)]
-    pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) run: Run,
 }
 
 #[derive(Debug, Args)]
@@ -200,15 +193,8 @@ pub(crate) struct ZsmallocArgs {
     /// So many pages are compressed and stored
     #[arg(long, value_name = "N", default_value_t = 1_000_000, value_parser = clap::value_parser!(u32).range(100..=16_000_000))]
     pub(crate) objects: u32,
-    /// Where the random numbers begin
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub(crate) seed: u64,
-    /// Print one JSON object
-    #[arg(long)]
-    pub(crate) json: bool,
-    /// No progress bars
-    #[arg(long, short)]
-    pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) run: Run,
 }
 
 #[derive(Debug, Args)]
@@ -219,15 +205,8 @@ pub(crate) struct AddressSpacesArgs {
     /// One allocation in so many fails on purpose; 0: none
     #[arg(long, value_name = "N", default_value_t = 500)]
     pub(crate) fail_one_in: u32,
-    /// Where the random numbers begin
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub(crate) seed: u64,
-    /// Print one JSON object
-    #[arg(long)]
-    pub(crate) json: bool,
-    /// No progress bar
-    #[arg(long, short)]
-    pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) run: Run,
 }
 
 #[derive(Debug, Subcommand)]
@@ -352,6 +331,7 @@ pub(crate) struct LedgerArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(mut_arg("json", |arg| arg.help("Print a JSON array, an object for each configuration")))]
 pub(crate) struct StormArgs {
     /// So long for each configuration
     #[arg(long, value_name = "S", default_value_t = 10)]
@@ -362,15 +342,8 @@ pub(crate) struct StormArgs {
     /// One configuration rather than all three
     #[arg(long)]
     pub(crate) config: Option<StormConfig>,
-    /// Where the random numbers begin
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub(crate) seed: u64,
-    /// Print a JSON array, an object for each configuration
-    #[arg(long)]
-    pub(crate) json: bool,
-    /// No progress bars
-    #[arg(long, short)]
-    pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) run: Run,
 }
 
 /// On what kind of machine it storms.

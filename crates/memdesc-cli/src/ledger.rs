@@ -257,11 +257,8 @@ pub(crate) fn run(args: &cli::LedgerArgs) -> Result<u8, Error> {
         });
         rows.insert(fill.key.into(), row);
     }
-    if args.json {
-        let object = json!({ "ram_bytes": args.memory & !(PAGE_SIZE as u64 - 1), "fills": rows, "within": all_within });
-        output::print(&format!("{object:#}\n"));
-    } else {
-        output::print(&text);
-    }
+    let ram_bytes = args.memory & !(PAGE_SIZE as u64 - 1);
+    let object = || json!({ "ram_bytes": ram_bytes, "fills": rows, "within": all_within });
+    output::print_found(args.json, object, || text);
     Ok(u8::from(!all_within))
 }

@@ -74,11 +74,11 @@ fn replay_command(args: &cli::Replay) -> Result<u8, Error> {
         quiet: args.quiet,
     };
     let replay = replay::run(&options)?;
-    if args.json {
-        output::print(&format!("{:#}\n", report::json::object(&replay)));
-    } else {
-        output::print(&report::text::report(&replay));
-    }
+    output::print_found(
+        args.json,
+        || report::json::object(&replay),
+        || report::text::report(&replay),
+    );
     if args.rcu.is_some() && replay.backlog.is_none() {
         eprintln!("memdesc: --rcu: there are no objects among the events, so no free was deferred");
     }

@@ -2,6 +2,8 @@
 
 use std::io::{ErrorKind, Write};
 
+use serde_json::Value;
+
 /// Prints. If nobody reads any more, the program ends quietly, as others do in a pipe.
 pub(crate) fn print(text: &str) {
     let mut out = std::io::stdout().lock();
@@ -14,5 +16,18 @@ pub(crate) fn print(text: &str) {
         } else {
             2
         });
+    }
+}
+
+/// Prints what was found: as one JSON value if that is wanted, else in words.
+pub(crate) fn print_found(
+    json: bool,
+    value: impl FnOnce() -> Value,
+    text: impl FnOnce() -> String,
+) {
+    if json {
+        print(&format!("{:#}\n", value()));
+    } else {
+        print(&text());
     }
 }

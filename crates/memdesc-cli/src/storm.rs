@@ -309,7 +309,7 @@ fn storm(config: StormConfig, args: &StormArgs) -> Result<Outcome, Error> {
                 debug_assert!(claim.is_some() || config == StormConfig::Rt);
                 // The thread's own slot, before handlers come.
                 drop(shared.mm.rcu_read_lock());
-                let seed = args.seed + thread as u64 * 3;
+                let seed = args.run.seed + thread as u64 * 3;
                 let irq = Timer::start(args.hz, 0, Handler::new(shared, seed + 1, false))?;
                 // A third as often, on top of the other and of everything.
                 let nmi = Timer::start(args.hz / 3, 1, Handler::new(shared, seed + 2, true))?;
@@ -324,7 +324,7 @@ fn storm(config: StormConfig, args: &StormArgs) -> Result<Outcome, Error> {
                 Ok(())
             }));
         }
-        let bar = progress::seconds(args.quiet, args.seconds, config.name());
+        let bar = progress::seconds(args.run.quiet, args.seconds, config.name());
         while start.elapsed() < Duration::from_secs(args.seconds)
             && corruptions.load(Ordering::Relaxed) == 0
         {
@@ -342,7 +342,7 @@ fn storm(config: StormConfig, args: &StormArgs) -> Result<Outcome, Error> {
         Ok(())
     })?;
     let elapsed = start.elapsed();
-    let mut rng = Rng(args.seed);
+    let mut rng = Rng(args.run.seed);
     for at in &shared.mailbox {
         put_normal(shared, &mut rng, Piece::from(at.load(Ordering::Relaxed)));
     }
@@ -492,13 +492,13 @@ pub(crate) fn run(args: &StormArgs) -> Result<u8, Error> {
     for &config in configs {
         let outcome = storm(config, args)?;
         ok &= outcome.ok();
-        if args.json {
+        if args.run.json {
             all.push(object(&outcome));
         } else {
             output::print(&report(&outcome));
         }
     }
-    if args.json {
+    if args.run.json {
         output::print(&format!("{:#}\n", serde_json::Value::Array(all)));
     }
     Ok(if ok { 0 } else { crate::FAILED })

@@ -517,11 +517,7 @@ impl Outcome {
 /// Runs it; the exit code.
 pub(crate) fn run(args: &AddressSpacesArgs) -> Result<u8, Error> {
     let outcome = scenario(args)?;
-    if args.json {
-        output::print(&format!("{:#}\n", object(&outcome)));
-    } else {
-        output::print(&report(&outcome));
-    }
+    output::print_found(args.run.json, || object(&outcome), || report(&outcome));
     Ok(u8::from(!outcome.ok()))
 }
 
@@ -555,11 +551,11 @@ fn scenario(args: &AddressSpacesArgs) -> Result<Outcome, Error> {
         if args.fail_one_in > 0 {
             mm.platform()
                 .faults()
-                .fail_one_in(args.fail_one_in, args.seed);
+                .fail_one_in(args.fail_one_in, args.run.seed);
         }
         std::thread::scope(|scope| {
             for me in 0..2 {
-                let rng = Rng(args.seed * 2 + me);
+                let rng = Rng(args.run.seed * 2 + me);
                 scope.spawn(move || {
                     Worker {
                         shared,
@@ -570,7 +566,7 @@ fn scenario(args: &AddressSpacesArgs) -> Result<Outcome, Error> {
                     .run()
                 });
             }
-            let bar = progress::seconds(args.quiet, args.seconds, "spaces");
+            let bar = progress::seconds(args.run.quiet, args.seconds, "spaces");
             while start.elapsed() < Duration::from_secs(args.seconds)
                 && !shared.stop.load(Ordering::Relaxed)
             {

@@ -66,11 +66,7 @@ enum Block {
 /// Runs it; the exit code.
 pub(crate) fn run(args: &FreePageReportingArgs) -> Result<u8, Error> {
     let seen = scenario(args)?;
-    if args.json {
-        output::print(&format!("{:#}\n", object(&seen)));
-    } else {
-        output::print(&report(&seen));
-    }
+    output::print_found(args.run.json, || object(&seen), || report(&seen));
     Ok(u8::from(!seen.ok()))
 }
 
@@ -105,7 +101,7 @@ fn scenario(args: &FreePageReportingArgs) -> Result<Seen, Error> {
     seen.freed = mm.platform().resident_bytes();
     // What a CPU keeps in its lists, pages from all over memory, keeps their neighbours from merging. An idle one gives it back.
     mm.drain_all();
-    let bar = progress::share(args.quiet, "reporting");
+    let bar = progress::share(args.run.quiet, "reporting");
     for second in 0..TICKS {
         tick();
         bar.set_position(second * 1000 / TICKS);
@@ -145,8 +141,8 @@ fn small(zone: &ZoneView, order: usize) -> u64 {
 
 /// Fills nine tenths of memory: folios of several sizes, and objects.
 fn spike(mm: &Mm<Host>, args: &FreePageReportingArgs, seen: &mut Seen) -> Vec<(Block, u8)> {
-    let bar = progress::share(args.quiet, "filling");
-    let mut rng = Rng(args.seed);
+    let bar = progress::share(args.run.quiet, "filling");
+    let mut rng = Rng(args.run.seed);
     let mut blocks = Vec::new();
     let wanted = u64::from(args.mib) * 256 * 9 / 10;
     let mut bytes = 0;
@@ -187,8 +183,8 @@ fn free_most(
     args: &FreePageReportingArgs,
     seen: &mut Seen,
 ) -> Vec<(Block, u8)> {
-    let bar = progress::share(args.quiet, "freeing");
-    let mut rng = Rng(args.seed ^ 1);
+    let bar = progress::share(args.run.quiet, "freeing");
+    let mut rng = Rng(args.run.seed ^ 1);
     let stays = blocks.len() / 10;
     let mut kept = Vec::new();
     let mut others = Vec::new();

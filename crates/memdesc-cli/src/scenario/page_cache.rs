@@ -66,11 +66,7 @@ impl Seen {
 /// Runs it; the exit code.
 pub(crate) fn run(args: &PageCacheArgs) -> Result<u8, Error> {
     let seen = scenario(args)?;
-    if args.json {
-        output::print(&format!("{:#}\n", object(&seen)));
-    } else {
-        output::print(&report(&seen));
-    }
+    output::print_found(args.run.json, || object(&seen), || report(&seen));
     Ok(u8::from(!seen.ok()))
 }
 
@@ -115,7 +111,7 @@ fn scenario(args: &PageCacheArgs) -> Result<Seen, Error> {
 /// Reads and writes through the file until it has passed through memory once and a half.
 fn fill(mm: &Mm<Host>, file: &Mapping<'_, Host>, args: &PageCacheArgs, seen: &mut Seen) {
     let _cpu = mm.platform().claim(0);
-    let bar = progress::share(args.quiet, "filling");
+    let bar = progress::share(args.run.quiet, "filling");
     let total = seen.pages * 3 / 2;
     for page in 0..total {
         let mut first = [0; 8];
@@ -159,9 +155,9 @@ fn demand(
     let view = UserView::new(&space).map_err(Error::View)?;
     let stop = &AtomicBool::new(false);
     let reader = &[const { AtomicU64::new(0) }; 7];
-    let bar = progress::share(args.quiet, "demand");
+    let bar = progress::share(args.run.quiet, "demand");
     std::thread::scope(|scope| {
-        scope.spawn(move || beside(mm, file, args.seed, stop, reader));
+        scope.spawn(move || beside(mm, file, args.run.seed, stop, reader));
         let _cpu = mm.platform().claim(0);
         for page in 0..wanted {
             let before = Instant::now();

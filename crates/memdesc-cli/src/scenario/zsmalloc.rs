@@ -100,11 +100,7 @@ impl Seen {
 /// Runs it; the exit code.
 pub(crate) fn run(args: &ZsmallocArgs) -> Result<u8, Error> {
     let seen = scenario(args)?;
-    if args.json {
-        output::print(&format!("{:#}\n", object(&seen)));
-    } else {
-        output::print(&report(&seen));
-    }
+    output::print_found(args.run.json, || object(&seen), || report(&seen));
     Ok(u8::from(!seen.ok()))
 }
 
@@ -120,7 +116,7 @@ fn machine(bytes: u64) -> Result<Mm<Host>, Error> {
 
 fn scenario(args: &ZsmallocArgs) -> Result<Seen, Error> {
     let start = Instant::now();
-    let contents = Contents::new(args.seed);
+    let contents = Contents::new(args.run.seed);
     let objects = u64::from(args.objects);
     let mut seen = Seen {
         objects,
@@ -166,7 +162,7 @@ fn life(
     let mut page = [0; PAGE];
     let mut linux = Linux::new();
     let mut stored = Vec::with_capacity(args.objects as usize);
-    let bar = progress::share(args.quiet, "storing");
+    let bar = progress::share(args.run.quiet, "storing");
     for n in 0..args.objects {
         let kind = contents.page(n.into(), &mut page);
         let data = compress(&page, &mut out, huge);
@@ -190,7 +186,7 @@ fn life(
     check(mm, pool, contents, &stored, args, "reading", seen);
 
     // A half goes, at random.
-    let mut rng = Rng(args.seed);
+    let mut rng = Rng(args.run.seed);
     for i in (1..stored.len()).rev() {
         stored.swap(i, rng.below(i + 1));
     }
@@ -251,7 +247,7 @@ fn check(
 ) {
     let (mut page, mut back) = ([0; PAGE], [0; PAGE]);
     let mut copy = [0; PAGE];
-    let bar = progress::share(args.quiet, what);
+    let bar = progress::share(args.run.quiet, what);
     for (n, object) in stored.iter().enumerate() {
         contents.page(object.page.into(), &mut page);
         let len = usize::from(object.len);
@@ -416,7 +412,7 @@ fn times(contents: &Contents, args: &ZsmallocArgs, seen: &mut Seen) -> Result<()
         ends.push(all.len());
     }
     let mut order: Vec<u32> = (0..n as u32).collect();
-    let mut rng = Rng(args.seed);
+    let mut rng = Rng(args.run.seed);
     for i in (1..n).rev() {
         order.swap(i, rng.below(i + 1));
     }
@@ -426,7 +422,7 @@ fn times(contents: &Contents, args: &ZsmallocArgs, seen: &mut Seen) -> Result<()
         ("kmalloc", Vec::new(), None),
         ("Vec<Box<[u8]>>", Vec::new(), None),
     ];
-    let bar = progress::share(args.quiet, "timing");
+    let bar = progress::share(args.run.quiet, "timing");
     for round in 0..ROUNDS {
         let mut zs = Zs {
             mm: &mm,

@@ -287,11 +287,11 @@ fn config(args: &PurposesArgs) -> Config {
 /// Runs it; the exit code.
 pub(crate) fn run(args: &PurposesArgs) -> Result<u8, Error> {
     let outcome = scenario(args)?;
-    if args.json {
-        output::print(&format!("{:#}\n", report::object(&outcome)));
-    } else {
-        output::print(&report::report(&outcome));
-    }
+    output::print_found(
+        args.run.json,
+        || report::object(&outcome),
+        || report::report(&outcome),
+    );
     Ok(u8::from(!outcome.ok()))
 }
 
@@ -412,14 +412,14 @@ fn threads<'m>(args: &PurposesArgs, start: Instant, shared: &Shared<'m>) -> Outc
     let mut checked = Checked::default();
     let faults = shared.mm.platform().faults();
     if args.fail_one_in > 0 {
-        faults.fail_one_in(args.fail_one_in, args.seed);
+        faults.fail_one_in(args.fail_one_in, args.run.seed);
     }
     std::thread::scope(|scope| {
         for me in 0..=CPUS {
             let mut worker = Worker {
                 shared,
                 me,
-                rng: Rng(args.seed.wrapping_mul(16) + me as u64),
+                rng: Rng(args.run.seed.wrapping_mul(16) + me as u64),
                 mine: Vec::new(),
                 weight: 0,
                 queues: Vec::new(),
@@ -434,7 +434,7 @@ fn threads<'m>(args: &PurposesArgs, start: Instant, shared: &Shared<'m>) -> Outc
                 }
             });
         }
-        let bar = progress::seconds(args.quiet, args.seconds, "purposes");
+        let bar = progress::seconds(args.run.quiet, args.seconds, "purposes");
         let mut last = Instant::now();
         while start.elapsed() < Duration::from_secs(args.seconds) && !shared.stopped() {
             std::thread::sleep(Duration::from_millis(20));

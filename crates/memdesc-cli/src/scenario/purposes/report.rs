@@ -53,7 +53,7 @@ impl Outcome {
         Outcome {
             seconds: 0.0,
             mib: args.mib,
-            seed: args.seed,
+            seed: args.run.seed,
             services: args.services.to_string(),
             counts: Vec::new(),
             events: events.iter().map(|&e| (e.name(), mm.event(e))).collect(),
