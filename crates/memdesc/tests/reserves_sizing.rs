@@ -86,21 +86,32 @@ fn worst(mm: &Mm<Host>, bytes: usize, min: usize, max: usize) -> (u64, u64) {
     (view.max_taken_pages, view.pages)
 }
 
+/// The document's rows have to be these.
+fn said(section: &str, rows: &[String]) {
+    let there: Vec<String> = table(section)
+        .iter()
+        .map(|cells| format!("| {} |", cells.join(" | ")))
+        .collect();
+    let rows_text = rows.join("\n");
+    assert!(
+        there == rows,
+        "docs/reserves.md, {section}: the table should say\n{rows_text}"
+    );
+}
+
 #[test]
 fn the_bound_of_a_mix_is_nearly_reached_and_twice_the_bytes_is_not_enough() {
     let mm = boot();
-    for row in table("## Any mix of sizes") {
-        let number = |i: usize| row[i].replace(' ', "").parse::<usize>().unwrap();
-        let (bytes, min, max) = (number(0), number(1), number(2));
+    let rows = table("## Any mix of sizes").into_iter().map(|row| {
+        let [bytes, min, max] = [0, 1, 2].map(|i: usize| row[i].parse().unwrap());
         let (pinned, bound) = worst(&mm, bytes, min, max);
         let twice = 2 * bytes.div_ceil(PAGE_SIZE) as u64;
+        assert!(twice < pinned && pinned <= bound);
         let ratio = bound as f64 / pinned as f64;
-        println!("| {bytes} | {min} | {max} | {twice} | {pinned} | {bound} | {ratio:.2} |");
-        assert!(pinned <= bound);
-        let said = [number(3), number(4), number(5)].map(|n| n as u64);
-        assert_eq!(said, [twice, pinned, bound], "docs/reserves.md: {row:?}");
-        assert_eq!(row[6], format!("{ratio:.2}"), "docs/reserves.md: {row:?}");
-    }
+        format!("| {bytes} | {min} | {max} | {twice} | {pinned} | {bound} | {ratio:.2} |")
+    });
+    let rows: Vec<String> = rows.collect();
+    said("## Any mix of sizes", &rows);
 }
 
 /// The worked example: what a driver author sets up, and what it comes to.
@@ -110,16 +121,12 @@ fn the_worked_example_is_what_it_says() {
     let cache = mm
         .kmem_cache_create("skbuff_head", 232, 64, CacheFlags::EMPTY, None)
         .unwrap();
+    let objects = |size, count| Demand::KmallocObjects { size, count };
     let demands = [
-        (
-            "requests",
-            Demand::KmallocObjects {
-                size: 192,
-                count: 64,
-            },
-        ),
+        ("requests", "64 objects of 192 bytes", objects(192, 64)),
         (
             "heads",
+            "320 objects of the cache",
             Demand::Objects {
                 cache: &cache,
                 count: 320,
@@ -127,58 +134,35 @@ fn the_worked_example_is_what_it_says() {
         ),
         (
             "data",
+            "48 KiB in 64 to 704 bytes",
             Demand::Kmalloc {
                 bytes: 48 << 10,
                 min: 64,
                 max: 704,
             },
         ),
+        ("frames", "64 objects of 2048 bytes", objects(2048, 64)),
         (
-            "frames",
-            Demand::KmallocObjects {
-                size: 2048,
-                count: 64,
-            },
-        ),
-        (
-            "pages",
+            "frags",
+            "32 pages",
             Demand::Pages {
                 order: 0,
                 count: 32,
             },
         ),
     ];
-    let rows = table("## A worked example");
-    assert_eq!(rows.len(), demands.len() + 1);
     let group = mm.reserve("nbd0", Demand::None).unwrap();
-    let (mut pages, mut bytes) = (0, 0);
-    for ((name, demand), row) in demands.into_iter().zip(&rows) {
+    let (mut pages, mut bytes, mut rows) = (0, 0, Vec::new());
+    for (name, what, demand) in demands {
         let bound = mm.reserve_estimate(demand).unwrap();
-        println!(
-            "| {name} | | {} | {} |",
-            bound.pages(),
-            bound.descriptor_bytes
-        );
-        assert_eq!(row[0], format!("`{name}`"));
-        assert_eq!(
-            row[2],
-            bound.pages().to_string(),
-            "docs/reserves.md: {name}"
-        );
-        assert_eq!(
-            row[3],
-            bound.descriptor_bytes.to_string(),
-            "docs/reserves.md: {name}"
-        );
-        (pages, bytes) = (pages + bound.pages(), bytes + bound.descriptor_bytes);
-        mm.reserve(name, demand)
-            .unwrap()
-            .connect(Some(&group))
-            .unwrap();
+        let (n, more) = (bound.pages(), bound.descriptor_bytes);
+        rows.push(format!("| `{name}` | {what} | {n} | {more} |"));
+        (pages, bytes) = (pages + n, bytes + more);
+        let child = mm.reserve(name, demand).unwrap();
+        child.connect(Some(&group)).unwrap();
     }
-    println!("| sum | | {pages} | {bytes} |");
-    let sum = &rows[demands.len()];
-    assert_eq!((&sum[2], &sum[3]), (&pages.to_string(), &bytes.to_string()));
+    rows.push(format!("| `nbd0` | the sum | {pages} | {bytes} |"));
+    said("## A worked example", &rows);
     group.connect(None).unwrap();
     assert_eq!(mm.set_aside_pages(), pages);
 }

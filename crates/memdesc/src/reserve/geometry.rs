@@ -5,10 +5,12 @@
 //! than `(s - 1) * k` objects out, with `k` to a slab. At most `N` are out at once, so at most `ceil(N / k)` slabs are ever needed, and `N` requests in a row
 //! do need them: the bound is exact.
 //!
-//! **A mix of sizes.** Of class `c`, whose smallest request is `m` bytes, at most `floor(N / m)` objects are out within `N` bytes, so its slabs are at most
-//! the above for that many; and since one live object pins a slab, the sum over all classes can nearly be reached: all of the bytes in the smallest
-//! class, then one object kept a slab, the rest in the next. What is charged for an object is `m`, the least that its class is asked for: at most what was asked,
-//! and known from its class when it is freed.
+//! **A mix of sizes.** Two limits hold at once. Of class `c`, whose smallest request is `m` bytes, at most `floor(N / m)` objects are out within `N` bytes, so it never
+//! takes more slabs than the above for that many. And a block is taken only when the node has no empty slab of its order, so at that moment each of its slabs of
+//! that order has an object out, which was charged its class's `m`: the slabs' `m`s come to `N` at most. The most slabs that both limits allow are
+//! found by taking the classes with the smallest `m` first, for a slab is a slab whichever class it is of. This is nearly reached: all of the bytes in
+//! the smallest class, then one object kept a slab, the rest in the next. What is charged for an object is `m`, the least that its class is asked for: at
+//! most what was asked, and known from its class when it is freed.
 //!
 //! **Pages.** As many blocks of the order as asked for: exact. Blocks are set aside by order and neither split nor merged.
 //!
@@ -49,15 +51,19 @@ impl Bound {
         bytes: 0,
     };
 
-    /// For `bytes` charged at once, of any mix of these classes.
+    /// For `bytes` charged at once, of any mix of these classes, which come with the least charge first.
     pub(crate) fn of(bytes: u64, classes: impl Iterator<Item = Class>) -> Bound {
         let mut bound = Bound {
             bytes,
             ..Bound::NONE
         };
+        // What the live objects that keep slabs of an order from being empty may still be charged.
+        let mut left = [bytes; MAX_ORDER + 1];
         for class in classes {
             let objects = bytes / class.charge;
-            let blocks = objects.div_ceil(class.per_block);
+            let left = &mut left[class.order];
+            let blocks = objects.div_ceil(class.per_block).min(*left / class.charge);
+            *left -= blocks * class.charge;
             bound.blocks[class.order] += blocks;
             bound.descriptor_bytes += blocks * class.descriptor;
         }
@@ -168,12 +174,12 @@ mod tests {
                 assert_eq!(need(n * 3, &one), bound.pages(), "{n} objects, {k} a slab");
             }
         }
-        for bytes in [4, 7, 10, 13] {
+        for bytes in 4..=16 {
             let two = [class(1, 4, 0), class(2, 2, 0)];
             let bound = Bound::of(bytes, two.into_iter()).pages();
             let need = need(bytes, &two);
             assert!(
-                need <= bound && bound * 2 <= need * 3,
+                need <= bound && bound * 3 <= need * 4,
                 "{bytes}: {need} of {bound}"
             );
         }

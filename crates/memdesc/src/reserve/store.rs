@@ -130,7 +130,8 @@ impl<P: Platform> Mm<P> {
             }
             // The zone cuts out what is bad; the tick fetches another.
             stock.owned.fetch_sub(1, Ordering::Relaxed);
-            self.pages.prep_alloc(pfn, order, word, Flags::EMPTY);
+            self.pages
+                .prep_alloc(PageType::SetAside, pfn, order, word, Flags::EMPTY);
             self.pages.free_block_nolock(PageType::SetAside, pfn, word);
         }
     }
@@ -166,7 +167,8 @@ impl<P: Platform> Mm<P> {
         let order = core.smallest.order as usize;
         let block = self.take_block(&held, node, order)?;
         let (pfn, word) = (block.pfn, block.word);
-        self.pages.prep_alloc(pfn, order, word, Flags::EMPTY);
+        self.pages
+            .prep_alloc(PageType::Slab, pfn, order, word, Flags::EMPTY);
         self.restat(PageType::SetAside, PageType::Slab, order);
         let slab = self.make_slab(core, pfn, word.desc(), false, order);
         slab.set_reserve(node.id());
@@ -274,7 +276,7 @@ impl<P: Platform> Mm<P> {
     ) -> Option<Pfn> {
         let held = self.lock_stores();
         let Block { pfn, word } = self.take_block(&held, node, order)?;
-        self.pages.prep_alloc(pfn, order, word, gfp);
+        self.pages.prep_alloc(kind, pfn, order, word, gfp);
         self.restat(PageType::SetAside, kind, order);
         // Where pages that are charged to a memory cgroup say to which: those are never from here.
         let links = self.pages.map.buddy_at(word.desc());
@@ -344,7 +346,8 @@ impl<P: Platform> Mm<P> {
                 let Some(Block { pfn, word }) = block else {
                     break;
                 };
-                self.pages.prep_alloc(pfn, order, word, Flags::EMPTY);
+                self.pages
+                    .prep_alloc(PageType::SetAside, pfn, order, word, Flags::EMPTY);
                 self.take_back(self.pages.free_path(), pfn, word);
                 pages += 1 << order;
             }
