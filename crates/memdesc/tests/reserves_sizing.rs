@@ -56,7 +56,7 @@ fn worst(mm: &Mm<Host>, bytes: usize, min: usize, max: usize) -> (u64, u64) {
     // Nothing ordinary is to be had.
     host.faults().fail_one_in(1, 0);
     let (mut kept, mut left) = (Vec::new(), bytes);
-    for (least, size) in CLASSES
+    for (least, _) in CLASSES
         .into_iter()
         .filter(|&(least, size)| least <= max && size >= min)
     {

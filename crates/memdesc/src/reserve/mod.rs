@@ -6,11 +6,9 @@
 //! descriptors that they will need. After that no request within the demand fails, whatever the order of requests and frees, however large the mix.
 //!
 //! ```
-//! # use memdesc::{Demand, gfp::*};
-//! # use memdesc_host::Machine;
-//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! # let machine = Machine::new(32 << 20, 1)?;
-//! # let mm = &machine.mm;
+//! # use memdesc::{Config, Demand, Mm, gfp::*};
+//! # let (host, ram) = memdesc_host::Host::small(4096)?;
+//! # let mm = Mm::new(host, &Config::default(), &ram)?;
 //! // A group, and what it needs below it.
 //! let swap = mm.reserve("nbd0", Demand::None)?;
 //! let data = mm.reserve("data", Demand::Kmalloc { bytes: 64 << 10, min: 64, max: 2048 })?;
@@ -23,9 +21,10 @@
 //! let head = data.kmalloc(700, GFP_ATOMIC)?;
 //! // SAFETY: ours, and not used any more.
 //! unsafe { mm.kfree(head) };
-//! # swap.disconnect()?;
-//! # Ok(())
-//! # }
+//! # assert_eq!(mm.set_aside_pages(), mm.pages_of(memdesc::PageType::SetAside));
+//! swap.disconnect()?;
+//! assert_eq!(mm.set_aside_pages(), 0);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
 //! | room | what |
