@@ -40,6 +40,7 @@ use crate::slab::cache::{Geometry, Role};
 use crate::slab::init::init_flags;
 use crate::slab::kfence::{self, Countdown, Pool, Slot};
 use crate::slab::kmalloc::{CLASSES, Kind};
+use crate::slab::pointers::SideCost;
 use crate::slab::sheaf::Sheaves;
 use crate::slab::{CacheCore, CacheFlags};
 use crate::stats::CpuStats;
@@ -237,6 +238,7 @@ impl<P: Platform> Mm<P> {
             pools: Pools::new(),
             own_types: OwnTypes::new(),
             device_cost: DeviceCost::new(),
+            side_cost: SideCost::new(),
             zs_pools: SpinLock::new(ZsPools::EMPTY),
             kfence: parts.kfence,
             boot: parts.layout,

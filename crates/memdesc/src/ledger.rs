@@ -169,10 +169,12 @@ impl<P: Platform> Mm<P> {
         ledger.by_type[PageType::Bare as usize] =
             ledger.by_type[PageType::Bare as usize].wrapping_sub(pointers);
         // Lists of the blocks of vmalloc areas: in slabs, or in pages that users do not have.
-        // And the words of device memory.
+        // And the words of device memory, and what lies beside objects that are kept.
         let lists = |i: usize| {
             let words = self.device_cost.words[i].load(Ordering::Relaxed);
-            self.vmalloc.lists[i].load(Ordering::Relaxed) + words
+            let side = self.side_cost.0.get(i);
+            let side = side.map_or(0, |cost| cost.load(Ordering::Relaxed));
+            self.vmalloc.lists[i].load(Ordering::Relaxed) + words + side
         };
         ledger.other_metadata_bytes += lists(0);
         for (kind, pages) in [

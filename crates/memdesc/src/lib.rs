@@ -186,7 +186,7 @@ pub use {
     shrinker::Shrinker,
     slab::{
         Cache, CacheFlags, CacheView, DestroyError, KfenceFault, KfenceInfo, KfenceObject,
-        KmemCache, SlabBox,
+        KmemCache, PrefilledSheaf, SlabBox,
     },
     stats::Event,
     vmalloc::{AddressInfo, KernelStack, VmAreaView, VmallocInfo},

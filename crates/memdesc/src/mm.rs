@@ -22,6 +22,7 @@ use crate::shrinker::Shrinkers;
 use crate::slab::CacheCore;
 use crate::slab::kfence::Pool;
 use crate::slab::kmalloc::{CLASSES, Kind};
+use crate::slab::pointers::SideCost;
 use crate::stats::Event;
 use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use crate::sync::{PfnStack, SpinGuard, SpinLock};
@@ -92,6 +93,8 @@ pub struct Mm<P: Platform> {
     pub(crate) pools: Pools,
     pub(crate) own_types: OwnTypes,
     pub(crate) device_cost: DeviceCost,
+    /// Memory beside objects that are kept for somebody.
+    pub(crate) side_cost: SideCost,
     /// The pools of compressed memory. Lock order: see [`zsmalloc`](crate::zsmalloc).
     pub(crate) zs_pools: SpinLock<ZsPools>,
     /// The guarded pool. Lock order: see [`kfence`](crate::slab::kfence).

@@ -9,6 +9,9 @@
 //! | [`bootstrap`] | descriptors: how the first slabs come up out of nothing, and where the recursion stops |
 //! | [`kmalloc`] | size classes |
 //! | [`nolock`] | objects from any context |
+//! | [`prefill`] | objects that are had before they are needed |
+//! | [`rest`] | objects that are nobody's and in no slab |
+//! | [`pointers`] | where those stand |
 //! | [`kfence`] | a guarded pool: one allocation in so many, between pages that nobody can touch |
 //! | [`debug`] | red zones, poison, who did it |
 //! | [`typed`] | `KmemCache<T>` |
@@ -24,6 +27,9 @@ pub(crate) mod kmalloc;
 mod lifecycle;
 pub(crate) mod nolock;
 pub(crate) mod object;
+pub(crate) mod pointers;
+mod prefill;
+mod rest;
 pub(crate) mod sheaf;
 pub(crate) mod typed;
 
@@ -32,4 +38,5 @@ pub(crate) use cache::{CacheCore, slab_of};
 pub use kfence::{KfenceFault, KfenceInfo, KfenceObject};
 pub use kmalloc::KMALLOC_MAX_CACHE_SIZE;
 pub(crate) use nolock::DeferredObjects;
+pub use prefill::PrefilledSheaf;
 pub use typed::{KmemCache, SlabBox};
