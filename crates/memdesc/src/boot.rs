@@ -20,6 +20,7 @@ use crate::memcg::Memcgs;
 use crate::memmap::map::SECTION_SHIFT;
 use crate::memmap::word::AtomicWord;
 use crate::memmap::{BootSlice, Checks, MemMap, PageType, Region};
+use crate::mempool::Mempools;
 use crate::mm::{BuiltIn, CacheList, Mm};
 use crate::netpool::{PoolCore, Pools};
 use crate::own::OwnTypes;
@@ -238,6 +239,7 @@ impl<P: Platform> Mm<P> {
             pools: Pools::new(),
             own_types: OwnTypes::new(),
             device_cost: DeviceCost::new(),
+            mempool_list: SpinLock::new(Mempools::EMPTY),
             side_cost: SideCost::new(),
             zs_pools: SpinLock::new(ZsPools::EMPTY),
             kfence: parts.kfence,

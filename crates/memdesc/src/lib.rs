@@ -80,6 +80,14 @@ mod memory_failure;
 #[cfg(not(loom))]
 mod memory_hotplug;
 #[cfg(not(loom))]
+pub mod mempool;
+#[cfg(loom)]
+mod mempool {
+    mod level;
+    #[cfg(test)]
+    mod models;
+}
+#[cfg(not(loom))]
 mod migrate;
 #[cfg(not(loom))]
 mod mm;
@@ -172,6 +180,7 @@ pub use {
     memcg::{MemCgroup, MemcgMismatch, MemcgStat, MemcgView},
     memmap::{DescClass, Found, PageType, TAIL_WORDS_ORDER, Word},
     memory_failure::{FailedPage, MemoryFailure, MfResult},
+    mempool::{Mempool, MempoolBusy, MempoolKind, MempoolView},
     mm::Mm,
     netpool::{MAX_PAGE_POOLS, PagePool, PagePoolOps, PagePoolParams, PagePoolStats},
     own::{MAX_OWN_TYPES, OwnPages, OwnRef, OwnType},

@@ -104,6 +104,10 @@ pub mod classes {
         ZS_CLASS = "zs_class", Config;
         /// The table of pools of compressed memory.
         ZS_POOLS = "zs_pools", Sleep;
+        /// What lies in a mempool, and who waits for it.
+        MEMPOOL = "mempool", Config;
+        /// The list of mempools.
+        MEMPOOLS = "mempools", Sleep;
         /// The list of caches.
         SLAB_MUTEX = "slab_mutex", Sleep;
         /// Who makes memory cgroups.

@@ -9,6 +9,7 @@ use crate::device::DeviceCost;
 use crate::folio::{Lruvec, WaitTable};
 use crate::lockdep::classes;
 use crate::memmap::{BootSlice, PageType};
+use crate::mempool::Mempools;
 use crate::netpool::Pools;
 use crate::own::OwnTypes;
 use crate::page_alloc::alloc::{Descriptors, PageAllocator};
@@ -93,6 +94,8 @@ pub struct Mm<P: Platform> {
     pub(crate) pools: Pools,
     pub(crate) own_types: OwnTypes,
     pub(crate) device_cost: DeviceCost,
+    /// Lock order: see [`mempool`](crate::mempool).
+    pub(crate) mempool_list: SpinLock<Mempools>,
     /// Memory beside objects that are kept for somebody.
     pub(crate) side_cost: SideCost,
     /// The pools of compressed memory. Lock order: see [`zsmalloc`](crate::zsmalloc).
@@ -271,7 +274,7 @@ impl<P: Platform> Mm<P> {
     /// Any that may pin a CPU.
     ///
     /// Deferred frees that lie for long are pushed on, and those that are due are freed, of all CPUs. Addresses of freed vmalloc areas come back.
-    /// Large free blocks are reported, with [`Config::page_reporting`](crate::Config::page_reporting).
+    /// Who waits for a mempool asks for ordinary memory again. Large free blocks are reported, with [`Config::page_reporting`](crate::Config::page_reporting).
     pub fn tick(&self) {
         self.free_deferred();
         self.rcu_work();
@@ -281,6 +284,7 @@ impl<P: Platform> Mm<P> {
         self.look_for_sparse();
         self.reserve_tick();
         self.page_reporting_tick();
+        self.mempools_retry();
     }
 
     /// Frees what waited for a grace period that is over, on all CPUs, and pushes grace periods on without waiting: for a worker that

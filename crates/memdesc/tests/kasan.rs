@@ -16,7 +16,9 @@
 //! | `kmem_cache_oob`, `_accounted`, `_bulk`, `_double_free`, `_invalid_free`, `_double_destroy`, `_rcu_uaf` | `caches`; a cache destroyed is a handle that is gone, so twice does not compile |
 //! | `double_kzfree` | `double_free_after_wiping` |
 //! | `rcu_uaf`, `kmalloc_workqueue` | `writes_after_free`, after the grace period |
-//! | `mempool_*` | there are no mempools |
+//! | `mempool_kmalloc_oob_right`, `mempool_slab_oob_right` | `mempool_out_of_bounds`; `mempool_kmalloc_large_oob_right`: the next block is somebody's, as above |
+//! | `mempool_kmalloc_uaf`, `mempool_slab_uaf` | `mempool_after_free`, when it is taken out again; `mempool_kmalloc_large_uaf`, `mempool_page_alloc_uaf`: the same with `page_poison`, and inaccessible: `mempool_pages_after_free` |
+//! | `mempool_kmalloc_double_free`, `_large_double_free`, `mempool_slab_double_free`, `mempool_page_alloc_double_free`, `mempool_kmalloc_invalid_free`, `_large_invalid_free` | `mempool_invalid_frees`, with those of slabs and pages |
 //! | `vmalloc_oob`, `vmap_tags`, `vm_map_ram_tags`, `vmalloc_percpu` | `vmalloc_out_of_bounds`; there are no tags |
 //! | KFENCE `out_of_bounds_read`, `_write`, `use_after_free_read`, `double_free`, `invalid_addr_free`, `corruption`, `free_bulk`, `init_on_free`, `kmalloc_aligned_oob_*`, `memcache_*`, `krealloc`, `gfpzero`, `invalid_access`, `shrink_memcache` | `kfence.rs`, of guarded objects; without the pool `writes_out_of_bounds`, `invalid_frees`, `caches`, and `meminit.rs` |
 
@@ -299,6 +301,165 @@ fn caches() {
     object(&reports.one(), Corruption::RedzoneRight, p, 200);
 }
 
+/// Elements that came out of the pool, not from ordinary memory.
+fn preallocated(mm: &Mm<Host>, pool: &Mempool<'_, Host>, n: usize) -> Vec<NonNull<u8>> {
+    mm.platform().faults().fail_one_in(1, 1);
+    let all = (0..n).map(|_| pool.alloc(GFP_ATOMIC).unwrap()).collect();
+    mm.platform().faults().off();
+    all
+}
+
+#[track_caller]
+fn put(pool: &Mempool<'_, Host>, element: NonNull<u8>) {
+    // SAFETY: the pool's, ours and used no more; or wrong on purpose.
+    unsafe { pool.free(element) };
+}
+
+/// The pools of Linux's cases whose elements are objects.
+fn pools_of_objects(f: impl Fn(&Mm<Host>, &Reports, &Mempool<'_, Host>, usize)) {
+    for slab in [false, true] {
+        let (mm, reports) = boot();
+        let cache = mm
+            .kmem_cache_create("test_cache", 123, 0, ALL, None)
+            .unwrap();
+        let (kind, size) = if slab {
+            (MempoolKind::Slab(&cache), 123)
+        } else {
+            (MempoolKind::Kmalloc { size: 115 }, 115)
+        };
+        let pool = mm.mempool_create("test", kind, 4, GFP_KERNEL).unwrap();
+        f(&mm, &reports, &pool, size);
+        assert_eq!(reports.take(), []);
+        assert_eq!(mm.validate(|r| panic!("{r}")).errors(), 0);
+    }
+}
+
+#[test]
+fn mempool_out_of_bounds() {
+    pools_of_objects(|mm, reports, pool, size| {
+        for (offset, what) in [
+            (size as isize, Corruption::RedzoneRight),
+            (size as isize + 3, Corruption::RedzoneRight),
+            (-1, Corruption::RedzoneLeft),
+        ] {
+            let p = preallocated(mm, pool, 1)[0];
+            write(p, 0, size);
+            write(p, offset, 1);
+            put(pool, p);
+            object(&reports.one(), what, p, offset);
+            // It is left alone, and the pool is one short until it is filled up.
+            assert_eq!(pool.view().curr_nr, 3);
+            pool.resize(4, GFP_KERNEL).unwrap();
+        }
+    });
+}
+
+#[test]
+fn mempool_after_free() {
+    pools_of_objects(|mm, reports, pool, size| {
+        for offset in [0, size as isize - 1] {
+            let p = preallocated(mm, pool, 1)[0];
+            put(pool, p);
+            assert!(pool.is_saturated());
+            write(p, offset, 1);
+            // Who gets it next, and who had it.
+            assert_eq!(preallocated(mm, pool, 1), [p]);
+            let seen = reports.one();
+            object(&seen, Corruption::Poison, p, offset);
+            assert!(seen.freed.is_some(), "{}", seen.text);
+            put(pool, p);
+        }
+    });
+    // mempool_kmalloc_large_uaf, mempool_page_alloc_uaf: by the pattern of free pages.
+    let mut machine = Machine::flat(8192).unsampled();
+    machine.config.page_poison = true;
+    machine.config.debug_pagealloc = false;
+    machine.config.init_on_free = false;
+    let damaged = Reports::default();
+    let mm = machine.boot_on(damaged.on(machine.host()).build().unwrap());
+    for kind in [
+        MempoolKind::Pages { order: 2 },
+        MempoolKind::Kmalloc { size: 8193 },
+    ] {
+        let pool = mm.mempool_create("test", kind, 4, GFP_KERNEL).unwrap();
+        let p = preallocated(&mm, &pool, 1)[0];
+        put(&pool, p);
+        write(p, 5000, 1);
+        assert_eq!(preallocated(&mm, &pool, 1), [p]);
+        let seen = damaged.one();
+        assert!(
+            matches!(seen.what, Corruption::PagePoison(_)),
+            "{}",
+            seen.text
+        );
+        assert_eq!(seen.byte, Some((5000 - 4096, 0x5d, 0xaa)));
+        put(&pool, p);
+    }
+    assert_eq!(damaged.take(), []);
+}
+
+#[test]
+fn mempool_invalid_frees() {
+    let inside = |p: NonNull<u8>, by: usize| p.map_addr(|a| a.saturating_add(by));
+    let (mm, reports) = boot();
+    let cache = mm
+        .kmem_cache_create("test_cache", 123, 0, ALL, None)
+        .unwrap();
+    let other = mm.kmem_cache_create("other", 123, 0, ALL, None).unwrap();
+    for (kind, by) in [
+        (MempoolKind::Kmalloc { size: 128 }, 1),
+        (MempoolKind::Slab(&cache), 8),
+        (MempoolKind::Kmalloc { size: 8193 }, 1),
+        (MempoolKind::Pages { order: 2 }, PAGE_SIZE),
+    ] {
+        let pool = mm.mempool_create("test", kind, 4, GFP_KERNEL).unwrap();
+        let two = preallocated(&mm, &pool, 2);
+        put(&pool, inside(two[0], by));
+        let seen = reports.one();
+        assert_eq!(
+            (seen.what, seen.address),
+            (Corruption::NotAHead, two[0].addr().get() + by),
+            "{kind:?}"
+        );
+        // Twice, while the pool lacks one and when it does not.
+        for nth in 0..2 {
+            put(&pool, two[nth]);
+            assert_eq!(pool.view().curr_nr, 3 + nth);
+            put(&pool, two[0]);
+            let seen = reports.one();
+            assert_eq!(
+                (seen.what, seen.address),
+                (Corruption::DoubleFree, two[0].addr().get()),
+                "{kind:?}"
+            );
+            assert_eq!(pool.view().curr_nr, 3 + nth);
+        }
+        // What is no element of this pool's.
+        let one = preallocated(&mm, &pool, 1)[0];
+        let stranger = mm.kmem_cache_alloc(&other, GFP_KERNEL).unwrap();
+        let small = mm.kmalloc(8, GFP_KERNEL).unwrap();
+        put(&pool, small);
+        let seen = reports.one().what;
+        assert!(
+            matches!(
+                seen,
+                Corruption::WrongType | Corruption::WrongCache | Corruption::NotAHead
+            ),
+            "{seen:?}"
+        );
+        if matches!(kind, MempoolKind::Slab(_)) {
+            put(&pool, stranger);
+            assert_eq!(reports.one().what, Corruption::WrongCache);
+        }
+        kfree(&mm, small);
+        cache_free(&mm, &other, stranger);
+        put(&pool, one);
+        pool.destroy().unwrap();
+    }
+    assert_eq!(reports.take(), []);
+    assert_eq!(mm.validate(|r| panic!("{r}")).errors(), 0);
+}
+
 /// Reads and writes where memory is inaccessible.
 #[cfg(not(miri))]
 mod inaccessible {
@@ -331,6 +492,26 @@ mod inaccessible {
         assert_eq!(touch(p.as_ptr(), true), 0);
         kfree(&mm, p);
         dies(p.as_ptr());
+    }
+
+    #[test]
+    fn mempool_pages_after_free() {
+        let mm = guarded();
+        for kind in [
+            MempoolKind::Pages { order: 0 },
+            MempoolKind::Pages { order: 4 },
+            MempoolKind::Kmalloc { size: 8193 },
+        ] {
+            let pool = mm.mempool_create("test", kind, 4, GFP_KERNEL).unwrap();
+            let p = preallocated(&mm, &pool, 1)[0];
+            assert_eq!((touch(p.as_ptr(), false), touch(p.as_ptr(), true)), (0, 0));
+            put(&pool, p);
+            dies(p.as_ptr());
+            assert_eq!(preallocated(&mm, &pool, 1), [p]);
+            assert_eq!(touch(p.as_ptr(), true), 0);
+            put(&pool, p);
+            pool.destroy().unwrap();
+        }
     }
 
     #[test]

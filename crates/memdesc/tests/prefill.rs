@@ -17,6 +17,17 @@ fn active(mm: &Mm<Host>, name: &str) -> u64 {
     slabinfo(mm, name).0
 }
 
+/// Objects of kmalloc that are in use, and pages.
+fn kmalloced(mm: &Mm<Host>) -> (u64, u64) {
+    let mut objects = 0;
+    mm.slabinfo(|c| {
+        if c.name.starts_with("kmalloc-") {
+            objects += c.active_objs;
+        }
+    });
+    (objects, ledger(mm).by_type[PageType::LargeKmalloc as usize])
+}
+
 /// All is back where groups were made, whose own memory stays.
 #[track_caller]
 fn all_back(mm: &Mm<Host>) {
@@ -308,19 +319,11 @@ fn every_allocation_fails_once() {
             let mut sheaf = mm
                 .kmem_cache_prefill_sheaf(&cache, GFP_KERNEL, from)
                 .unwrap();
-            let before = (
-                active(&mm, "obj"),
-                group.usage(),
-                ledger(&mm).by_type[PageType::LargeKmalloc as usize],
-            );
+            let before = (active(&mm, "obj"), group.usage(), kmalloced(&mm));
             mm.platform().faults().fail_nth(point);
             let refilled = sheaf.refill(GFP_KERNEL, n);
             let (_, fired) = mm.platform().faults().off();
-            let now = (
-                active(&mm, "obj"),
-                group.usage(),
-                ledger(&mm).by_type[PageType::LargeKmalloc as usize],
-            );
+            let now = (active(&mm, "obj"), group.usage(), kmalloced(&mm));
             if refilled.is_err() {
                 assert!(fired > 0);
                 assert_eq!(now, before, "{flags:?}, point {point}");

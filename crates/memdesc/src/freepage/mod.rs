@@ -132,6 +132,32 @@ impl<P: Platform> PageAllocator<P> {
         contents
     }
 
+    /// Pages are kept for somebody, in nobody's hands: treated as free ones, and whoever is charged for them no longer is. In any context.
+    pub(crate) fn pages_rest(&self, pfn: Pfn, order: usize) {
+        let word = self.map.word(pfn).load_owned();
+        if word.is_charged() {
+            self.map.publish_block(pfn, self.uncharge_block(pfn, word));
+        }
+        if self.services.on_free() {
+            self.serve_free(pfn, order);
+        }
+    }
+
+    /// They are handed out. In any context.
+    #[track_caller]
+    pub(crate) fn pages_roused(&self, pfn: Pfn, order: usize, gfp: Flags) {
+        if self.services.on_alloc(gfp) {
+            let filled = self.services.has(Services::FILL) && self.services.has(Services::KEPT);
+            let contents = if filled && !self.map.bad.is_deadly(pfn, order) {
+                Contents::CLEAN
+            } else {
+                Contents::UNKNOWN
+            };
+            let word = self.map.word(pfn).load_owned();
+            self.serve_alloc(pfn, order, word.with_contents(contents), gfp);
+        }
+    }
+
     /// A block is about to be handed out: does what is to be done after the platform's own hook.
     #[inline(never)]
     #[track_caller]

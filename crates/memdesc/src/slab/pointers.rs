@@ -46,6 +46,20 @@ impl Pointers {
         self.len
     }
 
+    /// Where it is and for how many, to be put together again by [`from_raw`](Self::from_raw).
+    pub(crate) fn into_raw(self) -> (*mut *mut u8, usize) {
+        (self.at.as_ptr(), self.len)
+    }
+
+    /// # Safety
+    ///
+    /// From [`into_raw`](Self::into_raw), once.
+    pub(crate) unsafe fn from_raw(at: *mut *mut u8, len: usize) -> Pointers {
+        // SAFETY: it came from a pointer that is not null.
+        let at = unsafe { NonNull::new_unchecked(at) };
+        Pointers { at, len }
+    }
+
     pub(crate) fn as_mut(&mut self) -> &mut [*mut u8] {
         // SAFETY: by the invariant, and null pointers were written to all of it when it was made.
         unsafe { core::slice::from_raw_parts_mut(self.at.as_ptr(), self.len) }

@@ -1,4 +1,4 @@
-//! Objects at rest: handed out by their slab, and nobody's, such as those of a prefilled sheaf.
+//! Objects at rest: handed out by their slab, and nobody's, those of a prefilled sheaf and of a mempool.
 //!
 //! By its slab's bits such an object is in use; by what it looks like it is free: of a debug cache its red zones and its poison are those of free objects, checked when
 //! somebody gets it, so a write to it meanwhile is found, and so is who frees it once more. Nobody is charged for it, unless who keeps it says so. It is not touched
@@ -75,6 +75,31 @@ impl<P: Platform> Mm<P> {
         let pin = self.pages.pin();
         self.pages.stats(&pin).add(&pin, Event::SlabAlloc, n as u64);
         Ok(())
+    }
+
+    /// The owner of an object gives it up, and it is to rest: checked and marked as a free one, and nobody is charged for it any more. `false`: it was not fit to, and was
+    /// reported; it is left alone.
+    ///
+    /// # Context
+    ///
+    /// As a free.
+    pub(crate) fn object_rests(
+        &self,
+        core: &CacheCore,
+        object: NonNull<u8>,
+        caller: Caller,
+    ) -> bool {
+        if core.flags.has_owners() {
+            self.uncharge_object(core, object);
+        }
+        if self.kfence.contains(object.as_ptr()) {
+            return true;
+        }
+        if core.is_debug() && !debug::on_free(self, core, object, caller) {
+            return false;
+        }
+        self.init_on_free(core, object);
+        true
     }
 
     /// An object at rest is handed out, for `asked` bytes.
