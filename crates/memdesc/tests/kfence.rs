@@ -19,6 +19,7 @@
 //! | `test_gfpzero` | `gfpzero` |
 //! | `test_invalid_access` | `invalid_access` |
 //! | `test_shrink_memcache` | `shrink` |
+//! | KASAN's `mempool_*` on guarded elements | `elements_of_mempools`: stray accesses beside them as ever, canaries when they are freed for good; in a pool they stay accessible |
 
 mod common;
 
@@ -602,6 +603,75 @@ fn shrink() {
     of(&k.reports.one(), Corruption::ObjectsLeft, object, "test");
     kfree(&k.mm, object);
     k.mm.kmem_cache_destroy(failed.cache).unwrap();
+    k.finish();
+}
+
+#[test]
+fn elements_of_mempools() {
+    let k = Kernel::new();
+    let pool =
+        k.mm.mempool_create("pool", MempoolKind::Kmalloc { size: 100 }, 2, GFP_KERNEL)
+            .unwrap();
+    // What is set aside is not guarded: it would keep the slots from others.
+    let own = k.mm.kfence_info().in_use;
+    let put = |element| {
+        // SAFETY: the pool's, ours and used no more, or wrong on purpose.
+        unsafe { pool.free(element) };
+    };
+    k.mm.platform().faults().fail_one_in(1, 1);
+    let plain = [(); 2].map(|()| pool.alloc(GFP_ATOMIC).unwrap());
+    k.mm.platform().faults().off();
+    assert!(plain.iter().all(|p| !k.mm.is_kfence_address(p.as_ptr())));
+    // An element of ordinary memory is, and fills the gap in the pool.
+    let guarded = pool.alloc(GFP_KERNEL).unwrap();
+    assert!(k.mm.is_kfence_address(guarded.as_ptr()));
+    fill(guarded, 100, 7);
+    put(guarded);
+    put(guarded);
+    of(
+        &k.reports.one(),
+        Corruption::DoubleFree,
+        guarded,
+        "kmalloc-128",
+    );
+    assert_eq!(
+        (pool.view().curr_nr, k.mm.kfence_info().in_use),
+        (1, own + 1)
+    );
+    put(plain[0]);
+    put(plain[1]);
+    // Taken out, it is as long as was asked for, and what is written beside it is found when it is freed for good.
+    k.mm.platform().faults().fail_one_in(1, 1);
+    let zeroed = [(); 2].map(|()| pool.alloc(GFP_ATOMIC | __GFP_ZERO).unwrap());
+    k.mm.platform().faults().off();
+    assert!(zeroed.contains(&guarded));
+    for p in zeroed {
+        assert!(bytes(p, 100).iter().all(|&b| b == 0));
+    }
+    write(
+        by(
+            guarded,
+            if guarded.addr().get().is_multiple_of(PAGE_SIZE) {
+                100
+            } else {
+                -1
+            },
+        ),
+        0,
+    );
+    zeroed.into_iter().for_each(put);
+    assert_eq!(k.reports.take(), []);
+    pool.destroy().unwrap();
+    let seen = k.reports.one();
+    assert!(
+        matches!(
+            seen.what,
+            Corruption::RedzoneRight | Corruption::RedzoneLeft
+        ),
+        "{}",
+        seen.text
+    );
+    assert_eq!(k.mm.kfence_info().in_use, 0);
     k.finish();
 }
 

@@ -332,7 +332,7 @@ fn any_context() {
     }
     memory_again(&mm);
     {
-        let _irq = interrupt::hardirq();
+        let _off = interrupt::off();
         tried.into_iter().for_each(|e| put(&pool, e));
     }
     eaten.into_iter().for_each(|pfn| free(&mm, pfn));
