@@ -2,17 +2,18 @@
 //!
 //! Elements on the shelf, the queue and `missing` change under the lock. What is read without it:
 //!
-//! - *`missing`*, by who frees an element: 0, and he need not come in. He may read an old value. That he does no harm: call an element *taken* if it came off the shelf; its
-//!   free comes after its take, so it reads what that take wrote or something later. Look at the last time that `missing` was 0: each take after it reads no 0 when its element
-//!   is freed, so it comes in and puts one back. So when nobody has a taken element any more, the shelf is full, whatever was read. (Relaxed will do: all of it is the order of
-//!   one word's values.)
-//! - *`turn`*, by who goes to sleep, who read it under the lock that showed him too little. Who puts something back that the first in the queue can do with turns it after his own
-//!   hold. Holds are in an order: either the sleeper's look came later, and saw what was put back, or his `turn` is old and he does not sleep.
+//! - *`missing`*, by who frees an element: 0, and he need not come in. He may read an old value. That he does no harm: call an element *taken* if it came off
+//!   the shelf; its free comes after its take, so it reads what that take wrote or something later. Look at the last time that `missing` was 0: each take
+//!   after it reads no 0 when its element is freed, so it comes in and puts one back. So when nobody has a taken element any more, the shelf is full,
+//!   whatever was read. (Relaxed will do: all of it is the order of one word's values.)
+//! - *`turn`*, by who goes to sleep, who read it under the lock that showed him too little. Who puts something back that the first in the queue can do with
+//!   turns it after his own hold. Holds are in an order: either the sleeper's look came later, and saw what was put back, or his `turn` is old and he does
+//!   not sleep.
 //! - *`epoch`*: somebody says that it is worth asking for ordinary memory again.
 //!
-//! A request takes all that it needs at once or nothing, so nobody waits with a part of the shelf in his hands: two who each have a half cannot wait for each other. And the queue
-//! is one: who came first is served first, and nobody is served past it, so a request for many is not starved by requests for one. What is missing is in the hands of requests that
-//! were served; when they free it, the first in the queue is served.
+//! A request takes all that it needs at once or nothing, so nobody waits with a part of the shelf in his hands: two who each have a half cannot wait for each
+//! other. And the queue is one: who came first is served first, and nobody is served past it, so a request for many is not starved by requests for one. What
+//! is missing is in the hands of requests that were served; when they free it, the first in the queue is served.
 
 use core::cell::Cell;
 
@@ -37,8 +38,8 @@ pub(crate) struct Level {
 ///
 /// # Invariants
 ///
-/// `at` leads to room for `room` pointers, of which the first `curr` are elements that nobody has; `curr` and `min` are at most `room`. Places in the queue live until they have
-/// left it.
+/// `at` leads to room for `room` pointers, of which the first `curr` are elements that nobody has; `curr` and `min` are at most `room`. Places in the queue
+/// live until they have left it.
 #[derive(Debug)]
 pub(crate) struct Shelf {
     at: *mut *mut u8,
@@ -188,7 +189,8 @@ impl<W: Waiter> Hold<'_, W> {
         shelf.counts.low = shelf.counts.low.min(shelf.curr);
     }
 
-    /// Fills `out` from the shelf, if there are as many and nobody else is first in the queue. `place` is the caller's in it, which he leaves with what he wanted.
+    /// Fills `out` from the shelf, if there are as many and nobody else is first in the queue. `place` is the caller's in it, which he leaves with what he
+    /// wanted.
     pub(crate) fn take(&mut self, out: &mut [*mut u8], place: Option<&Place>) -> Take {
         let shelf = &mut *self.shelf;
         let need = out.len();
@@ -317,8 +319,9 @@ impl<W: Waiter> Hold<'_, W> {
         Some(element)
     }
 
-    /// Another shelf, for `room` elements, which there shall be from now on: those of `with` that find a place beside those from here. Gives the old shelf, with its room, and how many of
-    /// `with` found none: they lie at the start of the old shelf, the caller's again. `None`: there is more here than the new one holds.
+    /// Another shelf, for `room` elements, which there shall be from now on: those of `with` that find a place beside those from here. Gives the old shelf,
+    /// with its room, and how many of `with` found none: they lie at the start of the old shelf, the caller's again. `None`: there is more here than the new
+    /// one holds.
     ///
     /// # Safety
     ///
@@ -336,8 +339,8 @@ impl<W: Waiter> Hold<'_, W> {
         }
         let keep = with.min(room - shelf.curr);
         let (old, spare) = (shelf.at, with - keep);
-        // SAFETY: `keep + curr` is at most `room`. What is not kept is at most `curr`, since `with` is at most `room`, so the old shelf has room for it once it is copied
-        // from. The two do not overlap: one is the pool's, the other was the caller's.
+        // SAFETY: `keep + curr` is at most `room`. What is not kept is at most `curr`, since `with` is at most `room`, so the old shelf has room for it once
+        // it is copied from. The two do not overlap: one is the pool's, the other was the caller's.
         unsafe {
             let rest = at.add(keep);
             if spare == 0 {

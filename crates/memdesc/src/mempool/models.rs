@@ -225,7 +225,8 @@ impl Pool {
     }
 }
 
-/// An element of ordinary memory is freed while others take and give back: it may fill the shelf, and then theirs goes its own way; whatever each reads, the shelf is full in the end.
+/// An element of ordinary memory is freed while others take and give back: it may fill the shelf, and then theirs goes its own way; whatever each reads, the
+/// shelf is full in the end.
 #[test]
 fn ordinary_elements_come_between() {
     loom::model(|| {

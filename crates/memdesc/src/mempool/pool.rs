@@ -162,8 +162,8 @@ impl<P: Platform> Mm<P> {
     ///
     /// # Errors
     ///
-    /// Why there was no memory, nothing has changed then; [`AllocError::BadSize`] for no elements, for more than half a million, and for a size that kmalloc does not serve;
-    /// [`AllocError::BadOrder`]; [`AllocError::NoZone`] for prepaid kmalloc memory from ZONE_DMA.
+    /// Why there was no memory, nothing has changed then; [`AllocError::BadSize`] for no elements, for more than half a million, and for a size that kmalloc
+    /// does not serve; [`AllocError::BadOrder`]; [`AllocError::NoZone`] for prepaid kmalloc memory from ZONE_DMA.
     ///
     /// # Panics
     ///
@@ -334,8 +334,8 @@ impl<'c, P: Platform> Mempool<'c, P> {
         !self.level().is_short()
     }
 
-    /// From now on so many elements are set aside (`mempool_resize`). With as many as now or more it lacks nothing afterwards, whatever is out; with fewer, what is too much
-    /// is given back, and who waits for more than that is refused.
+    /// From now on so many elements are set aside (`mempool_resize`). With as many as now or more it lacks nothing afterwards, whatever is out; with fewer,
+    /// what is too much is given back, and who waits for more than that is refused.
     ///
     /// # Context
     ///

@@ -76,8 +76,8 @@ impl<P: Platform> Mempool<'_, P> {
         }
     }
 
-    /// Fills `out` with elements, or fails with none (`mempool_alloc_bulk`). What is taken from the pool is taken at once, so two who ask like this never wait for
-    /// each other.
+    /// Fills `out` with elements, or fails with none (`mempool_alloc_bulk`). What is taken from the pool is taken at once, so two who ask like this never
+    /// wait for each other.
     ///
     /// # Context
     ///

@@ -25,8 +25,9 @@
 //! | caches without sheaves, debug caches | one kmalloc'd, filled one by one | as all others |
 //! | a refill that fails | leaves what it got | changes nothing |
 //!
-//! Objects [rest](super::rest) in here: a debug cache checks and marks each when it is handed out, so the report of a stray write names who got it here. Whom they are
-//! charged to is settled when they are taken, since a charge can be refused, and taken back with those that are returned. In slabinfo they are in use.
+//! Objects [rest](super::rest) in here: a debug cache checks and marks each when it is handed out, so the report of a stray write names who got it here. Whom
+//! they are charged to is settled when they are taken, since a charge can be refused, and taken back with those that are returned. In slabinfo they are in
+//! use.
 //!
 //! A sheaf takes no lock of its own.
 

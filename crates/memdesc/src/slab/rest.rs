@@ -1,8 +1,8 @@
 //! Objects at rest: handed out by their slab, and nobody's, those of a prefilled sheaf and of a mempool.
 //!
-//! By its slab's bits such an object is in use; by what it looks like it is free: of a debug cache its red zones and its poison are those of free objects, checked when
-//! somebody gets it, so a write to it meanwhile is found, and so is who frees it once more. Nobody is charged for it, unless who keeps it says so. It is not touched
-//! while it rests.
+//! By its slab's bits such an object is in use; by what it looks like it is free: of a debug cache its red zones and its poison are those of free objects,
+//! checked when somebody gets it, so a write to it meanwhile is found, and so is who frees it once more. Nobody is charged for it, unless who keeps it says
+//! so. It is not touched while it rests.
 //!
 //! A guarded object keeps its page accessible while it rests, and its canaries are checked when it is really freed.
 
@@ -18,8 +18,8 @@ use crate::platform::{FaultPoint, Platform, might_lock, might_sleep};
 use crate::stats::Event;
 
 impl<P: Platform> Mm<P> {
-    /// Fills `out` with objects at rest, or none: from this CPU's sheaf as far as it goes if it could hold as many as are wanted, and from the slabs. Guarded objects are none of
-    /// them.
+    /// Fills `out` with objects at rest, or none: from this CPU's sheaf as far as it goes if it could hold as many as are wanted, and from the slabs. Guarded
+    /// objects are none of them.
     pub(crate) fn objects_at_rest(
         &self,
         core: &CacheCore,
@@ -77,8 +77,8 @@ impl<P: Platform> Mm<P> {
         Ok(())
     }
 
-    /// The owner of an object gives it up, and it is to rest: checked and marked as a free one, and nobody is charged for it any more. `false`: it was not fit to, and was
-    /// reported; it is left alone.
+    /// The owner of an object gives it up, and it is to rest: checked and marked as a free one, and nobody is charged for it any more. `false`: it was not
+    /// fit to, and was reported; it is left alone.
     ///
     /// # Context
     ///
