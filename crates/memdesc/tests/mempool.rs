@@ -322,13 +322,21 @@ fn any_context() {
         }
     };
     assert_eq!((pool.view().taken, refused), (3, AllocError::Empty));
-    {
+    // One is there, two are wanted: it goes back to where it was, also from here.
+    kfree(&mm, tried.pop().unwrap());
+    for _ in 0..3 {
         let _nmi = interrupt::nmi();
         let mut two = [std::ptr::null_mut(); 2];
+        let refused = pool.alloc_bulk(__GFP_FAST_TRY, &mut two);
         assert_eq!(
-            pool.alloc_bulk(__GFP_FAST_TRY, &mut two),
-            Err(AllocError::Empty)
+            (refused, two),
+            (Err(AllocError::Empty), [std::ptr::null_mut(); 2])
         );
+    }
+    {
+        let _nmi = interrupt::nmi();
+        tried.push(pool.alloc(__GFP_FAST_TRY).unwrap());
+        assert_eq!(pool.alloc(__GFP_FAST_TRY), Err(AllocError::Empty));
     }
     memory_again(&mm);
     {
@@ -482,6 +490,45 @@ fn every_allocation_fails_once() {
             assert!(failed > 1, "{what:?} {resize}: {failed}");
         }
     }
+}
+
+#[test]
+fn a_request_for_many_that_fails_keeps_nothing() {
+    each(false, 4, |what, mm, cache, pool| {
+        no_memory(mm);
+        let had: Vec<_> = (0..3).map(|_| pool.alloc(GFP_NOWAIT).unwrap()).collect();
+        memory_again(mm);
+        let before = snapshot(mm);
+        let (mut failed, mut served) = (0, 0);
+        for nth in 0..8 {
+            mm.platform().faults().fail_nth(nth);
+            let mut out = [NonNull::dangling().as_ptr(); 4];
+            let result = pool.alloc_bulk(GFP_NOWAIT, &mut out);
+            memory_again(mm);
+            match result {
+                // One lies there: it is enough for who lacks one.
+                Ok(()) => {
+                    served += 1;
+                    for element in out {
+                        let element = NonNull::new(element).unwrap();
+                        if pool.view().curr_nr == 1 {
+                            what.free_plainly(mm, cache, element);
+                        } else {
+                            put(&pool, element);
+                        }
+                    }
+                }
+                Err(_) => {
+                    failed += 1;
+                    assert_eq!(out, [std::ptr::null_mut(); 4]);
+                }
+            }
+            assert_eq!(pool.view().curr_nr, 1);
+            assert_eq!(snapshot(mm), before, "{what:?}, fault {nth}");
+        }
+        assert!(failed > 1 && served > 1, "{what:?}: {failed} {served}");
+        had.into_iter().for_each(|e| put(&pool, e));
+    });
 }
 
 #[derive(Clone, Copy, Debug)]
