@@ -168,3 +168,58 @@ fn what_is_promised_is_there_when_all_else_is_gone() {
     assert!(ledger(&mm).balanced);
     let _ = machine;
 }
+
+/// A mempool that lacks elements takes what is freed to it, but not what is a reserve's.
+#[test]
+fn a_mempool_does_not_keep_what_is_a_reserves() {
+    let (_, mm) = boot();
+    let kind = MempoolKind::Kmalloc { size: 512 };
+    let pool = mm.mempool_create("pool", kind, 2, GFP_KERNEL).unwrap();
+    let objects = Demand::KmallocObjects {
+        size: 512,
+        count: 2,
+    };
+    let reserve = mm.reserve("reserve", objects).unwrap();
+    reserve.connect(None).unwrap();
+    mm.platform().faults().fail_one_in(1, 0);
+    let from_pool = [(); 2].map(|()| pool.alloc(GFP_ATOMIC).unwrap());
+    let from_reserve = [(); 2].map(|()| reserve.kmalloc(512, GFP_ATOMIC).unwrap());
+    for object in from_reserve {
+        // SAFETY: ours; an element of the pool is memory like this.
+        unsafe { pool.free(object) };
+    }
+    assert_eq!(view(&reserve).usage, 0);
+    assert!(pool.alloc(GFP_ATOMIC).is_err());
+    mm.platform().faults().off();
+    for object in from_pool {
+        // SAFETY: ours.
+        unsafe { pool.free(object) };
+    }
+    assert!(pool.destroy().is_ok());
+    down(reserve);
+}
+
+/// What a prefilled sheaf holds is ordinary memory, whoever fills it.
+#[test]
+fn a_prefilled_sheaf_holds_nothing_from_a_reserve() {
+    let (_, mm) = boot();
+    let cache = mm
+        .kmem_cache_create("nodes", 256, 0, CacheFlags::EMPTY, None)
+        .unwrap();
+    let demand = Demand::Objects {
+        cache: &cache,
+        count: 16,
+    };
+    let reserve = mm.reserve("nodes", demand).unwrap();
+    reserve.connect(None).unwrap();
+    mm.platform().faults().fail_one_in(1, 0);
+    let scope = Host::reserve_scope(reserve.id());
+    assert!(mm.kmem_cache_prefill_sheaf(&cache, GFP_ATOMIC, 4).is_err());
+    let object = mm.kmem_cache_alloc(&cache, GFP_ATOMIC).unwrap();
+    assert!(mm.is_from_reserve(object.as_ptr()));
+    cache_free(&mm, &cache, object);
+    drop(scope);
+    mm.platform().faults().off();
+    down(reserve);
+    mm.kmem_cache_destroy(cache).unwrap();
+}

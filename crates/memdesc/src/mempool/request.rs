@@ -217,7 +217,8 @@ impl<P: Platform> Mempool<'_, P> {
         if self.elements.careful && self.lies_here(element, Location::caller()) {
             return;
         }
-        if self.level().is_short() {
+        // What is a reserve's goes back there: a pool would keep it, and hand it to anybody.
+        if self.level().is_short() && !self.mm.is_from_reserve(element.as_ptr()) {
             return self.refill(element, Location::caller());
         }
         // SAFETY: the caller's promise.
