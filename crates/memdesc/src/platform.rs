@@ -320,7 +320,8 @@ pub unsafe trait Platform: Sync {
     }
 
     /// Corruption was found. Panics by default. If it returns, what was being freed is left alone for good; what was being
-    /// allocated is handed out all the same.
+    /// allocated is handed out all the same. A page of a reserve that was written while nobody had it is reported with that reserve's lock held: nothing may be asked of a
+    /// reserve in here.
     fn corruption(&self, report: &Report<'_>) {
         panic!("{report}");
     }

@@ -223,3 +223,26 @@ fn a_prefilled_sheaf_holds_nothing_from_a_reserve() {
     down(reserve);
     mm.kmem_cache_destroy(cache).unwrap();
 }
+
+/// Who only tries takes no lock, and a reserve is behind one.
+#[test]
+fn a_fast_try_takes_nothing_from_a_reserve() {
+    let (_, mm) = boot();
+    let pages = Demand::Pages { order: 0, count: 2 };
+    let reserve = mm.reserve("pages", pages).unwrap();
+    reserve.connect(None).unwrap();
+    mm.platform().faults().fail_one_in(1, 0);
+    let _scope = Host::reserve_scope(reserve.id());
+    assert!(mm.alloc_pages(__GFP_FAST_TRY, 0).is_err());
+    assert!(mm.alloc_pages_nolock(Flags::EMPTY, None, 0).is_err());
+    assert_eq!(
+        reserve.alloc_pages(__GFP_FAST_TRY, 0),
+        Err(AllocError::Empty)
+    );
+    let page = mm.alloc_pages(GFP_NOWAIT, 0).unwrap();
+    assert!(mm.page_is_from_reserve(page));
+    // SAFETY: ours.
+    unsafe { mm.free_pages_nolock(page) };
+    mm.platform().faults().off();
+    down(reserve);
+}

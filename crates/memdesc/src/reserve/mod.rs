@@ -387,7 +387,8 @@ impl<P: Platform> Mm<P> {
     #[cold]
     fn entitled(&self, gfp: Flags) -> Option<&Node> {
         let reserves = &self.pages.reserves;
-        if !reserves.in_use() || gfp.contains(gfp::__GFP_NOMEMALLOC) {
+        // Who only tries takes no lock either.
+        if !reserves.in_use() || gfp.intersects(gfp::__GFP_NOMEMALLOC | gfp::__GFP_FAST_TRY) {
             return None;
         }
         let task = self.platform().current_reserve();
@@ -600,6 +601,14 @@ fn may_wait(gfp: Flags) -> bool {
     gfp.allow_blocking() && !gfp.intersects(gfp::__GFP_NORETRY | gfp::__GFP_FAST_TRY)
 }
 
+/// A request that only tries has had its try: what is set aside is behind a lock.
+fn only_tries(gfp: Flags) -> Result<(), AllocError> {
+    if gfp.contains(gfp::__GFP_FAST_TRY) {
+        return Err(AllocError::Empty);
+    }
+    Ok(())
+}
+
 /// For the attempt at ordinary memory: it neither reclaims nor takes from where it is not yet meant to.
 fn ordinary(gfp: Flags) -> Flags {
     (gfp & !(gfp::__GFP_DIRECT_RECLAIM | gfp::__GFP_NOFAIL | gfp::__GFP_MEMALLOC))
@@ -757,7 +766,7 @@ impl<'m, P: Platform> Reserve<'m, P> {
     ///
     /// # Context
     ///
-    /// As `kmalloc`.
+    /// As `kmalloc`; with `__GFP_FAST_TRY` nothing is taken from the reserve, which is behind a lock.
     ///
     /// # Errors
     ///
@@ -771,6 +780,7 @@ impl<'m, P: Platform> Reserve<'m, P> {
         if let Some(got) = plain() {
             return Ok(got);
         }
+        only_tries(gfp)?;
         let node = self.store()?;
         let (serve, charge) = node.serve(size).ok_or(AllocError::BadSize)?;
         mm.take_charged(node, charge, gfp, plain, || match serve {
@@ -806,6 +816,7 @@ impl<'m, P: Platform> Reserve<'m, P> {
         if let Some(got) = plain() {
             return Ok(got);
         }
+        only_tries(gfp)?;
         let node = self.store()?;
         let core = cache.core();
         let charge = match node.shape() {
@@ -834,6 +845,7 @@ impl<'m, P: Platform> Reserve<'m, P> {
         if let Some(got) = plain() {
             return Ok(got);
         }
+        only_tries(gfp)?;
         let node = self.store()?;
         let charge = match node.shape() {
             Shape::Pages { .. } => node.charge_of_pages(order).ok_or(AllocError::BadOrder)?,
