@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::scenario::swap_net::Mode;
+
 const EXIT_CODES: &str = "\
 Exit codes:
   0  all is well
@@ -57,6 +59,57 @@ pub(crate) enum Scenario {
     Zsmalloc(ZsmallocArgs),
     /// Everything that memory can be used for, all at the same time, at random, while pages fail and allocations fail on purpose
     Purposes(PurposesArgs),
+    /// Swap over a network whose stack needs memory itself: which machines lock up, with what kind of reserve?
+    SwapNet(SwapNetArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SwapNetArgs {
+    /// Where the network stack's memory comes from
+    #[arg(long, value_name = "WHAT", default_value = "all")]
+    pub(crate) with: SwapNetWith,
+    /// So many machines for each, one a seed from 1 on
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pub(crate) seeds: u64,
+    /// Only this one, with a full report
+    #[arg(long, value_name = "N", conflicts_with = "seeds")]
+    pub(crate) seed: Option<u64>,
+    /// So many MiB of memory
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(16..=64))]
+    pub(crate) mib: u32,
+    /// The working set is so many times memory
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(2..=16))]
+    pub(crate) working_set: u32,
+    /// So often a page is touched, by all processes together
+    #[arg(long, value_name = "N", default_value_t = 40_000, value_parser = clap::value_parser!(u64).range(1000..=100_000_000))]
+    pub(crate) touches: u64,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// No progress bar
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+}
+
+/// Where the network stack's memory comes from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub(crate) enum SwapNetWith {
+    /// Mempools of heads and of pages; data from kmalloc, and then from whatever is left
+    Mempools,
+    /// Ordinary memory, then whatever is left, without a bound: as in Linux
+    Nothing,
+    /// Each of them, one after the other
+    All,
+}
+
+impl SwapNetWith {
+    pub(crate) fn modes(self) -> &'static [Mode] {
+        match self {
+            SwapNetWith::Nothing => &[Mode::Nothing],
+            SwapNetWith::Mempools => &[Mode::Mempools],
+            SwapNetWith::All => &Mode::ALL,
+        }
+    }
 }
 
 /// What all that runs at random has.

@@ -47,6 +47,7 @@ fn main() -> ExitCode {
             cli::Scenario::AddressSpaces(args) => scenario::address_spaces::run(&args),
             cli::Scenario::Zsmalloc(args) => scenario::zsmalloc::run(&args),
             cli::Scenario::Purposes(args) => scenario::purposes::run(&args),
+            cli::Scenario::SwapNet(args) => scenario::swap_net::run(&args),
         },
         Command::Bench {
             what: cli::Bench::Rcu(args),

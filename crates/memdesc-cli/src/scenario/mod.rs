@@ -7,4 +7,5 @@ pub(crate) mod free_page_reporting;
 mod linux_zsmalloc;
 pub(crate) mod page_cache;
 pub(crate) mod purposes;
+pub(crate) mod swap_net;
 pub(crate) mod zsmalloc;
