@@ -81,7 +81,7 @@ pub(crate) struct SwapNetArgs {
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(2..=16))]
     pub(crate) working_set: u32,
     /// So often a page is touched, by all processes together
-    #[arg(long, value_name = "N", default_value_t = 40_000, value_parser = clap::value_parser!(u64).range(1000..=100_000_000))]
+    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(1000..=100_000_000))]
     pub(crate) touches: u64,
     /// Print one JSON object
     #[arg(long)]
@@ -94,8 +94,10 @@ pub(crate) struct SwapNetArgs {
 /// Where the network stack's memory comes from.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub(crate) enum SwapNetWith {
-    /// Mempools of heads and of pages; data from kmalloc, and then from whatever is left
+    /// Mempools of heads and of pages; data from kmalloc at GFP_ATOMIC
     Mempools,
+    /// The same, and data from whatever is left if there is no ordinary memory (not among all)
+    MempoolsMemalloc,
     /// Ordinary memory, then whatever is left, without a bound: as in Linux
     Nothing,
     /// Each of them, one after the other
@@ -107,6 +109,7 @@ impl SwapNetWith {
         match self {
             SwapNetWith::Nothing => &[Mode::Nothing],
             SwapNetWith::Mempools => &[Mode::Mempools],
+            SwapNetWith::MempoolsMemalloc => &[Mode::MempoolsMemalloc],
             SwapNetWith::All => &Mode::ALL,
         }
     }

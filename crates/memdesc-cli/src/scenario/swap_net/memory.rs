@@ -220,7 +220,6 @@ pub(super) struct Book<'m> {
     memory: &'m dyn Memory,
     asked: [Cell<Asked>; Site::COUNT],
     held: [Cell<Held>; 4],
-    frees: Cell<u64>,
 }
 
 impl<'m> Book<'m> {
@@ -230,7 +229,6 @@ impl<'m> Book<'m> {
             memory,
             asked: Default::default(),
             held: Default::default(),
-            frees: Cell::new(0),
         }
     }
 
@@ -271,26 +269,9 @@ impl<'m> Book<'m> {
         self.asked[site as usize].get()
     }
 
-    /// All that was asked for, and refused.
-    pub(super) fn total(&self) -> Asked {
-        let mut sum = Asked::default();
-        for one in &self.asked {
-            let one = one.get();
-            sum.times += one.times;
-            sum.refused += one.refused;
-            sum.emergency += one.emergency;
-        }
-        sum
-    }
-
     /// Heads, bytes of data, pages to receive into, fragments.
     pub(super) fn held(&self) -> [Held; 4] {
         std::array::from_fn(|nth| self.held[nth].get())
-    }
-
-    /// Pieces that came back.
-    pub(super) fn frees(&self) -> u64 {
-        self.frees.get()
     }
 }
 
@@ -345,7 +326,6 @@ impl Drop for Piece<'_> {
         let mut held = cell.get();
         held.now -= units(self.kind, self.len);
         cell.set(held);
-        book.frees.set(book.frees.get() + 1);
     }
 }
 

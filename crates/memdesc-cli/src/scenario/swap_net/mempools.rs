@@ -1,11 +1,13 @@
 //! Mempools for what has a fixed size, as one would use them without writing the network stack anew (`mempool_create_slab_pool`, `mempool_create_page_pool`).
 //!
 //! Heads come from a pool of heads, pages from pools of pages, as many as the stack can have at most. Packets' data has any size from 64 bytes to two KiB and
-//! comes from `kmalloc`; there is no pool for that, so it stays as it is in Linux: ordinary memory, and then whatever is left.
+//! comes from `kmalloc`; there is no pool for that, so it stays as it was before the stack was written anew for `__GFP_MEMALLOC`: GFP_ATOMIC, which
+//! everybody may say. Or, as a form between the two, as it is today.
 
 use std::cell::RefCell;
 use std::ptr::NonNull;
 
+use memdesc::gfp::{__GFP_NOWARN, GFP_ATOMIC};
 use memdesc::{AllocError, Cache, Mm, Pfn};
 use memdesc_host::Host;
 
@@ -64,6 +66,8 @@ pub(super) struct Mempools<'m> {
     receive: Pool<Pfn>,
     fragments: Pool<Pfn>,
     today: Today<'m>,
+    /// Data comes from whatever is left.
+    memalloc: bool,
 }
 
 impl<'m> Mempools<'m> {
@@ -72,6 +76,7 @@ impl<'m> Mempools<'m> {
         mm: &'m Mm<Host>,
         heads: &'m Cache<'m>,
         bounds: &Bounds,
+        memalloc: bool,
     ) -> Result<Self, AllocError> {
         let page = || mm.alloc_pages(ORDINARY, 0);
         Ok(Mempools {
@@ -81,6 +86,7 @@ impl<'m> Mempools<'m> {
             receive: Pool::new(bounds.receive_pages(), page)?,
             fragments: Pool::new(bounds.fragments, page)?,
             today: Today::new(mm, heads),
+            memalloc,
         })
     }
 
@@ -100,7 +106,14 @@ unsafe impl Memory for Mempools<'_> {
     }
 
     fn data(&self, size: usize) -> Result<Raw<NonNull<u8>>, AllocError> {
-        self.today.data(size)
+        if self.memalloc {
+            return self.today.data(size);
+        }
+        let at = self.mm.kmalloc(size, GFP_ATOMIC | __GFP_NOWARN)?;
+        Ok(Raw {
+            at,
+            emergency: false,
+        })
     }
 
     fn page(&self, of: Pages) -> Result<Raw<Pfn>, AllocError> {

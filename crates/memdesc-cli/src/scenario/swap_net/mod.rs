@@ -40,6 +40,8 @@ use sim::{End, World};
 pub(crate) enum Mode {
     Nothing,
     Mempools,
+    /// Mempools, and whatever is left for what they do not serve.
+    MempoolsMemalloc,
 }
 
 impl Mode {
@@ -49,6 +51,7 @@ impl Mode {
         match self {
             Mode::Nothing => "nothing",
             Mode::Mempools => "mempools",
+            Mode::MempoolsMemalloc => "mempools-memalloc",
         }
     }
 }
@@ -101,7 +104,11 @@ pub(crate) fn run(args: &SwapNetArgs) -> Result<u8, Error> {
     if args.json {
         output::print(&format!("{:#}\n", report::object(size, &tallies)));
     } else {
-        output::print(&report::report(size, &tallies, args.seed));
+        let which = match args.seed {
+            Some(seed) => format!("seed {seed}"),
+            None => format!("seeds 1 to {}", args.seeds),
+        };
+        output::print(&report::report(size, &which, &tallies));
     }
     Ok(u8::from(!tallies.iter().all(report::Tally::ok)))
 }
@@ -151,8 +158,10 @@ fn one(mode: Mode, size: Size, seed: u64, store: &mut Store) -> Result<Run, Erro
             let memory = Today::new(&mm, &heads);
             simulate(&mm, &heads, &memory, store, size, seed)
         }
-        Mode::Mempools => {
-            let memory = Mempools::new(&mm, &heads, &Bounds::STACK).map_err(Error::Alloc)?;
+        Mode::Mempools | Mode::MempoolsMemalloc => {
+            let memalloc = mode == Mode::MempoolsMemalloc;
+            let memory = Mempools::new(&mm, &heads, &Bounds::STACK, memalloc);
+            let memory = memory.map_err(Error::Alloc)?;
             simulate(&mm, &heads, &memory, store, size, seed)
         }
     };

@@ -370,8 +370,7 @@ impl World<'_> {
         let nth = request.page;
         request.got += bytes.len();
         let complete = request.got >= PAGE_SIZE;
-        let (State::Coming(pfn), end) =
-            (self.pages[nth as usize].state, offset + bytes.len())
+        let (State::Coming(pfn), end) = (self.pages[nth as usize].state, offset + bytes.len())
         else {
             self.wrong += 1;
             return;

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use serde_json::{Value, json};
 
-use super::memory::{Asked, Held, Site};
+use super::memory::{Asked, Site};
 use super::settings::{Bounds, Size};
 use super::sim::{PATIENCE, Stuck};
 use super::{Mode, Run};
@@ -127,21 +127,198 @@ impl Tally {
     }
 }
 
-pub(super) fn report(size: Size, tallies: &[Tally], seed: Option<u64>) -> String {
-    let _ = (size, seed, Bounds::STACK, PATIENCE);
-    let mut text = String::new();
-    for t in tallies {
-        let _ = writeln!(text, "{:?} seeds {} locked {} wrong {} unb {} lost {} secs {:.3}", t.mode, t.seeds, t.locked.len(), t.wrong, t.unbalanced, t.lost, t.seconds);
-        for (n, c) in COUNTS.iter().zip(t.counts) { let _ = writeln!(text, "   {n} {c}"); }
-        for (s, a) in Site::ALL.iter().zip(t.asked) { let _ = writeln!(text, "   {} {a:?}", s.name()); }
-        let _ = writeln!(text, "   most {:?} early {}", t.most, t.most_early);
-        if let Some((seed, s)) = &t.stuck { let _ = writeln!(text, "   stuck {seed} since {} freed {} writing {} free {} min {} unacked {} unsent {} jobs {} ring {} early {} held {:?} others {:?} proc {:?} asked {:?}", s.since, s.freed, s.writing, s.free, s.min, s.unacked, s.unsent, s.jobs, s.ring, s.early, s.held, s.others, s.processes, s.asked); }
+/// A row: what it is, and what there is to say of each mode.
+fn row(text: &mut String, name: &str, cells: impl IntoIterator<Item = String>) {
+    let _ = write!(text, "  {name:<30}");
+    for cell in cells {
+        let _ = write!(text, "{cell:>22}");
+    }
+    let _ = writeln!(text);
+}
+
+pub(super) fn report(size: Size, seeds: &str, tallies: &[Tally]) -> String {
+    let bounds = Bounds::STACK;
+    let mut text = format!(
+        "swap over a network: {} MiB of memory, a working set of {} MiB, {} processes that touch {} pages, {seeds}\n\n",
+        size.memory >> 8,
+        size.working_set >> 8,
+        bounds.processes,
+        size.touches,
+    );
+    let text_ref = &mut text;
+    let mut line = |name: &str, of: &dyn Fn(&Tally) -> String| {
+        row(text_ref, name, tallies.iter().map(of));
+    };
+    line("with", &|t| t.mode.name().into());
+    line("machines", &|t| t.seeds.to_string());
+    line("finished", &|t| {
+        (t.seeds - t.locked.len() as u64).to_string()
+    });
+    line("LOCKED UP", &|t| t.locked.len().to_string());
+    line("simulated, ms each", &|t| {
+        format!("{:.1}", t.each(t.counts[0]) / 1e6)
+    });
+    line("wall, ms each", &|t| {
+        format!("{:.1}", t.seconds * 1e3 / t.seeds.max(1) as f64)
+    });
+    for (nth, name) in COUNTS.iter().enumerate().skip(1) {
+        line(&name.replace('_', " "), &|t| t.counts[nth].to_string());
+    }
+    line("memory asked for, and refused:", &|_| String::new());
+    for (nth, site) in Site::ALL.iter().enumerate() {
+        line(&format!("  {}", site.name()), &|t| {
+            format!("{} {:>10}", t.asked[nth].times, t.asked[nth].refused)
+        });
+    }
+    line("served by emergency memory", &|t| {
+        let emergency = t.asked.iter().map(|asked| asked.emergency);
+        emergency.sum::<u64>().to_string()
+    });
+    line("the stack had at most:", &|_| String::new());
+    let bound = [
+        ("  heads", bounds.heads()),
+        ("  bytes of data", bounds.data()),
+        ("  pages to receive into", bounds.receive_pages()),
+        ("  fragments", bounds.fragments),
+    ];
+    for (nth, (name, _)) in bound.iter().enumerate() {
+        line(name, &|t| t.most[nth].to_string());
+    }
+    line("  frames in reassembly", &|t| t.most_early.to_string());
+    line("things WRONG", &|t| t.wrong.to_string());
+    line("ledgers that do not balance", &|t| t.unbalanced.to_string());
+    line("pages and objects lost", &|t| t.lost.to_string());
+    let _ = writeln!(
+        text,
+        "\n  by its own bounds the stack needs at most {} heads, {} bytes of data, {} pages to receive into, {} fragments for swap; what it had beyond that \
+         is in the sockets of others",
+        bound[0].1, bound[1].1, bound[2].1, bound[3].1,
+    );
+    for tally in tallies {
+        tally.say_stuck(&mut text);
+        if !tally.unsound.is_empty() {
+            let _ = writeln!(
+                text,
+                "\n{}: WRONG with seeds {}",
+                tally.mode.name(),
+                list(&tally.unsound)
+            );
+        }
     }
     text
 }
 
-pub(super) fn object(_size: Size, tallies: &[Tally]) -> Value {
-    json!({"n": tallies.len()})
+/// The first numbers of a list.
+fn list(seeds: &[u64]) -> String {
+    let mut text: Vec<_> = seeds.iter().take(12).map(u64::to_string).collect();
+    if seeds.len() > text.len() {
+        text.push("...".into());
+    }
+    text.join(", ")
 }
-#[allow(unused)]
-fn x(_: Held) {}
+
+impl Tally {
+    /// A sum over all seeds, for one of them.
+    fn each(&self, sum: u64) -> f64 {
+        sum as f64 / self.seeds.max(1) as f64
+    }
+
+    fn say_stuck(&self, text: &mut String) {
+        let Some((seed, stuck)) = &self.stuck else {
+            return;
+        };
+        let mut line = |said: String| {
+            let _ = writeln!(text, "{said}");
+        };
+        line(format!(
+            "\n{}: locked up with seeds {}; seed {seed} like this:",
+            self.mode.name(),
+            list(&self.locked)
+        ));
+        line(format!(
+            "  after {:.1} ms nothing got on any more; {:.0} ms later, with all caches emptied, nothing could be sent, and the server was not heard or had nothing to say",
+            stuck.since as f64 / 1e6,
+            (stuck.said - stuck.since) as f64 / 1e6
+        ));
+        line(format!(
+            "  {} pages free, under the min mark of {}; {} processes wait for memory, {} for a page",
+            stuck.free, stuck.min, stuck.processes.0, stuck.processes.1
+        ));
+        line(format!(
+            "  {} pages wait to be written: {} packets are not acknowledged ({} of them never sent), {} requests have no packet yet; {} pages for frames to \
+             come, {} frames wait for one before them",
+            stuck.writing, stuck.unacked, stuck.unsent, stuck.jobs, stuck.ring, stuck.early
+        ));
+        let [heads, data, receive, fragments] = stuck.held.map(|held| held.now);
+        line(format!(
+            "  the stack has {heads} heads, {data} bytes of data, {receive} pages to receive into, {fragments} fragments; of these {} frames are in the \
+             sockets of others, who have {} KiB besides",
+            stuck.others.0,
+            stuck.others.1 >> 10
+        ));
+        line(format!(
+            "  in its last {:.0} ms it asked for",
+            PATIENCE as f64 / 1e6
+        ));
+        for (site, asked) in Site::ALL.iter().zip(stuck.asked) {
+            if asked.times > 0 {
+                line(format!(
+                    "    {:<20}{:>8} times, and was refused {:>8}",
+                    site.name(),
+                    asked.times,
+                    asked.refused
+                ));
+            }
+        }
+    }
+}
+
+pub(super) fn object(size: Size, tallies: &[Tally]) -> Value {
+    let modes = tallies.iter().map(|t| (t.mode.name().to_owned(), one(t)));
+    let modes: serde_json::Map<_, _> = modes.collect();
+    let bounds = Bounds::STACK;
+    json!({
+        "memory_pages": size.memory,
+        "working_set_pages": size.working_set,
+        "touches": size.touches,
+        "bounds": {
+            "heads": bounds.heads(),
+            "data_bytes": bounds.data(),
+            "receive_pages": bounds.receive_pages(),
+            "fragments": bounds.fragments,
+        },
+        "modes": modes,
+        "ok": tallies.iter().all(Tally::ok),
+    })
+}
+
+fn one(t: &Tally) -> Value {
+    let counts = COUNTS.iter().zip(t.counts);
+    let counts: serde_json::Map<_, _> = counts.map(|(k, n)| ((*k).to_owned(), json!(n))).collect();
+    let asked = Site::ALL.iter().zip(t.asked).map(|(site, asked)| {
+        let said =
+            json!({"times": asked.times, "refused": asked.refused, "emergency": asked.emergency});
+        (site.name().to_owned(), said)
+    });
+    let asked: serde_json::Map<_, _> = asked.collect();
+    json!({
+        "machines": t.seeds,
+        "finished": t.seeds - t.locked.len() as u64,
+        "locked_up": t.locked.len(),
+        "locked_up_seeds": t.locked,
+        "seconds": t.seconds,
+        "counts": counts,
+        "memory": asked,
+        "most": {
+            "heads": t.most[0],
+            "data_bytes": t.most[1],
+            "receive_pages": t.most[2],
+            "fragments": t.most[3],
+            "reassembly": t.most_early,
+        },
+        "wrong": t.wrong,
+        "unbalanced": t.unbalanced,
+        "lost": t.lost,
+        "unsound_seeds": t.unsound,
+    })
+}

@@ -31,6 +31,8 @@ pub(super) struct Receive<'a> {
     pub(super) since_ack: u32,
     pub(super) most_early: usize,
     pub(super) frames: u64,
+    /// Of them the server's, looked at.
+    pub(super) from_server: u64,
     /// No page was there for the device.
     pub(super) no_page: u64,
     /// No head.
@@ -107,6 +109,7 @@ impl<'a> World<'a> {
             }
             return;
         }
+        self.rx.from_server += 1;
         self.acknowledged(&header);
         if header.seq == NO_SEQ {
             return;

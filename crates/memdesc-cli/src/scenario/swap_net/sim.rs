@@ -17,8 +17,12 @@ use super::tx::Send;
 use super::wire::{HEADER_BYTES, Header, NO_SEQ, Say, Wire};
 use crate::rng::Rng;
 
-/// Nothing got on for so many nanoseconds of simulated time: nothing will. Fifteen times the longest wait for an acknowledgement.
-pub(super) const PATIENCE: u64 = 3_000_000_000;
+/// How often it is looked whether anything gets on, in nanoseconds: five times the longest wait for an acknowledgement. After the first such time in which
+/// nothing did, caches are emptied and all is tried again; if then nothing goes out in another, and the server cannot be heard
+/// or has nothing to say, nothing ever will.
+pub(super) const PATIENCE: u64 = 1_000_000_000;
+/// After so many it is said in any case.
+const STARVED: u64 = 30;
 /// Refused requests are tried again after so long, twice as long each time.
 const RETRY_MIN: u64 = 500_000;
 const RETRY_MAX: u64 = 64_000_000;
@@ -110,23 +114,21 @@ pub(super) struct World<'a> {
     retry_armed: bool,
     retry: u64,
     last_progress: u64,
-    /// What had been asked for and freed when half of the patience was over.
-    half: Option<Half>,
+    /// Times of [`PATIENCE`] that went by since, and what had been asked for by then.
+    looks: u64,
+    asked_then: [Asked; Site::COUNT],
+    moves_then: u64,
     pub(super) wrong: u64,
-}
-
-struct Half {
-    asked: [Asked; Site::COUNT],
-    frees: u64,
 }
 
 /// How a machine came to a stop.
 pub(super) struct Stuck {
     /// Simulated time at which something got on last.
     pub(super) since: u64,
-    /// In the last half of the patience: what was asked for, and pieces that came back.
+    /// When it was certain.
+    pub(super) said: u64,
+    /// In the last while: what was asked for.
     pub(super) asked: [Asked; Site::COUNT],
-    pub(super) freed: u64,
     /// Pages of writes that had begun, and were not done.
     pub(super) writing: usize,
     /// Free pages, and the min mark.
@@ -217,7 +219,9 @@ impl<'a> World<'a> {
             retry_armed: false,
             retry: RETRY_MIN,
             last_progress: 0,
-            half: None,
+            looks: 0,
+            asked_then: Default::default(),
+            moves_then: 0,
             wrong: 0,
         };
         world.refill();
@@ -240,7 +244,7 @@ impl<'a> World<'a> {
     pub(super) fn progress(&mut self) {
         self.last_progress = self.now;
         self.retry = RETRY_MIN;
-        self.half = None;
+        self.looks = 0;
     }
 
     /// Memory was refused to something that has to happen.
@@ -271,11 +275,7 @@ impl<'a> World<'a> {
             };
             self.now = due.at;
             self.events += 1;
-            let idle = self.now - self.last_progress;
-            if idle > PATIENCE / 2 && self.half.is_none() {
-                self.last_try();
-            }
-            if idle > PATIENCE {
+            if self.now - self.last_progress > PATIENCE * (self.looks + 1) && self.is_stuck() {
                 stuck = Some(self.stuck());
                 break;
             }
@@ -363,24 +363,37 @@ impl<'a> World<'a> {
         self.at(self.now + pause, Event::Noise);
     }
 
-    /// Before it is said that nothing will happen: all that lies in lists and caches is given back, and everything tried again.
-    fn last_try(&mut self) {
-        self.mm.shrink();
-        self.half = Some(Half {
-            asked: Site::ALL.map(|site| self.book.asked(site)),
-            frees: self.book.frees(),
-        });
-        self.retry = RETRY_MIN;
-        self.stalled();
+    /// Nothing got on for another while: will it ever?
+    fn is_stuck(&mut self) -> bool {
+        self.looks += 1;
+        // Requests, packets that went to the device, frames of the server that were looked at.
+        let moves = self.next_id + self.tx.packets + self.tx.acks + self.rx.from_server;
+        let asked = Site::ALL.map(|site| self.book.asked(site));
+        if self.looks == 1 {
+            // What lies in lists and caches is given back before anything is said.
+            self.mm.shrink();
+            self.retry = RETRY_MIN;
+            self.stalled();
+        } else {
+            let heads = |asked: &[Asked; Site::COUNT]| {
+                let asked = asked[Site::ReceiveHead as usize];
+                asked.times - asked.refused
+            };
+            // It cannot be heard, or has nothing to say: everything that it said was acknowledged.
+            let deaf = heads(&asked) == heads(&self.asked_then);
+            let silent = self.server.deadline.is_none();
+            if moves == self.moves_then && (deaf || silent) || self.looks >= STARVED {
+                return true;
+            }
+        }
+        self.moves_then = moves;
+        self.asked_then = asked;
+        false
     }
 
     fn stuck(&self) -> Stuck {
-        let before = self.half.as_ref();
         let asked = Site::ALL.map(|site| {
-            let (now, then) = (
-                self.book.asked(site),
-                before.map_or(Asked::default(), |half| half.asked[site as usize]),
-            );
+            let (now, then) = (self.book.asked(site), self.asked_then[site as usize]);
             Asked {
                 times: now.times - then.times,
                 refused: now.refused - then.refused,
@@ -395,8 +408,8 @@ impl<'a> World<'a> {
         let (unacked, unsent) = self.tx.waiting();
         Stuck {
             since: self.last_progress,
+            said: self.now,
             asked,
-            freed: self.book.frees() - before.map_or(0, |half| half.frees),
             writing: self.writing,
             free: marks.0,
             min: marks.1,
