@@ -83,6 +83,9 @@ pub(crate) struct SwapNetArgs {
     /// So often a page is touched, by all processes together
     #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(1000..=100_000_000))]
     pub(crate) touches: u64,
+    /// `vm.min_free_kbytes`, rather than what Linux makes it for so much memory: what only those get who may go below the marks
+    #[arg(long, value_name = "N")]
+    pub(crate) min_free_kbytes: Option<u64>,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
@@ -94,13 +97,15 @@ pub(crate) struct SwapNetArgs {
 /// Where the network stack's memory comes from.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub(crate) enum SwapNetWith {
+    /// A tree of reserves, sized by the stack's own bounds
+    Reserves,
     /// Mempools of heads and of pages; data from kmalloc at GFP_ATOMIC
     Mempools,
     /// The same, and data from whatever is left if there is no ordinary memory (not among all)
     MempoolsMemalloc,
     /// Ordinary memory, then whatever is left, without a bound: as in Linux
     Nothing,
-    /// Each of them, one after the other
+    /// Nothing, mempools, reserves
     All,
 }
 
@@ -109,6 +114,7 @@ impl SwapNetWith {
         match self {
             SwapNetWith::Nothing => &[Mode::Nothing],
             SwapNetWith::Mempools => &[Mode::Mempools],
+            SwapNetWith::Reserves => &[Mode::Reserves],
             SwapNetWith::MempoolsMemalloc => &[Mode::MempoolsMemalloc],
             SwapNetWith::All => &Mode::ALL,
         }

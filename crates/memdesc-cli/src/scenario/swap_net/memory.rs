@@ -23,6 +23,16 @@ pub(super) enum Pages {
     Fragment,
 }
 
+/// What data is for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(usize)]
+pub(super) enum Data {
+    Packet = 0,
+    Ack = 1,
+    Request = 2,
+    Copy = 3,
+}
+
 /// Memory as it was had.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Raw<T> {
@@ -38,7 +48,7 @@ pub(super) struct Raw<T> {
 /// What is handed out is the caller's alone until it is freed: [`HEAD_BYTES`], as many bytes as were asked for, a page.
 pub(super) unsafe trait Memory {
     fn head(&self) -> Result<Raw<NonNull<u8>>, AllocError>;
-    fn data(&self, size: usize) -> Result<Raw<NonNull<u8>>, AllocError>;
+    fn data(&self, size: usize, of: Data) -> Result<Raw<NonNull<u8>>, AllocError>;
     fn page(&self, of: Pages) -> Result<Raw<Pfn>, AllocError>;
 
     /// # Safety
@@ -98,7 +108,7 @@ unsafe impl Memory for Today<'_> {
         twice(|gfp| self.mm.kmem_cache_alloc(self.heads, gfp))
     }
 
-    fn data(&self, size: usize) -> Result<Raw<NonNull<u8>>, AllocError> {
+    fn data(&self, size: usize, _of: Data) -> Result<Raw<NonNull<u8>>, AllocError> {
         twice(|gfp| self.mm.kmalloc(size, gfp))
     }
 
@@ -174,7 +184,10 @@ impl Site {
     fn kind(self) -> Kind {
         match self {
             Site::SendHead | Site::SendClone | Site::AckHead | Site::ReceiveHead => Kind::Head,
-            Site::Request | Site::SendData | Site::AckData | Site::ReceiveCopy => Kind::Data,
+            Site::Request => Kind::Data(Data::Request),
+            Site::SendData => Kind::Data(Data::Packet),
+            Site::AckData => Kind::Data(Data::Ack),
+            Site::ReceiveCopy => Kind::Data(Data::Copy),
             Site::SendFragment => Kind::Page(Pages::Fragment),
             Site::ReceivePage => Kind::Page(Pages::Receive),
         }
@@ -184,7 +197,7 @@ impl Site {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Kind {
     Head,
-    Data,
+    Data(Data),
     Page(Pages),
 }
 
@@ -192,7 +205,7 @@ impl Kind {
     fn nth(self) -> usize {
         match self {
             Kind::Head => 0,
-            Kind::Data => 1,
+            Kind::Data(_) => 1,
             Kind::Page(Pages::Receive) => 2,
             Kind::Page(Pages::Fragment) => 3,
         }
@@ -237,7 +250,7 @@ impl<'m> Book<'m> {
         let kind = site.kind();
         let got = match kind {
             Kind::Head => self.memory.head().map(|raw| (raw.at, HEAD_BYTES, raw)),
-            Kind::Data => self.memory.data(size).map(|raw| (raw.at, size, raw)),
+            Kind::Data(of) => self.memory.data(size, of).map(|raw| (raw.at, size, raw)),
             Kind::Page(of) => self.memory.page(of).and_then(|raw| {
                 let ptr = self.mm.page_address(raw.at);
                 let at = NonNull::new(ptr).ok_or(AllocError::NoBlock)?;
@@ -277,7 +290,7 @@ impl<'m> Book<'m> {
 
 fn units(kind: Kind, len: usize) -> u64 {
     match kind {
-        Kind::Data => len as u64,
+        Kind::Data(_) => len as u64,
         Kind::Head | Kind::Page(_) => 1,
     }
 }
@@ -315,7 +328,7 @@ impl Drop for Piece<'_> {
         unsafe {
             match self.kind {
                 Kind::Head => book.memory.free_head(Raw { at, emergency }),
-                Kind::Data => book.memory.free_data(Raw { at, emergency }),
+                Kind::Data(_) => book.memory.free_data(Raw { at, emergency }),
                 Kind::Page(of) => {
                     let at = book.mm.virt_to_pfn(at.as_ptr());
                     book.memory.free_page(Raw { at, emergency }, of);

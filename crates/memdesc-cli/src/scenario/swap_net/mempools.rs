@@ -11,7 +11,7 @@ use memdesc::gfp::{__GFP_NOWARN, GFP_ATOMIC};
 use memdesc::{AllocError, Cache, Mm, Pfn};
 use memdesc_host::Host;
 
-use super::memory::{Memory, ORDINARY, Pages, Raw, Today};
+use super::memory::{Data, Memory, ORDINARY, Pages, Raw, Today};
 use super::settings::Bounds;
 
 /// Elements that are kept for when there are no others.
@@ -105,9 +105,9 @@ unsafe impl Memory for Mempools<'_> {
             .get(self.mm.kmem_cache_alloc(self.heads, ORDINARY))
     }
 
-    fn data(&self, size: usize) -> Result<Raw<NonNull<u8>>, AllocError> {
+    fn data(&self, size: usize, of: Data) -> Result<Raw<NonNull<u8>>, AllocError> {
         if self.memalloc {
-            return self.today.data(size);
+            return self.today.data(size, of);
         }
         let at = self.mm.kmalloc(size, GFP_ATOMIC | __GFP_NOWARN)?;
         Ok(Raw {

@@ -12,6 +12,7 @@ mod mempools;
 mod others;
 mod pager;
 mod report;
+mod reserves;
 mod rx;
 mod server;
 mod settings;
@@ -23,7 +24,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use memdesc::{Cache, Config, Mm, PageType, PhysAddr};
+use memdesc::{Cache, Config, Demand, Mm, PageType, PhysAddr};
 use memdesc_host::{Host, ram};
 
 use crate::cli::SwapNetArgs;
@@ -31,6 +32,7 @@ use crate::error::Error;
 use crate::{output, progress};
 use memory::{Asked, Book, Held, Memory, Site, Today};
 use mempools::Mempools;
+use reserves::{Node, Reserves};
 use server::Store;
 use settings::{Bounds, Size};
 use sim::{End, World};
@@ -40,17 +42,19 @@ use sim::{End, World};
 pub(crate) enum Mode {
     Nothing,
     Mempools,
+    Reserves,
     /// Mempools, and whatever is left for what they do not serve.
     MempoolsMemalloc,
 }
 
 impl Mode {
-    pub(crate) const ALL: [Mode; 2] = [Mode::Nothing, Mode::Mempools];
+    pub(crate) const ALL: [Mode; 3] = [Mode::Nothing, Mode::Mempools, Mode::Reserves];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
             Mode::Nothing => "nothing",
             Mode::Mempools => "mempools",
+            Mode::Reserves => "reserves",
             Mode::MempoolsMemalloc => "mempools-memalloc",
         }
     }
@@ -64,6 +68,8 @@ struct Run {
     balanced: bool,
     /// Pages and objects that nobody gave back.
     lost: u64,
+    /// The tree of reserves.
+    nodes: Vec<Node>,
     corruptions: u64,
     seconds: f64,
 }
@@ -82,6 +88,7 @@ pub(crate) fn run(args: &SwapNetArgs) -> Result<u8, Error> {
         memory,
         working_set: memory * args.working_set,
         touches: args.touches,
+        min_free_kbytes: args.min_free_kbytes,
     };
     let seeds = match args.seed {
         Some(seed) => seed..=seed,
@@ -147,11 +154,16 @@ fn one(mode: Mode, size: Size, seed: u64, store: &mut Store) -> Result<Run, Erro
         // One zone: what is left below its marks is all there is.
         dma_limit: PhysAddr(0),
         dma32_limit: PhysAddr(0),
+        min_free_kbytes: size.min_free_kbytes,
         ..Config::default()
     };
     let mm = Mm::new(host, &config, &ranges).map_err(Error::Init)?;
     let _cpu = mm.platform().claim(0);
+    // The root of the tree of reserves is made with the first, and stays.
+    let first = mm.reserve("first", Demand::None).map_err(Error::Alloc)?;
+    let mut left = u64::from(first.destroy().is_err());
     let before = live(&mm);
+    let mut nodes = Vec::new();
     let heads = memory::heads(&mm).map_err(Error::Alloc)?;
     let (end, asked, held) = match mode {
         Mode::Nothing => {
@@ -164,11 +176,18 @@ fn one(mode: Mode, size: Size, seed: u64, store: &mut Store) -> Result<Run, Erro
             let memory = memory.map_err(Error::Alloc)?;
             simulate(&mm, &heads, &memory, store, size, seed)
         }
+        Mode::Reserves => {
+            let memory = Reserves::new(&mm, &heads, &Bounds::STACK).map_err(Error::Alloc)?;
+            let done = simulate(&mm, &heads, &memory, store, size, seed);
+            let more;
+            (nodes, more) = memory.close();
+            left += more + nodes.iter().map(|node| node.usage).sum::<u64>();
+            done
+        }
     };
-    let left = match mm.kmem_cache_destroy(heads) {
-        Ok(()) => 0,
-        Err(error) => error.live,
-    };
+    if let Err(error) = mm.kmem_cache_destroy(heads) {
+        left += error.live.max(1);
+    }
     mm.shrink();
     let pages: u64 = PASSING.iter().map(|&kind| mm.pages_of(kind)).sum();
     let lost = left + pages + live(&mm).abs_diff(before);
@@ -178,6 +197,7 @@ fn one(mode: Mode, size: Size, seed: u64, store: &mut Store) -> Result<Run, Erro
         held,
         balanced: mm.ledger().balanced,
         lost,
+        nodes,
         corruptions: corruptions.load(Ordering::Relaxed),
         seconds: start.elapsed().as_secs_f64(),
     })

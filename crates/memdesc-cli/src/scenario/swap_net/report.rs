@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use serde_json::{Value, json};
 
 use super::memory::{Asked, Site};
+use super::reserves::Node;
 use super::settings::{Bounds, Size};
 use super::sim::{PATIENCE, Stuck};
 use super::{Mode, Run};
@@ -26,6 +27,8 @@ pub(super) struct Tally {
     asked: [Asked; Site::COUNT],
     most: [u64; 4],
     most_early: usize,
+    /// The tree of reserves, each at its highest.
+    nodes: Vec<Node>,
 }
 
 /// What is counted, and added up.
@@ -68,6 +71,7 @@ impl Tally {
             asked: Default::default(),
             most: [0; 4],
             most_early: 0,
+            nodes: Vec::new(),
         }
     }
 
@@ -115,15 +119,26 @@ impl Tally {
             *most = (*most).max(held.most);
         }
         self.most_early = self.most_early.max(end.most_early);
+        if self.nodes.is_empty() {
+            self.nodes = run.nodes;
+        } else {
+            for (node, now) in self.nodes.iter_mut().zip(run.nodes) {
+                node.max_taken_pages = node.max_taken_pages.max(now.max_taken_pages);
+                node.max_usage = node.max_usage.max(now.max_usage);
+                node.refusals += now.refusals;
+            }
+        }
         if let Some(stuck) = end.stuck {
             self.locked.push(seed);
             self.stuck.get_or_insert((seed, stuck));
         }
     }
 
-    /// What is promised: nothing wrong, nothing lost.
+    /// What is promised: nothing wrong, nothing lost; and with reserves that nothing is refused and every machine gets through.
     pub(super) fn ok(&self) -> bool {
+        let refused = self.asked.iter().any(|asked| asked.refused > 0);
         self.unsound.is_empty()
+            && (self.mode != Mode::Reserves || self.locked.is_empty() && !refused)
     }
 }
 
@@ -196,6 +211,7 @@ pub(super) fn report(size: Size, seeds: &str, tallies: &[Tally]) -> String {
     );
     for tally in tallies {
         tally.say_stuck(&mut text);
+        tally.say_tree(&mut text);
         if !tally.unsound.is_empty() {
             let _ = writeln!(
                 text,
@@ -221,6 +237,31 @@ impl Tally {
     /// A sum over all seeds, for one of them.
     fn each(&self, sum: u64) -> f64 {
         sum as f64 / self.seeds.max(1) as f64
+    }
+
+    fn say_tree(&self, text: &mut String) {
+        if self.nodes.is_empty() {
+            return;
+        }
+        let _ = writeln!(
+            text,
+            "\nthe tree of reserves, over all seeds\n  {:<24}{:<10}{:>8}{:>12}{:>12}{:>12}{:>12}{:>10}",
+            "", "", "pages", "most taken", "limit", "usage", "most", "refusals"
+        );
+        for node in &self.nodes {
+            let name = format!("{:1$}{2}", "", node.depth * 2, node.name);
+            let _ = writeln!(
+                text,
+                "  {name:<24}{:<10}{:>8}{:>12}{:>12}{:>12}{:>12}{:>10}",
+                node.kind,
+                node.pages,
+                node.max_taken_pages,
+                node.limit,
+                node.usage,
+                node.max_usage,
+                node.refusals
+            );
+        }
     }
 
     fn say_stuck(&self, text: &mut String) {
@@ -316,9 +357,24 @@ fn one(t: &Tally) -> Value {
             "fragments": t.most[3],
             "reassembly": t.most_early,
         },
+        "reserves": t.nodes.iter().map(node).collect::<Vec<_>>(),
         "wrong": t.wrong,
         "unbalanced": t.unbalanced,
         "lost": t.lost,
         "unsound_seeds": t.unsound,
+    })
+}
+
+fn node(node: &Node) -> Value {
+    json!({
+        "name": node.name,
+        "depth": node.depth,
+        "kind": node.kind,
+        "pages": node.pages,
+        "max_taken_pages": node.max_taken_pages,
+        "limit": node.limit,
+        "usage": node.usage,
+        "max_usage": node.max_usage,
+        "refusals": node.refusals,
     })
 }

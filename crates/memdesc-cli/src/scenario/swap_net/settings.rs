@@ -57,11 +57,16 @@ impl Bounds {
         self.window + self.device + self.reassembly + 1
     }
 
+    /// Pages on their way in either direction.
+    pub(super) fn requests(&self) -> usize {
+        self.writes + self.processes
+    }
+
     /// Bytes of data at most, as asked for.
     pub(super) fn data(&self) -> usize {
         self.sndbuf
             + self.device * ACK_MAX
-            + (self.writes + self.processes) * REQUEST_MAX
+            + self.requests() * REQUEST_MAX
             + (self.reassembly + 1) * COPYBREAK
     }
 
@@ -122,4 +127,6 @@ pub(super) struct Size {
     pub(super) working_set: u32,
     /// Touches, of all processes.
     pub(super) touches: u64,
+    /// What the marks are made of, if not what the memory manager thinks.
+    pub(super) min_free_kbytes: Option<u64>,
 }
