@@ -211,3 +211,106 @@ fn compressed_pages_in_words() {
         Some(2)
     );
 }
+
+#[test]
+fn swap_over_a_network_needs_reserves() {
+    let seen = json(&["swap-net", "--seeds", "12", "--json"]);
+    let modes = &seen["modes"];
+    for (name, mode) in modes.as_object().unwrap() {
+        let n = |what: &str| mode[what].as_u64().unwrap();
+        assert_eq!(n("machines"), 12, "{name}");
+        assert_eq!(n("finished") + n("locked_up"), 12, "{name}");
+        // Also after a machine came to a stop.
+        for what in ["wrong", "unbalanced", "lost"] {
+            assert_eq!(n(what), 0, "{name}: {mode}");
+        }
+        for what in [
+            "swap_outs",
+            "swap_ins",
+            "retransmits",
+            "lost",
+            "duplicated",
+            "reordered",
+            "dropped_after_the_look",
+        ] {
+            let count = mode["counts"][what].as_u64().unwrap();
+            assert!(count > 0, "{name}, {what}: {mode}");
+        }
+    }
+    let refused = |mode: &str, sites: &[&str]| {
+        let asked = modes[mode]["memory"].as_object().unwrap().iter();
+        let asked = asked.filter(|(site, _)| sites.iter().any(|of| site.contains(of)));
+        asked
+            .map(|(_, asked)| asked["refused"].as_u64().unwrap())
+            .sum::<u64>()
+    };
+    assert!(modes["nothing"]["locked_up"].as_u64().unwrap() > 0);
+    assert!(refused("nothing", &["head"]) > 0);
+    // What has a fixed size is always there, and what has none is not.
+    assert_eq!(refused("mempools", &["head", "page", "fragment"]), 0);
+    assert!(refused("mempools", &["data"]) > 0);
+    assert_eq!(modes["reserves"]["locked_up"], 0);
+    assert_eq!(refused("reserves", &[""]), 0);
+    let nodes = modes["reserves"]["reserves"].as_array().unwrap();
+    assert_eq!(nodes.len(), 10);
+    for node in nodes {
+        let n = |what: &str| node[what].as_u64().unwrap();
+        assert!(n("max_usage") > 0, "{node}");
+        assert!(n("max_usage") <= n("limit"), "{node}");
+        assert!(n("max_taken_pages") <= n("pages"), "{node}");
+        assert_eq!((n("usage"), n("refusals")), (0, 0), "{node}");
+    }
+}
+
+#[test]
+fn a_locked_up_machine_locks_up_again() {
+    let run = || {
+        let mut seen = json(&["swap-net", "--seed", "1", "--with", "nothing", "--json"]);
+        let mode = &mut seen["modes"]["nothing"];
+        mode["seconds"] = 0.into();
+        mode.clone()
+    };
+    let first = run();
+    assert_eq!(first["locked_up_seeds"], serde_json::json!([1]), "{first}");
+    assert_eq!(run(), first);
+    let out = scenario(&["swap-net", "--seed", "1", "--with", "nothing"]);
+    let text = String::from_utf8_lossy(&out.stdout);
+    for said in [
+        "LOCKED UP",
+        "like this",
+        "under the min mark",
+        "send: second head",
+    ] {
+        assert!(text.contains(said), "{text}");
+    }
+}
+
+#[test]
+fn swap_over_a_network_in_a_pipe() {
+    let out = scenario(&["swap-net", "--seeds", "2"]);
+    let text = String::from_utf8_lossy(&out.stdout);
+    assert!(out.status.success(), "{text}");
+    assert!(
+        out.stderr.is_empty(),
+        "{}",
+        String::from_utf8_lossy(&out.stderr)
+    );
+    for row in [
+        "nothing",
+        "mempools",
+        "reserves",
+        "swap outs",
+        "the tree of reserves",
+        "receive buffers",
+    ] {
+        assert!(text.contains(row), "{text}");
+    }
+    for wrong in [
+        &["swap-net", "--mib", "8"][..],
+        &["swap-net", "--seeds", "0"],
+        &["swap-net", "--seed", "1", "--seeds", "2"],
+        &["swap-net", "--with", "hope"],
+    ] {
+        assert_eq!(scenario(wrong).status.code(), Some(2), "{wrong:?}");
+    }
+}

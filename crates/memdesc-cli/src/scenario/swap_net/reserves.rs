@@ -10,9 +10,7 @@ use memdesc::{AllocError, Cache, Demand, Mm, Pfn, Reserve};
 use memdesc_host::Host;
 
 use super::memory::{Data, Memory, Pages, Raw};
-use super::settings::{
-    ACK_MAX, Bounds, COPYBREAK, DATA_MAX, DATA_MIN, HEADERS, REQUEST_MAX, REQUEST_MIN,
-};
+use super::settings::{ACK_MAX, Bounds, COPYBREAK, DATA_MAX, HEADERS, REQUEST_MAX};
 
 /// A reserve in the listing, as it stood when all was done.
 #[derive(Clone, Debug)]
@@ -43,6 +41,9 @@ pub(super) struct Reserves<'m> {
 const GFP: Flags = Flags::from_bits(GFP_ATOMIC.bits() | __GFP_NOWARN.bits());
 
 impl<'m> Reserves<'m> {
+    /// Nodes of the tree, the root apart.
+    pub(super) const NODES: usize = 9;
+
     /// Made and connected while there still is memory.
     pub(super) fn new(
         mm: &'m Mm<Host>,
@@ -68,15 +69,13 @@ impl<'m> Reserves<'m> {
             size: ACK_MAX,
             count: bounds.device,
         };
-        let requests = Demand::Kmalloc {
-            bytes: bounds.requests() * REQUEST_MAX,
-            min: REQUEST_MIN,
-            max: REQUEST_MAX,
+        let requests = Demand::KmallocObjects {
+            size: REQUEST_MAX,
+            count: bounds.requests(),
         };
-        let copies = Demand::Kmalloc {
-            bytes: (bounds.reassembly + 1) * COPYBREAK,
-            min: DATA_MIN,
-            max: COPYBREAK,
+        let copies = Demand::KmallocObjects {
+            size: COPYBREAK,
+            count: bounds.reassembly + 1,
         };
         let page = |count| Demand::Pages { order: 0, count };
         let reserves = Reserves {
