@@ -89,6 +89,7 @@ pub(crate) fn run(args: &SwapNetArgs) -> Result<u8, Error> {
         working_set: memory * args.working_set,
         touches: args.touches,
         min_free_kbytes: args.min_free_kbytes,
+        patience: args.patience,
     };
     let seeds = match args.seed {
         Some(seed) => seed..=seed,

@@ -355,7 +355,7 @@ impl World<'_> {
             page.state = State::Away;
             // SAFETY: the process' own. Packets that still have it have references.
             unsafe { self.mm.free_pages(pfn) };
-            self.memory_came_free();
+            self.page_came_free();
         }
         self.page_came(nth);
         self.wake_kswapd();
@@ -394,6 +394,18 @@ impl World<'_> {
 
     fn page_came(&mut self, page: u32) {
         self.wake(Wait::Page(page));
+    }
+
+    /// A page came free: for one of those who wait, in turn.
+    fn page_came_free(&mut self) {
+        for _ in 0..self.processes.len() {
+            self.turn = (self.turn + 1) % self.processes.len();
+            if self.processes[self.turn].wait == Wait::Memory {
+                self.processes[self.turn].wait = Wait::No;
+                self.at(self.now, Event::Run(self.turn as u16));
+                return;
+            }
+        }
     }
 
     pub(super) fn memory_came_free(&mut self) {

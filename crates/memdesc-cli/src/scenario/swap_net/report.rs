@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::memory::{Asked, Site};
 use super::reserves::Node;
 use super::settings::{Bounds, Size};
-use super::sim::{PATIENCE, Stuck};
+use super::sim::{LOOK, Stuck};
 use super::{Mode, Run};
 
 /// All runs of a mode.
@@ -299,7 +299,7 @@ impl Tally {
         ));
         line(format!(
             "  in its last {:.0} ms it asked for",
-            PATIENCE as f64 / 1e6
+            LOOK as f64 / 1e6
         ));
         for (site, asked) in Site::ALL.iter().zip(stuck.asked) {
             if asked.times > 0 {

@@ -106,12 +106,12 @@ impl Weather {
             lost: between(0, 40),
             doubled: between(0, 10),
             late: between(0, 60),
-            noise_ns: between(60, 400) * 1000,
-            flood_ns: between(12, 60) * 1000,
+            noise_ns: between(100, 600) * 1000,
+            flood_ns: between(12, 40) * 1000,
             copied: between(20, 70),
             bounced: between(0, 25),
-            greed: between(8, 30),
-            burst: between(2, 10),
+            greed: between(10, 30),
+            burst: between(4, 16),
             greed_ns: between(500, 3000) * 1000,
             rcvbuf: between(2, 12),
         }
@@ -129,4 +129,6 @@ pub(super) struct Size {
     pub(super) touches: u64,
     /// What the marks are made of, if not what the memory manager thinks.
     pub(super) min_free_kbytes: Option<u64>,
+    /// Seconds of simulated time in which nothing gets on, before it is said that nothing will.
+    pub(super) patience: u64,
 }

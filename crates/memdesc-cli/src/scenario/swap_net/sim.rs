@@ -18,11 +18,11 @@ use super::wire::{HEADER_BYTES, Header, NO_SEQ, Say, Wire};
 use crate::rng::Rng;
 
 /// How often it is looked whether anything gets on, in nanoseconds: five times the longest wait for an acknowledgement. After the first such time in which
-/// nothing did, caches are emptied and all is tried again; if then nothing goes out in another, and the server cannot be heard
-/// or has nothing to say, nothing ever will.
-pub(super) const PATIENCE: u64 = 1_000_000_000;
-/// After so many it is said in any case.
-const STARVED: u64 = 30;
+/// nothing did, caches are emptied and all is tried again; if then for [`Size::patience`] more nothing goes out, and the server cannot be heard or has nothing to
+/// say, nothing ever will.
+pub(super) const LOOK: u64 = 1_000_000_000;
+/// After ten times as many it is said in any case.
+const STARVED: u64 = 10;
 /// Refused requests are tried again after so long, twice as long each time.
 const RETRY_MIN: u64 = 500_000;
 const RETRY_MAX: u64 = 64_000_000;
@@ -101,6 +101,8 @@ pub(super) struct World<'a> {
     pub(super) hand: usize,
     pub(super) processes: Vec<Process>,
     pub(super) running: usize,
+    /// The process that had a page last for which several waited.
+    pub(super) turn: usize,
     pub(super) requests: HashMap<u64, Request<'a>, FxBuildHasher>,
     pub(super) next_id: u64,
     pub(super) writing: usize,
@@ -114,8 +116,10 @@ pub(super) struct World<'a> {
     retry_armed: bool,
     retry: u64,
     last_progress: u64,
-    /// Times of [`PATIENCE`] that went by since, and what had been asked for by then.
+    /// Looks since, those in a row that found nothing, and what had been asked for by the last.
     looks: u64,
+    quiet: u64,
+    patience: u64,
     asked_then: [Asked; Site::COUNT],
     moves_then: u64,
     pub(super) wrong: u64,
@@ -127,7 +131,7 @@ pub(super) struct Stuck {
     pub(super) since: u64,
     /// When it was certain.
     pub(super) said: u64,
-    /// In the last while: what was asked for.
+    /// In the last second: what was asked for.
     pub(super) asked: [Asked; Site::COUNT],
     /// Pages of writes that had begun, and were not done.
     pub(super) writing: usize,
@@ -207,6 +211,7 @@ impl<'a> World<'a> {
                 .map(|nth| Process::new(of(16 + nth as u64), share))
                 .collect(),
             running: bounds.processes,
+            turn: 0,
             requests: HashMap::default(),
             next_id: 0,
             writing: 0,
@@ -220,6 +225,8 @@ impl<'a> World<'a> {
             retry: RETRY_MIN,
             last_progress: 0,
             looks: 0,
+            quiet: 0,
+            patience: size.patience,
             asked_then: Default::default(),
             moves_then: 0,
             wrong: 0,
@@ -275,7 +282,7 @@ impl<'a> World<'a> {
             };
             self.now = due.at;
             self.events += 1;
-            if self.now - self.last_progress > PATIENCE * (self.looks + 1) && self.is_stuck() {
+            if self.now - self.last_progress > LOOK * (self.looks + 1) && self.is_stuck() {
                 stuck = Some(self.stuck());
                 break;
             }
@@ -372,6 +379,7 @@ impl<'a> World<'a> {
         if self.looks == 1 {
             // What lies in lists and caches is given back before anything is said.
             self.mm.shrink();
+            self.quiet = 0;
             self.retry = RETRY_MIN;
             self.stalled();
         } else {
@@ -382,7 +390,11 @@ impl<'a> World<'a> {
             // It cannot be heard, or has nothing to say: everything that it said was acknowledged.
             let deaf = heads(&asked) == heads(&self.asked_then);
             let silent = self.server.deadline.is_none();
-            if moves == self.moves_then && (deaf || silent) || self.looks >= STARVED {
+            self.quiet += 1;
+            if moves != self.moves_then || !deaf && !silent {
+                self.quiet = 0;
+            }
+            if self.quiet >= self.patience || self.looks > STARVED * self.patience {
                 return true;
             }
         }
