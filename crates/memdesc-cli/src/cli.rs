@@ -81,13 +81,13 @@ pub(crate) struct SwapNetArgs {
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(2..=16))]
     pub(crate) working_set: u32,
     /// So often a page is touched, by all processes together
-    #[arg(long, value_name = "N", default_value_t = 11_000, value_parser = clap::value_parser!(u64).range(1000..=100_000_000))]
+    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(1000..=100_000_000))]
     pub(crate) touches: u64,
     /// `vm.min_free_kbytes`, rather than what Linux makes it for so much memory: what only those get who may go below the marks
     #[arg(long, value_name = "N")]
     pub(crate) min_free_kbytes: Option<u64>,
     /// So many seconds of simulated time nothing may get on, all caches empty, before it is said that a machine is locked up
-    #[arg(long, value_name = "S", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    #[arg(long, value_name = "S", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(crate) patience: u64,
     /// Print one JSON object
     #[arg(long)]

@@ -214,12 +214,12 @@ fn compressed_pages_in_words() {
 
 #[test]
 fn swap_over_a_network_needs_reserves() {
-    let seen = json(&["swap-net", "--seeds", "12", "--json"]);
+    let seen = json(&["swap-net", "--seeds", "24", "--json"]);
     let modes = &seen["modes"];
     for (name, mode) in modes.as_object().unwrap() {
         let n = |what: &str| mode[what].as_u64().unwrap();
-        assert_eq!(n("machines"), 12, "{name}");
-        assert_eq!(n("finished") + n("locked_up"), 12, "{name}");
+        assert_eq!(n("machines"), 24, "{name}");
+        assert_eq!(n("finished") + n("locked_up"), 24, "{name}");
         // Also after a machine came to a stop.
         for what in ["wrong", "unbalanced", "lost"] {
             assert_eq!(n(what), 0, "{name}: {mode}");
@@ -264,22 +264,31 @@ fn swap_over_a_network_needs_reserves() {
 
 #[test]
 fn a_locked_up_machine_locks_up_again() {
-    let run = || {
-        let mut seen = json(&["swap-net", "--seed", "1", "--with", "nothing", "--json"]);
+    let run = |args: &[&str]| {
+        let args = [&["swap-net", "--with", "nothing", "--json"], args].concat();
+        let mut seen = json(&args);
         let mode = &mut seen["modes"]["nothing"];
         mode["seconds"] = 0.into();
         mode.clone()
     };
-    let first = run();
-    assert_eq!(first["locked_up_seeds"], serde_json::json!([1]), "{first}");
-    assert_eq!(run(), first);
-    let out = scenario(&["swap-net", "--seed", "1", "--with", "nothing"]);
+    let all = run(&["--seeds", "24"]);
+    let seed = all["locked_up_seeds"][0].as_u64().unwrap().to_string();
+    let alone = run(&["--seed", &seed]);
+    assert_eq!(alone["locked_up"], 1, "{alone}");
+    assert_eq!(run(&["--seed", &seed]), alone);
+    // However long one waits.
+    let later = run(&["--seed", &seed, "--patience", "30"]);
+    assert_eq!(later["locked_up"], 1, "{later}");
+    for what in ["swap_outs", "swap_ins", "touches"] {
+        assert_eq!(later["counts"][what], alone["counts"][what], "{what}");
+    }
+    let out = scenario(&["swap-net", "--seed", &seed, "--with", "nothing"]);
     let text = String::from_utf8_lossy(&out.stdout);
     for said in [
         "LOCKED UP",
         "like this",
         "under the min mark",
-        "send: second head",
+        "receive: head",
     ] {
         assert!(text.contains(said), "{text}");
     }

@@ -109,15 +109,11 @@ pub(crate) fn run(args: &SwapNetArgs) -> Result<u8, Error> {
         }
     }
     bar.finish_and_clear();
-    if args.json {
-        output::print(&format!("{:#}\n", report::object(size, &tallies)));
-    } else {
-        let which = match args.seed {
-            Some(seed) => format!("seed {seed}"),
-            None => format!("seeds 1 to {}", args.seeds),
-        };
-        output::print(&report::report(size, &which, &tallies));
-    }
+    output::print_found(
+        args.json,
+        || report::object(size, &tallies),
+        || report::report(size, args, &tallies),
+    );
     Ok(u8::from(!tallies.iter().all(report::Tally::ok)))
 }
 

@@ -6,9 +6,10 @@ use serde_json::{Value, json};
 
 use super::memory::{Asked, Site};
 use super::reserves::Node;
-use super::settings::{Bounds, Size};
+use super::settings::{Bounds, Size, Weather};
 use super::sim::{LOOK, Stuck};
 use super::{Mode, Run};
+use crate::cli::SwapNetArgs;
 
 /// All runs of a mode.
 pub(super) struct Tally {
@@ -151,8 +152,12 @@ fn row(text: &mut String, name: &str, cells: impl IntoIterator<Item = String>) {
     let _ = writeln!(text);
 }
 
-pub(super) fn report(size: Size, seeds: &str, tallies: &[Tally]) -> String {
+pub(super) fn report(size: Size, args: &SwapNetArgs, tallies: &[Tally]) -> String {
     let bounds = Bounds::STACK;
+    let seeds = match args.seed {
+        Some(seed) => format!("seed {seed}{}", weather(seed)),
+        None => format!("seeds 1 to {}", args.seeds),
+    };
     let mut text = format!(
         "swap over a network: {} MiB of memory, a working set of {} MiB, {} processes that touch {} pages, {seeds}\n\n",
         size.memory >> 8,
@@ -224,6 +229,27 @@ pub(super) fn report(size: Size, seeds: &str, tallies: &[Tally]) -> String {
     text
 }
 
+/// What it is like with this seed.
+fn weather(seed: u64) -> String {
+    let w = Weather::of(seed);
+    let us = |ns: u64| ns / 1000;
+    format!(
+        "\n\n  of 1000 frames {} are lost, {} doubled, {} late; a frame for others every {} us, in a flood every {} us; of 100 packets {} are copied, {} go \
+         through a fragment\n  others hold up to {} % of memory at GFP_ATOMIC, take up to {} % at once, and have a round every {} us; their sockets queue up to {} %",
+        w.lost,
+        w.doubled,
+        w.late,
+        us(w.noise_ns),
+        us(w.flood_ns),
+        w.copied,
+        w.bounced,
+        w.greed,
+        w.burst,
+        us(w.greed_ns),
+        w.rcvbuf,
+    )
+}
+
 /// The first numbers of a list.
 fn list(seeds: &[u64]) -> String {
     let mut text: Vec<_> = seeds.iter().take(12).map(u64::to_string).collect();
@@ -250,16 +276,15 @@ impl Tally {
         );
         for node in &self.nodes {
             let name = format!("{:1$}{2}", "", node.depth * 2, node.name);
+            // Pages are taken where something is guaranteed.
+            let taken = match node.kind {
+                "" => String::new(),
+                _ => node.max_taken_pages.to_string(),
+            };
             let _ = writeln!(
                 text,
                 "  {name:<24}{:<10}{:>8}{:>12}{:>12}{:>12}{:>12}{:>10}",
-                node.kind,
-                node.pages,
-                node.max_taken_pages,
-                node.limit,
-                node.usage,
-                node.max_usage,
-                node.refusals
+                node.kind, node.pages, taken, node.limit, node.usage, node.max_usage, node.refusals
             );
         }
     }

@@ -9,7 +9,7 @@ use super::wire::{HEADER_BYTES, Header, NO_SEQ, SWAP, Say, Wire, stamp};
 
 /// The first wait for an acknowledgement, and the longest, in nanoseconds.
 pub(super) const RTO_MIN: u64 = 4_000_000;
-pub(super) const RTO_MAX: u64 = 200_000_000;
+pub(super) const RTO_MAX: u64 = 100_000_000;
 
 /// Takes a frame, and when it arrives.
 pub(super) type Out<'a> = &'a mut dyn FnMut(u64, Vec<u8>);

@@ -20,7 +20,7 @@ use crate::rng::Rng;
 /// How often it is looked whether anything gets on, in nanoseconds: five times the longest wait for an acknowledgement. After the first such time in which
 /// nothing did, caches are emptied and all is tried again; if then for [`Size::patience`] more nothing goes out, and the server cannot be heard or has nothing to
 /// say, nothing ever will.
-pub(super) const LOOK: u64 = 1_000_000_000;
+pub(super) const LOOK: u64 = 500_000_000;
 /// After ten times as many it is said in any case.
 const STARVED: u64 = 10;
 /// Refused requests are tried again after so long, twice as long each time.
@@ -131,7 +131,7 @@ pub(super) struct Stuck {
     pub(super) since: u64,
     /// When it was certain.
     pub(super) said: u64,
-    /// In the last second: what was asked for.
+    /// Since the last look: what was asked for.
     pub(super) asked: [Asked; Site::COUNT],
     /// Pages of writes that had begun, and were not done.
     pub(super) writing: usize,
@@ -226,7 +226,7 @@ impl<'a> World<'a> {
             last_progress: 0,
             looks: 0,
             quiet: 0,
-            patience: size.patience,
+            patience: size.patience * 1_000_000_000 / LOOK,
             asked_then: Default::default(),
             moves_then: 0,
             wrong: 0,
