@@ -173,7 +173,9 @@ fn one(mode: Mode, size: Size, seed: u64, store: &mut Store) -> Result<Run, Erro
             let memalloc = mode == Mode::MempoolsMemalloc;
             let memory = Mempools::new(&mm, &heads, &Bounds::STACK, memalloc);
             let memory = memory.map_err(Error::Alloc)?;
-            simulate(&mm, &heads, &memory, store, size, seed)
+            let done = simulate(&mm, &heads, &memory, store, size, seed);
+            left += memory.close();
+            done
         }
         Mode::Reserves => {
             let memory = Reserves::new(&mm, &heads, &Bounds::STACK).map_err(Error::Alloc)?;
