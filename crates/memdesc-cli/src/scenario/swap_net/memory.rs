@@ -73,13 +73,13 @@ pub(super) struct Today<'m> {
     heads: &'m Cache<'m>,
 }
 
+/// As one asks where one may not sleep, and is content with an error.
+pub(super) const ATOMIC: Flags = Flags::from_bits(GFP_ATOMIC.bits() | __GFP_NOWARN.bits());
 /// The first try: nobody's reserves.
-pub(super) const ORDINARY: Flags = Flags::from_bits(
-    GFP_ATOMIC.bits() | __GFP_NOMEMALLOC.bits() | __GFP_NORETRY.bits() | __GFP_NOWARN.bits(),
-);
+const ORDINARY: Flags =
+    Flags::from_bits(ATOMIC.bits() | __GFP_NOMEMALLOC.bits() | __GFP_NORETRY.bits());
 /// The second: all of memory.
-const EMERGENCY: Flags =
-    Flags::from_bits(GFP_ATOMIC.bits() | __GFP_MEMALLOC.bits() | __GFP_NOWARN.bits());
+const EMERGENCY: Flags = Flags::from_bits(ATOMIC.bits() | __GFP_MEMALLOC.bits());
 
 /// Ordinary memory, else what is left.
 fn twice<T>(get: impl Fn(Flags) -> Result<T, AllocError>) -> Result<Raw<T>, AllocError> {

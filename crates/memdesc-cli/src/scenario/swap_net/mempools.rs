@@ -6,16 +6,14 @@
 
 use std::ptr::NonNull;
 
-use memdesc::gfp::{__GFP_NOWARN, Flags, GFP_ATOMIC, GFP_KERNEL};
+use memdesc::gfp::GFP_KERNEL;
 use memdesc::{AllocError, Cache, Mempool, MempoolKind, Mm, Pfn};
 use memdesc_host::Host;
 
-use super::memory::{Data, Memory, Pages, Raw, Today};
+use super::memory::{ATOMIC, Data, Memory, Pages, Raw, Today};
 use super::settings::Bounds;
 
 type Pool<'m> = Mempool<'m, Host>;
-
-const GFP: Flags = Flags::from_bits(GFP_ATOMIC.bits() | __GFP_NOWARN.bits());
 
 /// Pools of heads and of pages; data from elsewhere.
 pub(super) struct Mempools<'m> {
@@ -66,7 +64,7 @@ impl<'m> Mempools<'m> {
 /// What was set aside is what ordinary memory would not have served.
 fn element(pool: &Pool<'_>) -> Result<Raw<NonNull<u8>>, AllocError> {
     let taken = pool.view().taken;
-    let at = pool.alloc(GFP)?;
+    let at = pool.alloc(ATOMIC)?;
     let emergency = pool.view().taken > taken;
     Ok(Raw { at, emergency })
 }
@@ -81,7 +79,7 @@ unsafe impl Memory for Mempools<'_> {
         if self.memalloc {
             return self.today.data(size, of);
         }
-        let at = self.mm.kmalloc(size, GFP)?;
+        let at = self.mm.kmalloc(size, ATOMIC)?;
         Ok(Raw {
             at,
             emergency: false,

@@ -155,7 +155,9 @@ fn one(mode: Mode, size: Size, seed: u64, store: &mut Store) -> Result<Run, Erro
         ..Config::default()
     };
     let mm = Mm::new(host, &config, &ranges).map_err(Error::Init)?;
-    let _cpu = mm.platform().claim(0);
+    let Some(_cpu) = mm.platform().claim(0) else {
+        return Err(Error::Usage("no CPU could be claimed".into()));
+    };
     // What the memory manager keeps of reserves that are gone is there before anything is counted.
     let nodes = (0..Reserves::NODES).map(|_| mm.reserve("", Demand::None));
     let nodes: Vec<_> = nodes.collect::<Result<_, _>>().map_err(Error::Alloc)?;

@@ -3,11 +3,11 @@
 use std::collections::VecDeque;
 use std::ptr::NonNull;
 
-use memdesc::gfp::{__GFP_NOWARN, GFP_ATOMIC, GFP_NOWAIT};
+use memdesc::gfp::GFP_NOWAIT;
 use memdesc::{Cache, Mm, PAGE_SIZE, Pfn};
 use memdesc_host::Host;
 
-use super::memory::{HEAD_BYTES, Piece};
+use super::memory::{ATOMIC, HEAD_BYTES, Piece};
 use super::settings::Weather;
 use crate::rng::Rng;
 
@@ -132,7 +132,6 @@ impl<'a> Others<'a> {
 
     /// A round of everybody else: takes, and gives back if those can run who would. Says whether anything was freed.
     pub(super) fn round(&mut self) -> bool {
-        let gfp = GFP_ATOMIC | __GFP_NOWARN;
         let mut more = match self.rng.below(8) {
             0 => self.rng.below(self.burst),
             _ => self.rng.below(64 << 10),
@@ -141,16 +140,16 @@ impl<'a> Others<'a> {
         while more > 0 {
             let got = match self.rng.below(10) {
                 0..=2 => {
-                    let head = self.mm.kmem_cache_alloc(self.heads, gfp);
+                    let head = self.mm.kmem_cache_alloc(self.heads, ATOMIC);
                     head.map(|head| (Thing::Head(head), HEAD_BYTES))
                 }
                 3..=7 => {
                     let size = 1 << (6 + self.rng.below(6));
-                    let data = self.mm.kmalloc(size, gfp);
+                    let data = self.mm.kmalloc(size, ATOMIC);
                     data.map(|data| (Thing::Data(data), size))
                 }
                 _ => {
-                    let page = self.mm.alloc_pages(gfp, 0);
+                    let page = self.mm.alloc_pages(ATOMIC, 0);
                     page.map(|page| (Thing::Page(page), PAGE_SIZE))
                 }
             };

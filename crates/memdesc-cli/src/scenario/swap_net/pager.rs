@@ -129,12 +129,19 @@ fn holds(bytes: &[u8], page: u32, version: u32) -> bool {
 
 impl World<'_> {
     /// What is in a page of a process.
-    pub(super) fn page_bytes(&self, pfn: Pfn) -> &[u8] {
-        // SAFETY: callers have it as a process' page or by a reference, and it is only written to through `page_bytes_mut`.
+    ///
+    /// # Safety
+    ///
+    /// It is a page of the working set that is here, or the caller has a reference to it.
+    pub(super) unsafe fn page_bytes(&self, pfn: Pfn) -> &[u8] {
+        // SAFETY: a whole page, that stays as long as nobody changes this world; written to through `page_bytes_mut` only.
         unsafe { std::slice::from_raw_parts(self.mm.page_address(pfn), PAGE_SIZE) }
     }
 
-    fn page_bytes_mut(&mut self, pfn: Pfn) -> &mut [u8] {
+    /// # Safety
+    ///
+    /// It is a page of the working set that is here.
+    unsafe fn page_bytes_mut(&mut self, pfn: Pfn) -> &mut [u8] {
         // SAFETY: as above, and nobody else is here meanwhile: there is one thread.
         unsafe { std::slice::from_raw_parts_mut(self.mm.page_address(pfn), PAGE_SIZE) }
     }
@@ -188,7 +195,8 @@ impl World<'_> {
                 let Some(pfn) = self.new_page() else {
                     return Wait::Memory;
                 };
-                fill(self.page_bytes_mut(pfn), nth, 1);
+                // SAFETY: just had.
+                fill(unsafe { self.page_bytes_mut(pfn) }, nth, 1);
                 self.resident.push(nth);
                 self.pages[nth as usize] = Page {
                     state: State::Here(pfn),
@@ -207,7 +215,8 @@ impl World<'_> {
                     page.version += 1;
                     (page.dirty, page.kept) = (true, false);
                     let version = page.version;
-                    fill(self.page_bytes_mut(pfn), nth, version);
+                    // SAFETY: it is here.
+                    fill(unsafe { self.page_bytes_mut(pfn) }, nth, version);
                 }
                 Wait::No
             }
@@ -237,7 +246,9 @@ impl World<'_> {
 
     /// The first words of a page that is here.
     fn look(&mut self, pfn: Pfn, nth: u32, version: u32) {
-        let good = holds(&self.page_bytes(pfn)[..64], nth, version);
+        // SAFETY: callers found it here.
+        let bytes = unsafe { self.page_bytes(pfn) };
+        let good = holds(&bytes[..64], nth, version);
         self.wrong += u64::from(!good);
     }
 
@@ -375,14 +386,17 @@ impl World<'_> {
             self.wrong += 1;
             return;
         };
-        match self.page_bytes_mut(pfn).get_mut(offset..end) {
+        // SAFETY: it was had for what comes, and is nobody else's.
+        match unsafe { self.page_bytes_mut(pfn) }.get_mut(offset..end) {
             Some(to) => to.copy_from_slice(bytes),
             None => self.wrong += 1,
         }
         if complete {
             self.requests.remove(&id);
             let version = self.pages[nth as usize].version;
-            self.wrong += u64::from(!holds(self.page_bytes(pfn), nth, version));
+            // SAFETY: as above.
+            let good = holds(unsafe { self.page_bytes(pfn) }, nth, version);
+            self.wrong += u64::from(!good);
             let page = &mut self.pages[nth as usize];
             page.state = State::Here(pfn);
             (page.dirty, page.kept, page.referenced) = (false, true, true);
@@ -436,7 +450,8 @@ impl World<'_> {
             let page = self.pages[nth];
             let good = match page.state {
                 State::Here(pfn) | State::Leaving(pfn) => {
-                    holds(self.page_bytes(pfn), nth as u32, page.version)
+                    // SAFETY: it is here.
+                    holds(unsafe { self.page_bytes(pfn) }, nth as u32, page.version)
                 }
                 State::Away | State::Coming(_) => {
                     let kept = self.server.store.get(nth as u64);

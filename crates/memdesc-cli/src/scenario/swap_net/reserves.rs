@@ -5,11 +5,10 @@
 
 use std::ptr::NonNull;
 
-use memdesc::gfp::{__GFP_NOWARN, Flags, GFP_ATOMIC};
 use memdesc::{AllocError, Cache, Demand, Mm, Pfn, Reserve};
 use memdesc_host::Host;
 
-use super::memory::{Data, Memory, Pages, Raw};
+use super::memory::{ATOMIC, Data, Memory, Pages, Raw};
 use super::settings::{ACK_MAX, Bounds, COPYBREAK, DATA_MAX, HEADERS, REQUEST_MAX};
 
 /// A reserve in the listing, as it stood when all was done.
@@ -37,8 +36,6 @@ pub(super) struct Reserves<'m> {
     receive: Reserve<'m, Host>,
     fragments: Reserve<'m, Host>,
 }
-
-const GFP: Flags = Flags::from_bits(GFP_ATOMIC.bits() | __GFP_NOWARN.bits());
 
 impl<'m> Reserves<'m> {
     /// Nodes of the tree, the root apart.
@@ -143,11 +140,11 @@ impl<'m> Reserves<'m> {
 // SAFETY: what the memory manager hands out, once each.
 unsafe impl Memory for Reserves<'_> {
     fn head(&self) -> Result<Raw<NonNull<u8>>, AllocError> {
-        self.object(self.heads.kmem_cache_alloc(self.cache, GFP))
+        self.object(self.heads.kmem_cache_alloc(self.cache, ATOMIC))
     }
 
     fn data(&self, size: usize, of: Data) -> Result<Raw<NonNull<u8>>, AllocError> {
-        self.object(self.data[of as usize].kmalloc(size, GFP))
+        self.object(self.data[of as usize].kmalloc(size, ATOMIC))
     }
 
     fn page(&self, of: Pages) -> Result<Raw<Pfn>, AllocError> {
@@ -155,7 +152,7 @@ unsafe impl Memory for Reserves<'_> {
             Pages::Receive => &self.receive,
             Pages::Fragment => &self.fragments,
         };
-        let at = reserve.alloc_pages(GFP, 0)?;
+        let at = reserve.alloc_pages(ATOMIC, 0)?;
         let emergency = self.mm.page_is_from_reserve(at);
         Ok(Raw { at, emergency })
     }

@@ -197,12 +197,14 @@ impl<'a> World<'a> {
         let page = from.and_then(|pfn| self.mm.folio_get(pfn));
         let payload = match (page, fragment) {
             (Some(page), _) if copied => {
-                let bytes = &self.page_bytes(page.head())[offset..offset + len];
+                // SAFETY: `page` is a reference to it.
+                let bytes = unsafe { &self.page_bytes(page.head())[offset..offset + len] };
                 data.bytes_mut()[part_at..part_at + len].copy_from_slice(bytes);
                 Payload::Copied(part_at)
             }
             (Some(page), Some(mut fragment)) => {
-                let bytes = &self.page_bytes(page.head())[offset..offset + len];
+                // SAFETY: `page` is a reference to it.
+                let bytes = unsafe { &self.page_bytes(page.head())[offset..offset + len] };
                 fragment.bytes_mut()[..len].copy_from_slice(bytes);
                 Payload::Fragment(fragment)
             }
@@ -311,7 +313,9 @@ impl<'a> World<'a> {
             Payload::Copied(at) => frame.extend_from_slice(&body.data.bytes()[*at..*at + body.len]),
             Payload::Fragment(page) => frame.extend_from_slice(&page.bytes()[..body.len]),
             Payload::Page(page, at) => {
-                frame.extend_from_slice(&self.page_bytes(page.head())[*at..*at + body.len]);
+                // SAFETY: `page` is a reference to it.
+                let bytes = unsafe { self.page_bytes(page.head()) };
+                frame.extend_from_slice(&bytes[*at..*at + body.len]);
             }
         }
         stamp(&mut frame, self.rx.received);
