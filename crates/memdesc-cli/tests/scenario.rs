@@ -212,9 +212,12 @@ fn compressed_pages_in_words() {
     );
 }
 
+/// Little is left under the marks, so that some of a few machines lock up.
+const LITTLE: [&str; 2] = ["--min-free-kbytes", "128"];
+
 #[test]
 fn swap_over_a_network_needs_reserves() {
-    let seen = json(&["swap-net", "--seeds", "24", "--json"]);
+    let seen = json(&["swap-net", "--seeds", "24", "--json", LITTLE[0], LITTLE[1]]);
     let modes = &seen["modes"];
     for (name, mode) in modes.as_object().unwrap() {
         let n = |what: &str| mode[what].as_u64().unwrap();
@@ -265,7 +268,7 @@ fn swap_over_a_network_needs_reserves() {
 #[test]
 fn a_locked_up_machine_locks_up_again() {
     let run = |args: &[&str]| {
-        let args = [&["swap-net", "--with", "nothing", "--json"], args].concat();
+        let args = [&["swap-net", "--with", "nothing", "--json"], args, &LITTLE].concat();
         let mut seen = json(&args);
         let mode = &mut seen["modes"]["nothing"];
         mode["seconds"] = 0.into();
@@ -279,10 +282,11 @@ fn a_locked_up_machine_locks_up_again() {
     // However long one waits.
     let later = run(&["--seed", &seed, "--patience", "30"]);
     assert_eq!(later["locked_up"], 1, "{later}");
-    for what in ["swap_outs", "swap_ins", "touches"] {
+    for what in ["swap_ins", "touches"] {
         assert_eq!(later["counts"][what], alone["counts"][what], "{what}");
     }
-    let out = scenario(&["swap-net", "--seed", &seed, "--with", "nothing"]);
+    let args = ["swap-net", "--seed", &seed, "--with", "nothing"];
+    let out = scenario(&[&args[..], &LITTLE].concat());
     let text = String::from_utf8_lossy(&out.stdout);
     for said in [
         "LOCKED UP",

@@ -39,7 +39,6 @@ pub(super) struct Others<'a> {
     pub(super) frames_full: u64,
     pub(super) read: u64,
     pub(super) refused: u64,
-    pub(super) most_taken: usize,
 }
 
 impl<'a> Others<'a> {
@@ -69,7 +68,6 @@ impl<'a> Others<'a> {
             frames_full: 0,
             read: 0,
             refused: 0,
-            most_taken: 0,
         }
     }
 
@@ -162,7 +160,6 @@ impl<'a> Others<'a> {
             self.taken_bytes += size;
             self.taken.push(thing);
         }
-        self.most_taken = self.most_taken.max(self.taken_bytes);
         if self.taken.is_empty() || !self.rng.one_in(2) || !self.can_run() {
             return false;
         }

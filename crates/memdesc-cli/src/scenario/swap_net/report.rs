@@ -33,7 +33,7 @@ pub(super) struct Tally {
 }
 
 /// What is counted, and added up.
-const COUNTS: [&str; 20] = [
+const COUNTS: [&str; 23] = [
     "simulated_ns",
     "events",
     "touches",
@@ -52,7 +52,10 @@ const COUNTS: [&str; 20] = [
     "no_receive_page",
     "no_receive_head",
     "dropped_after_the_look",
+    "too_early_or_here_already",
     "queued_by_others",
+    "not_queued_by_others",
+    "read_by_others",
     "refused_to_others",
 ];
 
@@ -105,7 +108,10 @@ impl Tally {
             end.no_page,
             end.no_head,
             end.after_look,
+            end.useless,
             end.for_others,
+            end.others_full,
+            end.others_read,
             end.others_refused,
         ];
         for (sum, n) in self.counts.iter_mut().zip(counts) {

@@ -171,7 +171,10 @@ pub(super) struct End {
     pub(super) no_head: u64,
     pub(super) after_look: u64,
     pub(super) most_early: usize,
+    pub(super) useless: u64,
     pub(super) for_others: u64,
+    pub(super) others_full: u64,
+    pub(super) others_read: u64,
     pub(super) others_refused: u64,
 }
 
@@ -462,7 +465,10 @@ impl<'a> World<'a> {
             no_head: self.rx.no_head,
             after_look: self.rx.after_look,
             most_early: self.rx.most_early,
+            useless: self.rx.useless,
             for_others: self.others.frames_queued,
+            others_full: self.others.frames_full,
+            others_read: self.others.read,
             others_refused: self.others.refused,
         }
     }

@@ -93,8 +93,6 @@ pub(super) struct Send<'a> {
     pub(super) packets: u64,
     pub(super) resent: u64,
     pub(super) acks: u64,
-    /// Of those that a packet's second head was refused to.
-    pub(super) unsent: u64,
 }
 
 /// Nanoseconds that the line needs for a byte: one gigabit a second.
@@ -257,7 +255,6 @@ impl<'a> World<'a> {
             return false;
         }
         let Ok(head) = self.book.get(Site::SendClone, HEAD_BYTES) else {
-            self.tx.unsent += 1;
             self.stalled();
             return false;
         };
