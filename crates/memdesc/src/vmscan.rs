@@ -18,6 +18,7 @@ use crate::mm::Mm;
 use crate::mmap::Unmap;
 use crate::platform::{Platform, ReclaimRequest};
 use crate::stats::Event;
+use crate::sync::atomic::Ordering;
 
 /// Folios looked at in one go (`SWAP_CLUSTER_MAX`).
 const BATCH: u32 = 32;
@@ -73,8 +74,9 @@ impl<P: Platform> Mm<P> {
         self.reclaim(request)
     }
 
-    /// Reclaims in the background until every zone is above its high watermark, or nothing more can be had (`kswapd`): for the platform, when
-    /// [`Platform::wake_reclaim`] was called. Says how many pages came free.
+    /// Reclaims in the background until every zone is above its high watermark and what was added to it for a while, or nothing more can be had (`kswapd`): for the
+    /// platform, when [`Platform::wake_reclaim`] was called. What was added is gone then, reached or not, as in `balance_pgdat`: who allocates is held to it. Says how
+    /// many pages came free.
     ///
     /// # Context
     ///
@@ -83,7 +85,8 @@ impl<P: Platform> Mm<P> {
         let mut freed = 0;
         for attempt in 0..8 {
             let low = |zone: &crate::page_alloc::zone::Zone| {
-                zone.managed > 0 && zone.free_pages() <= zone.marks.high
+                let boost = zone.marks.boost.load(Ordering::Relaxed);
+                zone.managed > 0 && zone.free_pages() <= zone.marks.high + boost
             };
             while self.pages.zones.iter().any(low) {
                 let mut now = 0;
@@ -96,6 +99,12 @@ impl<P: Platform> Mm<P> {
                     break;
                 }
             }
+        }
+        for index in 0..self.pages.zones.len() {
+            // Under the lock, whose release works out what is above the marks.
+            self.pages.with_zone_mut(index, |locked| {
+                locked.zone.marks.boost.store(0, Ordering::Relaxed);
+            });
         }
         freed
     }

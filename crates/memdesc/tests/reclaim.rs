@@ -509,3 +509,36 @@ fn reserve_for_atomic_requests() {
     let after = ledger(&mm);
     assert_eq!((users(&after), after.pcp), (0, 0));
 }
+
+/// What a polluted pageblock added to the watermarks is gone after background reclaim, whether it was reached or not.
+#[test]
+fn background_reclaim_takes_the_boost_away() {
+    let mm = Machine::flat(16384).boot();
+    let boost = || {
+        zones(&mm)
+            .iter()
+            .map(|zone| zone.watermarks[3])
+            .sum::<u64>()
+    };
+    let mut movable = Vec::new();
+    while let Ok(pfn) = mm.alloc_pages(GFP_HIGHUSER_MOVABLE & !gfp::__GFP_DIRECT_RECLAIM, 0) {
+        movable.push(pfn);
+    }
+    // Most of one pageblock is free: an unmovable page pollutes it.
+    let block = movable[movable.len() / 2].0 >> PAGEBLOCK_ORDER;
+    let (freed, kept): (Vec<Pfn>, Vec<Pfn>) = movable
+        .into_iter()
+        .partition(|pfn| pfn.0 >> PAGEBLOCK_ORDER == block && !pfn.0.is_multiple_of(256));
+    freed.into_iter().for_each(|pfn| free(&mm, pfn));
+    mm.drain_all();
+    let mut unmovable = Vec::new();
+    while boost() == 0 && unmovable.len() < 400 {
+        unmovable.push(mm.alloc_pages(GFP_KERNEL, 0).unwrap());
+    }
+    assert!(boost() > 0, "nothing was polluted");
+    mm.kswapd();
+    assert_eq!(boost(), 0);
+    kept.into_iter()
+        .chain(unmovable)
+        .for_each(|pfn| free(&mm, pfn));
+}
