@@ -67,6 +67,8 @@ fn main() -> ExitCode {
             runner.docs();
             runner.storm(if quick { 2 } else { 20 });
             runner.scenarios(if quick { 5 } else { 60 });
+            runner.swap_net(if quick { 20 } else { 300 });
+            runner.everything(if quick { 5 } else { 20 });
             runner.replay_built_in();
             if let Some(folder) = recordings {
                 runner.replay(&folder);
@@ -80,6 +82,7 @@ fn main() -> ExitCode {
             runner.storm(seconds);
             runner.scenarios(seconds);
             runner.everything(seconds);
+            runner.swap_net(2000);
         }
         Command::Replay { recordings } => runner.replay(&recordings),
     }

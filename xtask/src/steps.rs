@@ -193,7 +193,16 @@ impl Runner {
         self.command("a spike is given back", scenario(&["free-page-reporting"]));
     }
 
-    /// Every use of memory at once, as long as one likes. A moment of it is among the tests.
+    /// So many machines that swap over a network: with reserves every one of them finishes.
+    pub(crate) fn swap_net(&mut self, seeds: u32) {
+        let seeds = seeds.to_string();
+        self.command(
+            &format!("swap over a network, {seeds} machines"),
+            scenario(&["swap-net", "--seeds", &seeds]),
+        );
+    }
+
+    /// Every use of memory at once, as long as one likes.
     pub(crate) fn everything(&mut self, seconds: u64) {
         let seconds = seconds.to_string();
         self.command(
