@@ -698,7 +698,8 @@ impl<'m, P: Platform> Reserve<'m, P> {
         })
     }
 
-    /// Has it hold this many pages instead of its bound; `None`: the bound. Fewer is a bet and not a guarantee.
+    /// Has it hold this many pages at most instead of its bound, in whole blocks of those that the bound has; `None`: the bound. Fewer is a bet and not a guarantee;
+    /// it never holds more than its bound.
     ///
     /// # Errors
     ///

@@ -549,6 +549,12 @@ impl<P: Platform> Mm<P> {
                 *block -= less as u32;
                 over -= less << order;
             }
+            // Rather fewer than were said than more.
+            if over > 0
+                && let Some(block) = blocks.iter_mut().find(|block| **block > 0)
+            {
+                *block -= 1;
+            }
         }
         Ok(blocks)
     }
