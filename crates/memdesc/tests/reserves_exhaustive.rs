@@ -661,7 +661,7 @@ fn two_under_one_group() {
             adversary.check(&mm);
             assert_eq!((view(&group).usage, mm.set_aside_pages()), (0, bound));
             adversary.give_all(&mm);
-            reserves.map(down);
+            reserves.into_iter().for_each(down);
             down(group);
             sum.add(found);
         }

@@ -203,7 +203,8 @@ impl<P: Platform> Mm<P> {
         let memcg = self.memcg_for(gfp);
         if memcg == 0 {
             let core = self.kmalloc_cache(Kind::of(gfp), class);
-            return self.kmalloc_sampled(core, size, gfp, caller);
+            let got = self.kmalloc_sampled(core, size, gfp, caller);
+            return got.or_else(|why| self.kmalloc_entitled(class, size, gfp, why, caller));
         }
         if gfp.contains(gfp::__GFP_DMA) {
             return Err(AllocError::NoZone);
@@ -222,13 +223,40 @@ impl<P: Platform> Mm<P> {
             self.keep_charge(core, object, charge);
             Ok(object)
         });
-        got.or_else(|why| {
-            // From a reserve, where nobody is charged.
-            let core = self.kmalloc_cache(Kind::Normal, class);
-            let object = self.entitled_object(core, gfp, why)?;
-            self.on_alloc(core, object, gfp, size, caller);
-            Ok(object)
-        })
+        got.or_else(|why| self.kmalloc_entitled(class, size, gfp, why, caller))
+    }
+
+    /// From a reserve, whatever kind was asked for: there nobody is charged, and nothing is kept apart.
+    #[cold]
+    fn kmalloc_entitled(
+        &self,
+        class: usize,
+        size: usize,
+        gfp: Flags,
+        why: AllocError,
+        caller: Caller,
+    ) -> Result<NonNull<u8>, AllocError> {
+        let core = self.kmalloc_cache(Kind::Normal, class);
+        let object = self.entitled_object(core, gfp, why)?;
+        self.finish_kmalloc(core, object, size, gfp, caller);
+        Ok(object)
+    }
+
+    /// Checks and marks an object of kmalloc that did not come the ordinary way.
+    pub(crate) fn finish_kmalloc(
+        &self,
+        core: &CacheCore,
+        object: NonNull<u8>,
+        size: usize,
+        gfp: Flags,
+        caller: Caller,
+    ) {
+        if !core.is_debug() {
+            return self.on_alloc(core, object, gfp, size, caller);
+        }
+        let whole = core.geometry.object_size as usize;
+        self.on_alloc(core, object, gfp & !gfp::__GFP_ZERO, whole, caller);
+        self.kmalloc_marked(core, object, size, gfp);
     }
 
     /// Whom an allocation with these flags is charged to.
@@ -255,12 +283,16 @@ impl<P: Platform> Mm<P> {
             Flags::from_bits(gfp.bits() & !gfp::__GFP_ZERO.bits()),
             caller,
         )?;
+        self.kmalloc_marked(core, object, size, gfp);
+        Ok(object)
+    }
+
+    fn kmalloc_marked(&self, core: &CacheCore, object: NonNull<u8>, size: usize, gfp: Flags) {
         debug::on_resize(core, object, size);
         if gfp.contains(gfp::__GFP_ZERO) {
-            // SAFETY: the object is ours until we return it, and has at least `size` bytes.
+            // SAFETY: the object is the caller's until he hands it out, and has at least `size` bytes.
             unsafe { object.write_bytes(0, size) };
         }
-        Ok(object)
     }
 
     #[cold]
@@ -269,14 +301,18 @@ impl<P: Platform> Mm<P> {
     fn kmalloc_large(&self, size: usize, gfp: Flags) -> Result<NonNull<u8>, AllocError> {
         let order = large_order(size)?;
         let (memcg, stat) = (self.memcg_for(gfp), MemcgStat::Kernel);
-        let charge = self.charge_pages(memcg, gfp, order, stat)?;
-        let block = self
-            .pages
-            .alloc_block(PageType::LargeKmalloc, gfp, order, None, self);
-        let block = match block {
-            Ok(block) => block,
+        let kind = PageType::LargeKmalloc;
+        let got = self
+            .charge_pages(memcg, gfp, order, stat)
+            .and_then(|charge| {
+                let block = self.pages.alloc_block(kind, gfp, order, None, self)?;
+                Ok((charge, block))
+            });
+        let (charge, block) = match got {
+            Ok(got) => got,
             Err(why) => {
-                let pfn = self.entitled_pages(PageType::LargeKmalloc, gfp, order, why)?;
+                // Nobody is charged for those.
+                let pfn = self.entitled_pages(kind, gfp, order, why)?;
                 return NonNull::new(self.page_address(pfn)).ok_or(AllocError::NoBlock);
             }
         };
