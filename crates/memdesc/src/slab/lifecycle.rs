@@ -182,7 +182,11 @@ impl<P: Platform> Mm<P> {
                     1
                 })
             } else {
-                self.slabs_take(core, gfp, rest).inspect(|&taken| {
+                let some = self.slabs_take(core, gfp, rest).or_else(|why| {
+                    rest[0] = self.entitled_object(core, gfp, why)?.as_ptr();
+                    Ok(1)
+                });
+                some.inspect(|&taken| {
                     for object in rest[..taken].iter().filter_map(|o| NonNull::new(*o)) {
                         self.on_alloc(
                             core,

@@ -30,17 +30,29 @@ impl Adversary {
             pages: Vec::new(),
             objects: Vec::new(),
         };
+        all.take_more(mm, GREEDY);
+        all
+    }
+
+    /// With what reclaim finds, too.
+    pub fn take_all_reclaiming<P: Platform>(mm: &Mm<P>) -> Adversary {
+        let mut all = Adversary::take_all(mm);
+        all.take_more(mm, GREEDY | GFP_KERNEL);
+        all.take_more(mm, GREEDY);
+        all
+    }
+
+    fn take_more<P: Platform>(&mut self, mm: &Mm<P>, gfp: Flags) {
         for order in (0..=MAX_ORDER).rev() {
-            while let Ok(pfn) = mm.alloc_pages(GREEDY, order) {
-                all.pages.push(pfn);
+            while let Ok(pfn) = mm.alloc_pages(gfp, order) {
+                self.pages.push(pfn);
             }
         }
         for size in SIZES {
-            while let Ok(ptr) = mm.kmalloc(size, GREEDY) {
-                all.objects.push(ptr);
+            while let Ok(ptr) = mm.kmalloc(size, gfp) {
+                self.objects.push(ptr);
             }
         }
-        all
     }
 
     pub fn give_all<P: Platform>(self, mm: &Mm<P>) {
