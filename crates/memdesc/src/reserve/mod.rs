@@ -68,6 +68,7 @@ use crate::name::NAME_LEN;
 use crate::platform::{Platform, might_sleep};
 use crate::report::{Corruption, Report};
 use crate::slab::kmalloc::Kind;
+use crate::slab::object::Caller;
 use crate::slab::{Cache, CacheCore, CacheFlags};
 use crate::sync::atomic::Ordering;
 pub use geometry::Bound;
@@ -496,20 +497,53 @@ impl<P: Platform> Mm<P> {
             gfp,
             why,
             |node| match node.shape() {
-                // As large as the class is, whatever was asked for.
-                Shape::KmallocObjects { .. } | Shape::Kmalloc { .. } => {
-                    node.charge_of(Serve::Class(self.kmalloc_class_of(core)?))
-                }
-                _ => node.charge_of_object(core),
+                Shape::Objects(_) => node.charge_of_object(core),
+                // By size: a larger class may serve it.
+                _ => None,
             },
             |node| self.take_reserve_object(node, core),
         )
     }
 
-    /// Which class of ordinary kmalloc a cache is.
-    fn kmalloc_class_of(&self, core: &CacheCore) -> Option<usize> {
-        let class = crate::slab::kmalloc::class_of(core.geometry.object_size as usize)?;
-        core::ptr::eq(self.kmalloc_cache(Kind::Normal, class), core).then_some(class)
+    /// Kmalloc's memory that it did not get otherwise, whatever kind was asked for: there nobody is charged, and nothing is kept apart.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn entitled_kmalloc(
+        &self,
+        size: usize,
+        gfp: Flags,
+        why: AllocError,
+        caller: Caller,
+    ) -> Result<NonNull<u8>, AllocError> {
+        self.serve_entitled(
+            gfp,
+            why,
+            |node| node.serve(size).map(|(_, charge)| charge),
+            |node| self.take_kmalloc(node, node.serve(size)?.0, size, gfp, caller),
+        )
+    }
+
+    /// Memory of kmalloc for what has been charged.
+    fn take_kmalloc(
+        &self,
+        node: &Node,
+        serve: Serve,
+        size: usize,
+        gfp: Flags,
+        caller: Caller,
+    ) -> Option<NonNull<u8>> {
+        match serve {
+            Serve::Class(class) => {
+                let core = self.kmalloc_cache(Kind::Normal, class);
+                let object = self.take_reserve_object(node, core)?;
+                self.finish_kmalloc(core, object, size, gfp, caller);
+                Some(object)
+            }
+            Serve::Large(order) => {
+                let pfn = self.take_pages(node, order, PageType::LargeKmalloc, gfp)?;
+                NonNull::new(self.page_address(pfn))
+            }
+        }
     }
 
     /// Pages that ordinary memory did not serve.
@@ -518,7 +552,6 @@ impl<P: Platform> Mm<P> {
     #[track_caller]
     pub(crate) fn entitled_pages(
         &self,
-        kind: PageType,
         gfp: Flags,
         order: usize,
         why: AllocError,
@@ -526,14 +559,11 @@ impl<P: Platform> Mm<P> {
         self.serve_entitled(
             gfp,
             why,
-            |node| match (kind, node.shape()) {
-                (PageType::Bare, Shape::Pages { .. }) => node.charge_of_pages(order),
-                (PageType::LargeKmalloc, Shape::KmallocObjects { .. } | Shape::Kmalloc { .. }) => {
-                    node.charge_of(Serve::Large(order))
-                }
+            |node| match node.shape() {
+                Shape::Pages { .. } => node.charge_of_pages(order),
                 _ => None,
             },
-            |node| self.take_pages(node, order, kind, gfp),
+            |node| self.take_pages(node, order, PageType::Bare, gfp),
         )
     }
 
@@ -840,18 +870,7 @@ impl<'m, P: Platform> Reserve<'m, P> {
             charge,
             gfp,
             || plain().ok(),
-            || match serve {
-                Serve::Class(class) => {
-                    let core = mm.kmalloc_cache(Kind::Normal, class);
-                    let object = mm.take_reserve_object(node, core)?;
-                    mm.finish_kmalloc(core, object, size, gfp, caller);
-                    Some(object)
-                }
-                Serve::Large(order) => {
-                    let pfn = mm.take_pages(node, order, PageType::LargeKmalloc, gfp)?;
-                    NonNull::new(mm.page_address(pfn))
-                }
-            },
+            || mm.take_kmalloc(node, serve, size, gfp, caller),
         )
     }
 

@@ -147,13 +147,17 @@ impl<P: Platform> Mm<P> {
     #[track_caller]
     pub fn kmalloc(&self, size: usize, gfp: Flags) -> Result<NonNull<u8>, AllocError> {
         let caller = Location::caller();
-        match class_of(size) {
+        let got = match class_of(size) {
             Some(class) if !gfp.intersects(NOT_NORMAL) && !self.kfence.samples() => {
                 self.kmalloc_in(self.kmalloc_cache(Kind::Normal, class), size, gfp, caller)
             }
             Some(class) => self.kmalloc_other(class, size, gfp, caller),
             None if gfp.contains(gfp::__GFP_FAST_TRY) => self.try_large(size, gfp, Try::Lists),
             None => self.kmalloc_large(size, gfp),
+        };
+        match got {
+            Err(why) => self.entitled_kmalloc(size, gfp, why, caller),
+            got => got,
         }
     }
 
@@ -203,8 +207,7 @@ impl<P: Platform> Mm<P> {
         let memcg = self.memcg_for(gfp);
         if memcg == 0 {
             let core = self.kmalloc_cache(Kind::of(gfp), class);
-            let got = self.kmalloc_sampled(core, size, gfp, caller);
-            return got.or_else(|why| self.kmalloc_entitled(class, size, gfp, why, caller));
+            return self.kmalloc_sampled(core, size, gfp, caller);
         }
         if gfp.contains(gfp::__GFP_DMA) {
             return Err(AllocError::NoZone);
@@ -218,27 +221,9 @@ impl<P: Platform> Mm<P> {
             };
         }
         let core = self.kmalloc_cache(Kind::Cgroup, class);
-        let got = self.charge_object(core, memcg, gfp).and_then(|charge| {
-            let object = self.kmalloc_sampled(core, size, gfp, caller)?;
-            self.keep_charge(core, object, charge);
-            Ok(object)
-        });
-        got.or_else(|why| self.kmalloc_entitled(class, size, gfp, why, caller))
-    }
-
-    /// From a reserve, whatever kind was asked for: there nobody is charged, and nothing is kept apart.
-    #[cold]
-    fn kmalloc_entitled(
-        &self,
-        class: usize,
-        size: usize,
-        gfp: Flags,
-        why: AllocError,
-        caller: Caller,
-    ) -> Result<NonNull<u8>, AllocError> {
-        let core = self.kmalloc_cache(Kind::Normal, class);
-        let object = self.entitled_object(core, gfp, why)?;
-        self.finish_kmalloc(core, object, size, gfp, caller);
+        let charge = self.charge_object(core, memcg, gfp)?;
+        let object = self.kmalloc_sampled(core, size, gfp, caller)?;
+        self.keep_charge(core, object, charge);
         Ok(object)
     }
 
@@ -301,21 +286,10 @@ impl<P: Platform> Mm<P> {
     fn kmalloc_large(&self, size: usize, gfp: Flags) -> Result<NonNull<u8>, AllocError> {
         let order = large_order(size)?;
         let (memcg, stat) = (self.memcg_for(gfp), MemcgStat::Kernel);
-        let kind = PageType::LargeKmalloc;
-        let got = self
-            .charge_pages(memcg, gfp, order, stat)
-            .and_then(|charge| {
-                let block = self.pages.alloc_block(kind, gfp, order, None, self)?;
-                Ok((charge, block))
-            });
-        let (charge, block) = match got {
-            Ok(got) => got,
-            Err(why) => {
-                // Nobody is charged for those.
-                let pfn = self.entitled_pages(kind, gfp, order, why)?;
-                return NonNull::new(self.page_address(pfn)).ok_or(AllocError::NoBlock);
-            }
-        };
+        let charge = self.charge_pages(memcg, gfp, order, stat)?;
+        let block = self
+            .pages
+            .alloc_block(PageType::LargeKmalloc, gfp, order, None, self)?;
         let word = self.own_block(block, DescClass::Buddy, PageType::LargeKmalloc, Some(gfp))?;
         let word = self.pages.set_memcg(word, charge.map_or(0, Charge::keep));
         self.pages.map.publish_block(block.pfn, word);
