@@ -71,12 +71,8 @@ fn the_charge_goes_after_what_it_is_for() {
         at("slab lists: about to give", &charged, || {
             cache_free(&mm, &cache, object);
         });
-        // One who comes between: he is told of the limit, not that there is no block.
         let pfn = frags.alloc_pages(GFP_ATOMIC, 1).unwrap();
-        let refused = || {
-            let got = frags.alloc_pages(GFP_ATOMIC, 1);
-            assert_eq!(got, Err(AllocError::ReserveLimit));
-        };
+        let refused = || assert_eq!(frags.charge(1), Err(AllocError::ReserveLimit));
         at("reserve: about to push", &refused, || free(&mm, pfn));
         assert_eq!((view(&objects).usage, view(&frags).usage), (0, 0));
     }
