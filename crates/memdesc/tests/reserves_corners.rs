@@ -624,3 +624,42 @@ fn resized_while_in_use() {
     down(reserve);
     end(&machine, &mm);
 }
+
+/// What is freed where nothing can be finished is finished by who needs it.
+#[test]
+fn what_was_freed_by_nolock_calls_is_there_at_once() {
+    for rt in [false, true] {
+        let (machine, mm, _) = boot_with(|config| config.preempt_rt = rt);
+        let cache = kmem_cache(&mm, "objects", 500, CacheFlags::EMPTY);
+        let demand = Demand::Objects {
+            cache: &cache,
+            count: 20,
+        };
+        let (objects, frags) = (connected(&mm, demand), connected(&mm, pages(1, 4)));
+        let adversary = Adversary::take_all(&mm);
+        for _ in 0..5 {
+            let live: Vec<_> = (0..20)
+                .map(|_| objects.kmem_cache_alloc(&cache, GFP_ATOMIC).unwrap())
+                .collect();
+            let four: Vec<_> = (0..4)
+                .map(|_| frags.alloc_pages(GFP_ATOMIC, 1).unwrap())
+                .collect();
+            for object in live {
+                // SAFETY: ours, here and below.
+                unsafe { mm.kfree_nolock(object) };
+            }
+            for pfn in four {
+                // SAFETY: as above.
+                unsafe { mm.free_pages_nolock(pfn) };
+            }
+            // Objects wait, and are charged until somebody looks; pages do not wait.
+            assert_eq!((view(&objects).usage, view(&frags).usage), (20 * 500, 0));
+        }
+        mm.shrink();
+        assert_eq!(view(&objects).usage, 0);
+        adversary.give_all(&mm);
+        [objects, frags].into_iter().for_each(down);
+        mm.kmem_cache_destroy(cache).unwrap();
+        end(&machine, &mm);
+    }
+}
