@@ -553,7 +553,7 @@ fn uncharging_takes_back_what_was_charged_by_hand() {
     let limit = view(&child).limit;
     assert_eq!(child.charge(limit), Err(AllocError::ReserveLimit));
     assert_eq!(child.charge(u64::MAX), Err(AllocError::ReserveLimit));
-    assert_eq!(child.uncharge(u64::MAX).is_err(), true);
+    assert!(child.uncharge(u64::MAX).is_err());
     assert_eq!(usage(), (4096 + 1110, 4096 + 1010));
     // To the last byte.
     let rest = limit - 4096 - 1010 - 100;
