@@ -44,7 +44,8 @@
 //! least, so a sum of requests within the demand is always within the limit. The charge goes with the memory: whoever frees it, by whatever call, takes it back, for the
 //! slab and the page know whose they are ([`Mm::is_from_reserve`]).
 //!
-//! What is freed after a grace period is charged until then: who uses `kfree_rcu` has to count what waits.
+//! What is freed after a grace period is charged until then: who uses `kfree_rcu` has to count what waits. What [`Mm::kfree_nolock`] leaves for later is charged until
+//! somebody finishes it: a request at the limit does that itself, but does not wait for another CPU that is at it just then. Pages do not wait, whoever frees them.
 //!
 //! Source: seed 004; Peter Zijlstra's `mm/reserve.c` (2007 to 2009), whose interface this follows and whose defects it does not.
 

@@ -685,7 +685,11 @@ impl<P: Platform> Mm<P> {
         if node.parent() != 0 || node.id() == 1 || reserves.is_within(parent, node) {
             return Err(AllocError::Busy);
         }
-        if reserves.height(parent) + reserves.depth(node) > MAX_DEPTH {
+        let root = reserves.get(1);
+        let rooted = root.is_some_and(|root| reserves.is_within(parent, root));
+        // The root is no level below itself.
+        let above = reserves.height(parent) - usize::from(rooted);
+        if above + reserves.depth(node) > MAX_DEPTH {
             return Err(AllocError::TooMany);
         }
         if parent.is_sizing() || node.is_sizing() && parent.shape() != node.shape() {
