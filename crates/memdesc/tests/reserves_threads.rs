@@ -553,3 +553,53 @@ fn random_trees_while_all_ordinary_memory_fails() {
         worlds(&setup, 300..300 + seeds(3));
     }
 }
+
+/// Who tries to take away what is in use is refused, and nobody notices.
+#[test]
+fn changes_that_are_refused_do_not_disturb() {
+    let machine = Machine::flat(2048).unsampled();
+    let host = machine.host().cpus(0).floating(3);
+    let mm = machine.boot_on(host.build().unwrap());
+    let demand = |count| Demand::Pages { order: 0, count };
+    let group = mm.reserve("group", Demand::None).unwrap();
+    let frags = mm.reserve("frags", demand(2)).unwrap();
+    let sizing = mm.reserve_sizing("sizing", demand(2)).unwrap();
+    frags.connect(Some(&group)).unwrap();
+    sizing.connect(Some(&frags)).unwrap();
+    group.connect(None).unwrap();
+    let adversary = Adversary::take_all(&mm);
+    let stop = AtomicBool::new(false);
+    let mut live: Vec<_> = (0..3)
+        .map(|_| frags.alloc_pages(GFP_ATOMIC, 0).unwrap())
+        .collect();
+    std::thread::scope(|scope| {
+        let user = scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                // The fourth, which is within the charge all the time.
+                live.push(frags.alloc_pages(GFP_ATOMIC, 0).unwrap());
+                free(&mm, live.remove(0));
+                live.push(sizing.alloc_pages(GFP_ATOMIC, 0).unwrap());
+                free(&mm, live.remove(0));
+            }
+        });
+        for _ in 0..scaled(3000, 20) {
+            assert_eq!(group.disconnect(), Err(AllocError::Busy));
+            assert_eq!(frags.disconnect(), Err(AllocError::Busy));
+            assert_eq!(sizing.disconnect(), Err(AllocError::Busy));
+            assert_eq!(group.set_limit(Some(8192)), Err(AllocError::Busy));
+            assert_eq!(frags.set_limit(Some(4096)), Err(AllocError::Busy));
+            assert_eq!(sizing.resize(demand(0)), Err(AllocError::Busy));
+            assert_eq!(frags.resize(demand(0)), Err(AllocError::Busy));
+            if user.is_finished() {
+                break;
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        user.join().unwrap();
+    });
+    live.into_iter().for_each(|pfn| free(&mm, pfn));
+    adversary.give_all(&mm);
+    assert_eq!((view(&group).held_pages, view(&group).limit), (4, 4 * 4096));
+    [sizing, frags, group].into_iter().for_each(down);
+    end(&machine, &mm);
+}

@@ -790,12 +790,25 @@ impl<P: Platform> Mm<P> {
         };
         let below = || reserves.nodes().filter(|n| reserves.is_within(n, node));
         let connected = node.is_connected();
+        let in_use = || below().any(|n| n.own.counter.usage() + n.all.counter.usage() > 0);
+        // What a sizing one gives its parent may be in use there.
+        let given = if node.is_sizing() {
+            node.bytes_of(node.amount()).unwrap_or(0)
+        } else {
+            0
+        };
+        let own = &parent.own.counter;
+        let needed = given > 0 && own.usage() > own.limit().saturating_sub(given);
+        // Nobody is refused for a change that cannot be.
+        if needed || in_use() {
+            return Err(AllocError::Busy);
+        }
         for n in below() {
             n.own.counter.set_online(false);
             n.all.counter.set_online(false);
         }
         // Charges that came before are seen here; none comes after.
-        let mut charged = below().any(|n| n.own.counter.usage() + n.all.counter.usage() > 0);
+        let mut charged = in_use();
         if node.is_sizing() {
             // What it gave its parent is no longer there.
             node.parent.store(0, Ordering::Relaxed);
