@@ -6,11 +6,11 @@
 //! descriptors that they will need. After that no request within the demand fails, whatever the order of requests and frees, however large the mix.
 //!
 //! ```
-//! # use memdesc::{Demand, gfp::*};
-//! # use memdesc_host::Machine;
+//! # use memdesc::{Config, Demand, Mm, gfp::*};
+//! # use memdesc_host::Host;
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! # let machine = Machine::new(32 << 20, 1)?;
-//! # let mm = &machine.mm;
+//! # let (host, ram) = Host::small(8192)?;
+//! # let mm = &Mm::new(host, &Config::default(), &ram)?;
 //! // A group, and what it needs below it.
 //! let swap = mm.reserve("nbd0", Demand::None)?;
 //! let data = mm.reserve("data", Demand::Kmalloc { bytes: 64 << 10, min: 64, max: 2048 })?;
