@@ -199,7 +199,7 @@ impl<P: Platform> Mm<P> {
                     Charge::settle(charge, got)
                 });
             // Not charged to two: see there.
-            return got.or_else(|why| self.entitled_pages(PageType::Bare, gfp, order, why));
+            return got.or_else(|why| self.entitled_pages(gfp, order, why));
         }
         self.new_pages(node, gfp, order, 0)
     }
@@ -221,7 +221,7 @@ impl<P: Platform> Mm<P> {
             Ok(block) => block,
             // To two nobody charges: who has a reserve is not charged to a group as well.
             Err(why) if memcg != 0 => return Err(why),
-            Err(why) => return self.entitled_pages(PageType::Bare, gfp, order, why),
+            Err(why) => return self.entitled_pages(gfp, order, why),
         };
         let word = block.word.to_owned(PageType::Bare);
         let word = self.pages.set_memcg(word, memcg);

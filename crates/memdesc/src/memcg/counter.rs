@@ -229,6 +229,11 @@ impl Counter {
     /// Another limit, at which it stands or below which it stays from here on; `Err` with what is charged if that is more, and the limit is as it
     /// was (`page_counter_set_max`). One at a time.
     pub(crate) fn set_limit(&self, limit: u64) -> Result<(), u64> {
+        // Nobody is refused for a limit that cannot be.
+        let usage = self.usage();
+        if usage > limit {
+            return Err(usage);
+        }
         let before = self.limit.swap(limit.min(UNLIMITED), Ordering::Relaxed);
         // Between all charges before it and all charges after it: see the top.
         let usage = self.word.fetch_add(0, Ordering::AcqRel) & BYTES;

@@ -102,12 +102,25 @@ impl<P: Platform> Mm<P> {
     ) -> Result<NonNull<u8>, AllocError> {
         let wanted = core.flags.contains(CacheFlags::ACCOUNT) || gfp.contains(gfp::__GFP_ACCOUNT);
         let memcg = if wanted { self.active_memcg() } else { 0 };
-        let charge = self.charge_object(core, memcg, gfp)?;
+        let charge = match self.charge_object(core, memcg, gfp) {
+            Ok(charge) => charge,
+            Err(why) => {
+                let object = self.entitled_object(core, gfp, why)?;
+                let size = core.geometry.object_size as usize;
+                self.on_alloc(core, object, gfp, size, caller);
+                return Ok(object);
+            }
+        };
         let object = match self.kfence_object(core, gfp, caller) {
             Some(sampled) => sampled?,
             None => self.cache_alloc(core, gfp, caller)?,
         };
-        self.keep_charge(core, object, charge);
+        let reserve = core.reserved.load(Ordering::Relaxed) != 0
+            && self.object_is_reserve(core, object.as_ptr());
+        // What is charged to a reserve is not charged to a group as well.
+        if !reserve {
+            self.keep_charge(core, object, charge);
+        }
         Ok(object)
     }
 

@@ -518,6 +518,10 @@ impl<P: Platform> Mm<P> {
                     self.cache_free_run(core, &rest[..run], caller);
                     rest = &rest[run..];
                 }
+                Ok(Where::Pages(found)) if found.word.is_reserve() => {
+                    self.reserve_pages_back(found.head, found.word);
+                    rest = &rest[1..];
+                }
                 Ok(Where::Pages(found)) => {
                     self.take_back(self.pages.free_path(), found.head, found.word);
                     rest = &rest[1..];

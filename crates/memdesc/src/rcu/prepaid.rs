@@ -325,7 +325,11 @@ impl<P: Platform> Mm<P> {
                     break;
                 }
                 large = self.pages.map.buddy_at(word.desc()).next();
-                self.take_back(self.pages.free_path(), pfn, word);
+                if word.is_reserve() {
+                    self.reserve_pages_back(pfn, word);
+                } else {
+                    self.take_back(self.pages.free_path(), pfn, word);
+                }
                 freed += 1;
             }
         }

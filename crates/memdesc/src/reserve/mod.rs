@@ -43,7 +43,8 @@
 //! least, so a sum of requests within the demand is always within the limit. The charge goes with the memory: whoever frees it, by whatever call, takes it back, for the
 //! slab and the page know whose they are ([`Mm::is_from_reserve`]).
 //!
-//! What is freed after a grace period is charged until then: who uses `kfree_rcu` has to count what waits.
+//! What is freed after a grace period is charged until then: who uses `kfree_rcu` has to count what waits. What [`Mm::kfree_nolock`] leaves for later is charged until
+//! somebody finishes it: a request at the limit does that itself, but does not wait for another CPU that is at it just then. Pages do not wait, whoever frees them.
 //!
 //! Source: seed 004; Peter Zijlstra's `mm/reserve.c` (2007 to 2009), whose interface this follows and whose defects it does not.
 
@@ -118,10 +119,10 @@ pub struct Reserve<'m, P: Platform> {
     node: &'m Node,
 }
 
-/// More was to be uncharged than is charged; nothing has changed.
+/// More was to be uncharged than was [charged](Reserve::charge); nothing has changed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Unbalanced {
-    /// What is charged.
+    /// What is charged so.
     pub usage: u64,
 }
 
@@ -396,13 +397,20 @@ impl<P: Platform> Mm<P> {
             0 if gfp.contains(gfp::__GFP_MEMALLOC) => reserves.memalloc.load(Ordering::Relaxed),
             id => id,
         };
-        reserves.get(id).filter(|node| node.is_alive())
+        let node = reserves.get(id).filter(|node| node.is_alive())?;
+        // Requests through a sizing reserve are the parent's.
+        if node.is_sizing() {
+            return reserves.get(node.parent());
+        }
+        Some(node)
     }
 
     /// Does the task have a reserve, so that it must not reclaim (`PF_MEMALLOC`)?
     #[cold]
     pub(crate) fn is_entitled(&self, gfp: Flags) -> bool {
-        self.entitled(gfp).is_some()
+        // Whatever the flags say: what reclaims and waits for itself never ends.
+        let task = self.pages.reserves.in_use() && self.platform().current_reserve() != 0;
+        task || self.entitled(gfp).is_some()
     }
 
     /// What ordinary memory did not serve, from the reserve that the request is entitled to, or from one below it that is for such.
@@ -413,29 +421,68 @@ impl<P: Platform> Mm<P> {
         charge_of: impl Fn(&Node) -> Option<u64>,
         take: impl Fn(&Node) -> Option<T>,
     ) -> Result<T, AllocError> {
+        if gfp.intersects(ELSEWHERE) {
+            return Err(why);
+        }
         let Some(top) = self.entitled(gfp) else {
             return Err(why);
         };
         let reserves = &self.pages.reserves;
+        let serving = || {
+            let within = reserves.nodes().filter(|n| reserves.is_within(n, top));
+            within.filter_map(|n| charge_of(n).filter(|_| !n.is_sizing()).map(|c| (n, c)))
+        };
         let mut refused = why;
-        // Without waiting first: another may have room.
-        for patient in [false, true] {
-            let fits = |n: &&Node| reserves.is_within(n, top) && !n.is_sizing();
-            for node in reserves.nodes().filter(fits) {
-                let Some(charge) = charge_of(node) else {
-                    continue;
-                };
-                let gfp = if patient { gfp } else { gfp::GFP_NOWAIT };
-                match self.take_charged(node, charge, gfp, || None, || take(node)) {
+        loop {
+            for (node, charge) in serving() {
+                match self.take_charged(node, charge, gfp::GFP_NOWAIT, || None, || take(node)) {
                     Ok(got) => return Ok(got),
                     Err(why) => refused = why,
                 }
             }
-            if !may_wait(gfp) {
-                break;
+            // For whichever of them has room first.
+            let waits = |&(node, charge): &(&Node, u64)| {
+                reserves.is_online(node) && !reserves.never(node, charge)
+            };
+            if !may_wait(gfp) || !serving().any(|each| waits(&each)) {
+                return Err(refused);
+            }
+            let again = || {
+                let charged =
+                    serving().find(|&(node, charge)| reserves.charge(node, charge).is_ok());
+                // None of them waits any more: its place in the tree has changed.
+                charged
+                    .map(Some)
+                    .or_else(|| (!serving().any(|each| waits(&each))).then_some(None))
+            };
+            top.waits.fetch_add(1, Ordering::Relaxed);
+            match self.wait_for_uncharge(again) {
+                Some(Some((node, charge))) => {
+                    if let Some(got) = take(node) {
+                        return Ok(got);
+                    }
+                    self.reserve_uncharge(node, charge, (Pfn::NONE, Word::ZERO));
+                    return Err(AllocError::NoBlock);
+                }
+                Some(None) => return Err(refused),
+                None => {}
             }
         }
-        Err(refused)
+    }
+
+    /// Sleeps once for an uncharge, unless `again` finds that it need not.
+    fn wait_for_uncharge<T>(&self, again: impl FnOnce() -> Option<T>) -> Option<T> {
+        let platform = self.platform();
+        might_sleep(platform, "waiting for a reserve");
+        let waiters = &self.pages.reserves.waiters;
+        let got = waiters.wait_once(again, |turn, value| {
+            platform.park(turn, value);
+            platform.relax(0);
+        });
+        if got.is_none() {
+            self.free_all_deferred();
+        }
+        got
     }
 
     /// An object of a cache that ordinary memory did not serve.
@@ -451,20 +498,53 @@ impl<P: Platform> Mm<P> {
             gfp,
             why,
             |node| match node.shape() {
-                // As large as the class is, whatever was asked for.
-                Shape::KmallocObjects { .. } | Shape::Kmalloc { .. } => {
-                    node.charge_of(Serve::Class(self.kmalloc_class_of(core)?))
-                }
-                _ => node.charge_of_object(core),
+                Shape::Objects(_) => node.charge_of_object(core),
+                // By size: a larger class may serve it.
+                _ => None,
             },
             |node| self.take_reserve_object(node, core),
         )
     }
 
-    /// Which class of ordinary kmalloc a cache is.
-    fn kmalloc_class_of(&self, core: &CacheCore) -> Option<usize> {
-        let class = crate::slab::kmalloc::class_of(core.geometry.object_size as usize)?;
-        core::ptr::eq(self.kmalloc_cache(Kind::Normal, class), core).then_some(class)
+    /// Kmalloc's memory that it did not get otherwise, whatever kind was asked for: there nobody is charged, and nothing is kept apart.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn entitled_kmalloc(
+        &self,
+        size: usize,
+        gfp: Flags,
+        why: AllocError,
+        caller: Caller,
+    ) -> Result<NonNull<u8>, AllocError> {
+        self.serve_entitled(
+            gfp,
+            why,
+            |node| node.serve(size).map(|(_, charge)| charge),
+            |node| self.take_kmalloc(node, node.serve(size)?.0, size, gfp, caller),
+        )
+    }
+
+    /// Memory of kmalloc for what has been charged.
+    fn take_kmalloc(
+        &self,
+        node: &Node,
+        serve: Serve,
+        size: usize,
+        gfp: Flags,
+        caller: Caller,
+    ) -> Option<NonNull<u8>> {
+        match serve {
+            Serve::Class(class) => {
+                let core = self.kmalloc_cache(Kind::Normal, class);
+                let object = self.take_reserve_object(node, core)?;
+                self.finish_kmalloc(core, object, size, gfp, caller);
+                Some(object)
+            }
+            Serve::Large(order) => {
+                let pfn = self.take_pages(node, order, PageType::LargeKmalloc, gfp)?;
+                NonNull::new(self.page_address(pfn))
+            }
+        }
     }
 
     /// Pages that ordinary memory did not serve.
@@ -473,7 +553,6 @@ impl<P: Platform> Mm<P> {
     #[track_caller]
     pub(crate) fn entitled_pages(
         &self,
-        kind: PageType,
         gfp: Flags,
         order: usize,
         why: AllocError,
@@ -481,14 +560,11 @@ impl<P: Platform> Mm<P> {
         self.serve_entitled(
             gfp,
             why,
-            |node| match (kind, node.shape()) {
-                (PageType::Bare, Shape::Pages { .. }) => node.charge_of_pages(order),
-                (PageType::LargeKmalloc, Shape::KmallocObjects { .. } | Shape::Kmalloc { .. }) => {
-                    node.charge_of(Serve::Large(order))
-                }
+            |node| match node.shape() {
+                Shape::Pages { .. } => node.charge_of_pages(order),
                 _ => None,
             },
-            |node| self.take_pages(node, order, kind, gfp),
+            |node| self.take_pages(node, order, PageType::Bare, gfp),
         )
     }
 
@@ -516,21 +592,14 @@ impl<P: Platform> Mm<P> {
                 if !may_wait(gfp) || reserves.never(node, charge) {
                     return Err(AllocError::ReserveLimit);
                 }
-                might_sleep(self.platform(), "waiting for a reserve");
                 node.waits.fetch_add(1, Ordering::Relaxed);
                 let again = || {
                     let charged = self.charge_reserve(node, charge);
                     (charged != Err(AllocError::ReserveLimit)).then_some(charged)
                 };
-                let platform = self.platform();
-                let woken = reserves.waiters.wait_once(again, |turn, value| {
-                    platform.park(turn, value);
-                    platform.relax(0);
-                });
-                match woken {
+                match self.wait_for_uncharge(again) {
                     Some(second) => charged = second,
                     None => {
-                        self.free_all_deferred();
                         if let Some(got) = ordinary() {
                             return Ok(got);
                         }
@@ -569,11 +638,14 @@ impl<P: Platform> Mm<P> {
             let report = self.report_at(Corruption::Uncharged, pfn, address, Location::caller());
             self.pages.platform.corruption(&Report { word, ..report });
         }
+        self.wake_waiting();
+    }
+
+    /// Whoever waits for an uncharge looks again.
+    fn wake_waiting(&self) {
         let platform = self.platform();
-        self.pages
-            .reserves
-            .waiters
-            .wake(|turn| platform.unpark_all(turn));
+        let waiters = &self.pages.reserves.waiters;
+        waiters.wake(|turn| platform.unpark_all(turn));
     }
 
     /// `n` objects of a slab from a reserve are free again: what was charged for them is not any more. The bits say free already; the list lock may be held.
@@ -596,17 +668,17 @@ impl<P: Platform> Mm<P> {
     }
 }
 
+/// What says where the memory has to be, or that it is told apart when it is freed: what was set aside is not that. And what may take no lock.
+const ELSEWHERE: Flags = Flags::from_bits(
+    gfp::__GFP_DMA.bits()
+        | gfp::__GFP_DMA32.bits()
+        | gfp::__GFP_RCU_PREPAID.bits()
+        | gfp::__GFP_FAST_TRY.bits(),
+);
+
 /// May a request at its limit wait for an uncharge?
 fn may_wait(gfp: Flags) -> bool {
-    gfp.allow_blocking() && !gfp.intersects(gfp::__GFP_NORETRY | gfp::__GFP_FAST_TRY)
-}
-
-/// A request that only tries has had its try: what is set aside is behind a lock.
-fn only_tries(gfp: Flags) -> Result<(), AllocError> {
-    if gfp.contains(gfp::__GFP_FAST_TRY) {
-        return Err(AllocError::Empty);
-    }
-    Ok(())
+    gfp.allow_blocking() && !gfp.contains(gfp::__GFP_NORETRY)
 }
 
 /// For the attempt at ordinary memory: it neither reclaims nor takes from where it is not yet meant to.
@@ -658,7 +730,9 @@ impl<'m, P: Platform> Reserve<'m, P> {
             Some(parent) => parent.of(self.mm),
             None => self.mm.reserve_root(&mut making)?,
         };
-        self.mm.connect(self.node, parent)
+        self.mm.connect(self.node, parent)?;
+        self.mm.wake_waiting();
+        Ok(())
     }
 
     /// Takes it out from under its parent; what was set aside goes back (`mem_reserve_disconnect`).
@@ -674,7 +748,9 @@ impl<'m, P: Platform> Reserve<'m, P> {
         might_sleep(self.mm.platform(), "disconnecting a reserve");
         self.mm.free_all_deferred();
         let _making = self.mm.reserve_mutex();
-        self.mm.disconnect(self.node)
+        self.mm.disconnect(self.node)?;
+        self.mm.wake_waiting();
+        Ok(())
     }
 
     /// Another amount of the same: objects of the same cache, blocks of the same order, bytes in the same sizes.
@@ -694,7 +770,9 @@ impl<'m, P: Platform> Reserve<'m, P> {
             return Err(AllocError::BadSize);
         }
         let _making = self.mm.reserve_mutex();
-        self.mm.resize(self.node, amount)
+        self.mm.resize(self.node, amount)?;
+        self.mm.wake_waiting();
+        Ok(())
     }
 
     /// No more than this is charged to it and all below it, whatever their demands come to; `None`: what they come to.
@@ -709,10 +787,13 @@ impl<'m, P: Platform> Reserve<'m, P> {
         self.mm.set_limits_of(self.node).map_err(|_| {
             self.node.cap.store(before, Ordering::Relaxed);
             AllocError::Busy
-        })
+        })?;
+        self.mm.wake_waiting();
+        Ok(())
     }
 
-    /// Has it hold this many pages instead of its bound; `None`: the bound. Fewer is a bet and not a guarantee.
+    /// Has it hold this many pages at most instead of its bound, in whole blocks of those that the bound has; `None`: the bound. Fewer is a bet and not a guarantee;
+    /// it never holds more than its bound.
     ///
     /// # Errors
     ///
@@ -737,10 +818,13 @@ impl<'m, P: Platform> Reserve<'m, P> {
     ///
     /// [`AllocError::ReserveLimit`]; [`AllocError::Detached`].
     pub fn charge(&self, bytes: u64) -> Result<(), AllocError> {
-        self.mm.charge_reserve(self.store()?, bytes)
+        let node = self.store()?;
+        self.mm.charge_reserve(node, bytes)?;
+        node.by_hand.fetch_add(bytes, Ordering::Relaxed);
+        Ok(())
     }
 
-    /// Takes back what was charged by [`charge`](Self::charge).
+    /// Takes back what was charged by [`charge`](Self::charge), and nothing else.
     ///
     /// # Context
     ///
@@ -748,21 +832,23 @@ impl<'m, P: Platform> Reserve<'m, P> {
     ///
     /// # Errors
     ///
-    /// [`Unbalanced`] if less is charged.
+    /// [`Unbalanced`] if less was charged so. Nothing has changed then.
+    #[track_caller]
     pub fn uncharge(&self, bytes: u64) -> Result<(), Unbalanced> {
         let node = self.store().unwrap_or(self.node);
-        let usage = node.all.counter.usage();
-        let reserves = &self.mm.pages.reserves;
-        reserves
-            .uncharge(node, bytes)
-            .map_err(|_| Unbalanced { usage })?;
-        let platform = self.mm.platform();
-        reserves.waiters.wake(|turn| platform.unpark_all(turn));
+        // What objects and pages are charged goes with them.
+        let less = |usage: u64| usage.checked_sub(bytes);
+        node.by_hand
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, less)
+            .map_err(|usage| Unbalanced { usage })?;
+        self.mm
+            .reserve_uncharge(node, bytes, (Pfn::NONE, Word::ZERO));
         Ok(())
     }
 
     /// Memory as [`kmalloc`](Mm::kmalloc): ordinary if it can be had without reclaim, else from this reserve. At the limit it fails, or waits for an uncharge if
-    /// the flags say that it may sleep (and not `__GFP_NORETRY`). Freed by any call that frees such memory.
+    /// the flags say that it may sleep (and not `__GFP_NORETRY`). Freed by any call that frees such memory. What has to be in a zone of its own, is prepaid or may take no lock
+    /// (`__GFP_DMA`, `__GFP_DMA32`, `__GFP_RCU_PREPAID`, `__GFP_FAST_TRY`) is ordinary memory or fails.
     ///
     /// # Context
     ///
@@ -776,23 +862,23 @@ impl<'m, P: Platform> Reserve<'m, P> {
     pub fn kmalloc(&self, size: usize, gfp: Flags) -> Result<NonNull<u8>, AllocError> {
         let caller = Location::caller();
         let mm = self.mm;
-        let plain = || mm.kmalloc(size, ordinary(gfp)).ok();
-        if let Some(got) = plain() {
-            return Ok(got);
+        let plain = || mm.kmalloc(size, ordinary(gfp));
+        let why = match plain() {
+            Err(why) => why,
+            got => return got,
+        };
+        if gfp.intersects(ELSEWHERE) {
+            return Err(why);
         }
-        only_tries(gfp)?;
         let node = self.store()?;
         let (serve, charge) = node.serve(size).ok_or(AllocError::BadSize)?;
-        mm.take_charged(node, charge, gfp, plain, || match serve {
-            Serve::Class(class) => {
-                let core = mm.kmalloc_cache(Kind::Normal, class);
-                mm.finish_object(core, mm.take_reserve_object(node, core)?, gfp, size, caller)
-            }
-            Serve::Large(order) => {
-                let pfn = mm.take_pages(node, order, PageType::LargeKmalloc, gfp)?;
-                NonNull::new(mm.page_address(pfn))
-            }
-        })
+        mm.take_charged(
+            node,
+            charge,
+            gfp,
+            || plain().ok(),
+            || mm.take_kmalloc(node, serve, size, gfp, caller),
+        )
     }
 
     /// An object as [`kmem_cache_alloc`](Mm::kmem_cache_alloc), in the way of [`kmalloc`](Self::kmalloc).
@@ -812,11 +898,15 @@ impl<'m, P: Platform> Reserve<'m, P> {
     ) -> Result<NonNull<u8>, AllocError> {
         let caller = Location::caller();
         let mm = self.mm;
-        let plain = || mm.kmem_cache_alloc(cache, ordinary(gfp)).ok();
-        if let Some(got) = plain() {
-            return Ok(got);
+        let plain = || mm.kmem_cache_alloc(cache, ordinary(gfp));
+        let why = match plain() {
+            Err(why) => why,
+            got => return got,
+        };
+        // Of which zone the objects are is the cache's to say.
+        if gfp.contains(gfp::__GFP_FAST_TRY) {
+            return Err(why);
         }
-        only_tries(gfp)?;
         let node = self.store()?;
         let core = cache.core();
         let charge = match node.shape() {
@@ -824,9 +914,17 @@ impl<'m, P: Platform> Reserve<'m, P> {
             _ => return Err(AllocError::BadSize),
         };
         let size = core.geometry.object_size as usize;
-        mm.take_charged(node, charge, gfp, plain, || {
-            mm.finish_object(core, mm.take_reserve_object(node, core)?, gfp, size, caller)
-        })
+        mm.take_charged(
+            node,
+            charge,
+            gfp,
+            || plain().ok(),
+            || {
+                let object = mm.take_reserve_object(node, core)?;
+                mm.finish_kmalloc(core, object, size, gfp, caller);
+                Some(object)
+            },
+        )
     }
 
     /// Bare pages as [`alloc_pages`](Mm::alloc_pages), in the way of [`kmalloc`](Self::kmalloc).
@@ -841,19 +939,26 @@ impl<'m, P: Platform> Reserve<'m, P> {
     #[track_caller]
     pub fn alloc_pages(&self, gfp: Flags, order: usize) -> Result<Pfn, AllocError> {
         let mm = self.mm;
-        let plain = || mm.alloc_pages(ordinary(gfp), order).ok();
-        if let Some(got) = plain() {
-            return Ok(got);
+        let plain = || mm.alloc_pages(ordinary(gfp), order);
+        let why = match plain() {
+            Err(why) => why,
+            got => return got,
+        };
+        if gfp.intersects(ELSEWHERE) {
+            return Err(why);
         }
-        only_tries(gfp)?;
         let node = self.store()?;
         let charge = match node.shape() {
             Shape::Pages { .. } => node.charge_of_pages(order).ok_or(AllocError::BadOrder)?,
             _ => return Err(AllocError::BadSize),
         };
-        mm.take_charged(node, charge, gfp, plain, || {
-            mm.take_pages(node, order, PageType::Bare, gfp)
-        })
+        mm.take_charged(
+            node,
+            charge,
+            gfp,
+            || plain().ok(),
+            || mm.take_pages(node, order, PageType::Bare, gfp),
+        )
     }
 
     /// How it stands, name apart.
@@ -888,20 +993,5 @@ impl<'m, P: Platform> Reserve<'m, P> {
         }
         self.mm.free_node(self.node);
         Ok(())
-    }
-}
-
-impl<P: Platform> Mm<P> {
-    /// What is done to every object that is handed out.
-    fn finish_object(
-        &self,
-        core: &CacheCore,
-        object: NonNull<u8>,
-        gfp: Flags,
-        asked: usize,
-        caller: Caller,
-    ) -> Option<NonNull<u8>> {
-        self.on_alloc(core, object, gfp, asked, caller);
-        Some(object)
     }
 }

@@ -29,7 +29,8 @@ use crate::desc::{Slab, SlabList};
 use crate::error::AllocError;
 use crate::gfp::{self, Flags};
 use crate::lockdep::classes;
-use crate::memmap::{DescClass, PageType, Word};
+
+use crate::memmap::{Contents, DescClass, PageType, Word};
 use crate::mm::Mm;
 use crate::page_alloc::buddy::Block;
 use crate::platform::{Holder, Pin, Platform};
@@ -82,6 +83,11 @@ impl<P: Platform> Mm<P> {
     /// One block more. Its pages are free from here on, as far as services for free memory go.
     fn set_aside(&self, node: &Node, order: usize, gfp: Flags) -> Result<(), AllocError> {
         let kind = PageType::SetAside;
+        let gfp = match node.shape() {
+            // SAFETY: the cache is not destroyed before the node.
+            Shape::Objects(core) => gfp | unsafe { core.as_ref() }.gfp,
+            _ => gfp,
+        };
         let block = self.pages.alloc_block(kind, gfp, order, None, self)?;
         let word = match node.shape() {
             Shape::Pages { .. } => block.word.to_owned(kind),
@@ -128,11 +134,33 @@ impl<P: Platform> Mm<P> {
             if !map.bad.hits(pfn, order) {
                 return Some(Block { pfn, word });
             }
-            // The zone cuts out what is bad; the tick fetches another.
+            // The zone cuts out what is bad; the tick fetches another. Nobody reads what it held.
             stock.owned.fetch_sub(1, Ordering::Relaxed);
+            let word = word.with_contents(Contents::UNKNOWN);
             self.pages
                 .prep_alloc(PageType::SetAside, pfn, order, word, Flags::EMPTY);
             self.pages.free_block_nolock(PageType::SetAside, pfn, word);
+        }
+    }
+
+    /// Lets go of idle blocks with a page that failed.
+    fn drop_bad(&self, node: &Node) {
+        if !self.pages.map.bad.any() {
+            return;
+        }
+        let held = self.lock_stores();
+        for order in 0..ORDERS {
+            let mut good = Pfn::NONE;
+            while let Some(Block { pfn, word }) = self.pop_idle(&held, node, order) {
+                self.pages.map.buddy_at(word.desc()).set_next(good);
+                good = pfn;
+            }
+            while good != Pfn::NONE {
+                let word = self.pages.map.word(good).load_owned();
+                let next = self.pages.map.buddy_at(word.desc()).next();
+                self.put_idle(&held, node, good, word);
+                good = next;
+            }
         }
     }
 
@@ -404,6 +432,7 @@ impl<P: Platform> Mm<P> {
         };
         for node in self.pages.reserves.nodes().filter(|n| n.is_connected()) {
             self.retire_all(node, false);
+            self.drop_bad(node);
             self.trim_store(node);
             for (order, stock) in node.stocks.iter().enumerate() {
                 let missing =

@@ -35,6 +35,10 @@ pub(super) const MAX_DEPTH: usize = 16;
 /// Orders.
 pub(super) const ORDERS: usize = MAX_ORDER + 1;
 
+/// For what stays for good: never from a reserve itself, whoever asks.
+const LASTING: gfp::Flags =
+    gfp::Flags::from_bits(gfp::GFP_KERNEL.bits() | gfp::__GFP_NOMEMALLOC.bits());
+
 /// What a node guarantees, by itself. All but how much never changes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Shape {
@@ -148,6 +152,8 @@ pub(crate) struct Node {
     pub(super) taken: AtomicU64,
     pub(super) max_taken: AtomicU64,
     pub(super) waits: AtomicU64,
+    /// Of what is charged: that which no memory of the node's goes with.
+    pub(super) by_hand: AtomicU64,
     /// The shape: which, and two sizes.
     shape: AtomicU32,
     sizes: [AtomicU64; 2],
@@ -196,6 +202,7 @@ impl Node {
             taken: AtomicU64::new(0),
             max_taken: AtomicU64::new(0),
             waits: AtomicU64::new(0),
+            by_hand: AtomicU64::new(0),
             shape: AtomicU32::new(0),
             sizes: [const { AtomicU64::new(0) }; 2],
             cache: AtomicPtr::new(core::ptr::null_mut()),
@@ -440,6 +447,11 @@ impl Reserves {
         uncharge(node.first(), bytes, &|_| ())
     }
 
+    /// Does it take charges?
+    pub(super) fn is_online(&self, node: &Node) -> bool {
+        node.first().counter.is_online()
+    }
+
     /// Can so much never be charged, whoever lets go of what?
     pub(super) fn never(&self, node: &Node, bytes: u64) -> bool {
         let rungs = core::iter::successors(Some(node.first()), |rung| rung.parent());
@@ -549,6 +561,12 @@ impl<P: Platform> Mm<P> {
                 *block -= less as u32;
                 over -= less << order;
             }
+            // Rather fewer than were said than more.
+            if over > 0
+                && let Some(block) = blocks.iter_mut().find(|block| **block > 0)
+            {
+                *block -= 1;
+            }
         }
         Ok(blocks)
     }
@@ -605,7 +623,7 @@ impl<P: Platform> Mm<P> {
         node.cap.store(UNLIMITED, Ordering::Relaxed);
         node.parent.store(0, Ordering::Relaxed);
         node.sizing.store(u16::from(sizing), Ordering::Relaxed);
-        for counter in [&node.max_taken, &node.waits] {
+        for counter in [&node.max_taken, &node.waits, &node.by_hand] {
             counter.store(0, Ordering::Relaxed);
         }
         node.own.counter.init(bytes);
@@ -643,14 +661,14 @@ impl<P: Platform> Mm<P> {
         let reserves = &self.pages.reserves;
         if !reserves.in_use() {
             let bytes = size_of::<Table>();
-            let table = self.kmalloc(bytes, gfp::GFP_KERNEL | gfp::__GFP_ZERO)?;
+            let table = self.kmalloc(bytes, LASTING | gfp::__GFP_ZERO)?;
             reserves.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
             reserves
                 .table
                 .store(table.cast().as_ptr(), Ordering::Release);
         }
         let bytes = size_of::<Node>().next_power_of_two();
-        let memory = self.kmalloc(bytes, gfp::GFP_KERNEL)?.cast::<Node>();
+        let memory = self.kmalloc(bytes, LASTING)?.cast::<Node>();
         // SAFETY: ours, large enough, and as aligned as its class is large.
         unsafe { memory.write(Node::new(id)) };
         reserves.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
@@ -667,7 +685,11 @@ impl<P: Platform> Mm<P> {
         if node.parent() != 0 || node.id() == 1 || reserves.is_within(parent, node) {
             return Err(AllocError::Busy);
         }
-        if reserves.height(parent) + reserves.depth(node) > MAX_DEPTH {
+        let root = reserves.get(1);
+        let rooted = root.is_some_and(|root| reserves.is_within(parent, root));
+        // The root is no level below itself.
+        let above = reserves.height(parent) - usize::from(rooted);
+        if above + reserves.depth(node) > MAX_DEPTH {
             return Err(AllocError::TooMany);
         }
         if parent.is_sizing() || node.is_sizing() && parent.shape() != node.shape() {
@@ -768,12 +790,25 @@ impl<P: Platform> Mm<P> {
         };
         let below = || reserves.nodes().filter(|n| reserves.is_within(n, node));
         let connected = node.is_connected();
+        let in_use = || below().any(|n| n.own.counter.usage() + n.all.counter.usage() > 0);
+        // What a sizing one gives its parent may be in use there.
+        let given = if node.is_sizing() {
+            node.bytes_of(node.amount()).unwrap_or(0)
+        } else {
+            0
+        };
+        let own = &parent.own.counter;
+        let needed = given > 0 && own.usage() > own.limit().saturating_sub(given);
+        // Nobody is refused for a change that cannot be.
+        if needed || in_use() {
+            return Err(AllocError::Busy);
+        }
         for n in below() {
             n.own.counter.set_online(false);
             n.all.counter.set_online(false);
         }
         // Charges that came before are seen here; none comes after.
-        let mut charged = below().any(|n| n.own.counter.usage() + n.all.counter.usage() > 0);
+        let mut charged = in_use();
         if node.is_sizing() {
             // What it gave its parent is no longer there.
             node.parent.store(0, Ordering::Relaxed);

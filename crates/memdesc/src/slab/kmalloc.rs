@@ -147,13 +147,17 @@ impl<P: Platform> Mm<P> {
     #[track_caller]
     pub fn kmalloc(&self, size: usize, gfp: Flags) -> Result<NonNull<u8>, AllocError> {
         let caller = Location::caller();
-        match class_of(size) {
+        let got = match class_of(size) {
             Some(class) if !gfp.intersects(NOT_NORMAL) && !self.kfence.samples() => {
                 self.kmalloc_in(self.kmalloc_cache(Kind::Normal, class), size, gfp, caller)
             }
             Some(class) => self.kmalloc_other(class, size, gfp, caller),
             None if gfp.contains(gfp::__GFP_FAST_TRY) => self.try_large(size, gfp, Try::Lists),
             None => self.kmalloc_large(size, gfp),
+        };
+        match got {
+            Err(why) => self.entitled_kmalloc(size, gfp, why, caller),
+            got => got,
         }
     }
 
@@ -217,18 +221,27 @@ impl<P: Platform> Mm<P> {
             };
         }
         let core = self.kmalloc_cache(Kind::Cgroup, class);
-        let got = self.charge_object(core, memcg, gfp).and_then(|charge| {
-            let object = self.kmalloc_sampled(core, size, gfp, caller)?;
-            self.keep_charge(core, object, charge);
-            Ok(object)
-        });
-        got.or_else(|why| {
-            // From a reserve, where nobody is charged.
-            let core = self.kmalloc_cache(Kind::Normal, class);
-            let object = self.entitled_object(core, gfp, why)?;
-            self.on_alloc(core, object, gfp, size, caller);
-            Ok(object)
-        })
+        let charge = self.charge_object(core, memcg, gfp)?;
+        let object = self.kmalloc_sampled(core, size, gfp, caller)?;
+        self.keep_charge(core, object, charge);
+        Ok(object)
+    }
+
+    /// Checks and marks an object of kmalloc that did not come the ordinary way.
+    pub(crate) fn finish_kmalloc(
+        &self,
+        core: &CacheCore,
+        object: NonNull<u8>,
+        size: usize,
+        gfp: Flags,
+        caller: Caller,
+    ) {
+        if !core.is_debug() {
+            return self.on_alloc(core, object, gfp, size, caller);
+        }
+        let whole = core.geometry.object_size as usize;
+        self.on_alloc(core, object, gfp & !gfp::__GFP_ZERO, whole, caller);
+        self.kmalloc_marked(core, object, size, gfp);
     }
 
     /// Whom an allocation with these flags is charged to.
@@ -255,12 +268,16 @@ impl<P: Platform> Mm<P> {
             Flags::from_bits(gfp.bits() & !gfp::__GFP_ZERO.bits()),
             caller,
         )?;
+        self.kmalloc_marked(core, object, size, gfp);
+        Ok(object)
+    }
+
+    fn kmalloc_marked(&self, core: &CacheCore, object: NonNull<u8>, size: usize, gfp: Flags) {
         debug::on_resize(core, object, size);
         if gfp.contains(gfp::__GFP_ZERO) {
-            // SAFETY: the object is ours until we return it, and has at least `size` bytes.
+            // SAFETY: the object is the caller's until he hands it out, and has at least `size` bytes.
             unsafe { object.write_bytes(0, size) };
         }
-        Ok(object)
     }
 
     #[cold]
@@ -272,14 +289,7 @@ impl<P: Platform> Mm<P> {
         let charge = self.charge_pages(memcg, gfp, order, stat)?;
         let block = self
             .pages
-            .alloc_block(PageType::LargeKmalloc, gfp, order, None, self);
-        let block = match block {
-            Ok(block) => block,
-            Err(why) => {
-                let pfn = self.entitled_pages(PageType::LargeKmalloc, gfp, order, why)?;
-                return NonNull::new(self.page_address(pfn)).ok_or(AllocError::NoBlock);
-            }
-        };
+            .alloc_block(PageType::LargeKmalloc, gfp, order, None, self)?;
         let word = self.own_block(block, DescClass::Buddy, PageType::LargeKmalloc, Some(gfp))?;
         let word = self.pages.set_memcg(word, charge.map_or(0, Charge::keep));
         self.pages.map.publish_block(block.pfn, word);

@@ -182,27 +182,13 @@ impl<P: Platform> Mm<P> {
                     1
                 })
             } else {
-                self.slabs_take(core, gfp, rest)
-                    .inspect(|&taken| {
-                        for object in rest[..taken].iter().filter_map(|o| NonNull::new(*o)) {
-                            self.on_alloc(
-                                core,
-                                object,
-                                gfp,
-                                core.geometry.object_size as usize,
-                                caller,
-                            );
-                        }
-                        let pin = self.pages.pin();
-                        self.pages.stats(&pin).add(
-                            &pin,
-                            crate::stats::Event::SlabAlloc,
-                            taken as u64,
-                        );
-                    })
-                    .or_else(|why| {
-                        // One by one, from whoever is entitled to what is set aside.
-                        let object = self.entitled_object(core, gfp, why)?;
+                // Those that are set aside one by one.
+                let some = self.slabs_take(core, gfp, rest).or_else(|why| {
+                    rest[0] = self.entitled_object(core, gfp, why)?.as_ptr();
+                    Ok(1)
+                });
+                some.inspect(|&taken| {
+                    for object in rest[..taken].iter().filter_map(|o| NonNull::new(*o)) {
                         self.on_alloc(
                             core,
                             object,
@@ -210,9 +196,12 @@ impl<P: Platform> Mm<P> {
                             core.geometry.object_size as usize,
                             caller,
                         );
-                        rest[0] = object.as_ptr();
-                        Ok(1)
-                    })
+                    }
+                    let pin = self.pages.pin();
+                    self.pages
+                        .stats(&pin)
+                        .add(&pin, crate::stats::Event::SlabAlloc, taken as u64);
+                })
             };
             match taken {
                 Ok(taken) => n += taken,

@@ -723,6 +723,9 @@ unsafe impl Platform for Hooked {
     fn unpark(&self, word: &std::sync::atomic::AtomicU32) {
         self.host.unpark(word);
     }
+    fn unpark_all(&self, word: &std::sync::atomic::AtomicU32) {
+        self.host.unpark_all(word);
+    }
     type Rcu = memdesc_host::HostRcu;
     fn rcu(&self) -> &Self::Rcu {
         self.host.rcu()
