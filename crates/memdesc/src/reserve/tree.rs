@@ -777,8 +777,10 @@ impl<P: Platform> Mm<P> {
         let own = self
             .own_bound(node, node.amount())
             .map_or(0, |bound| bound.bytes);
-        node.own.counter.set_limit(own)?;
         let limit = sum.min(node.cap.load(Ordering::Relaxed));
+        // Charges are made under this lock: none meets a limit that cannot be.
+        let _held = self.lock_stores();
+        node.own.counter.set_limit(own)?;
         node.all.counter.set_limit(limit)
     }
 
@@ -789,50 +791,34 @@ impl<P: Platform> Mm<P> {
             return Err(AllocError::Detached);
         };
         let below = || reserves.nodes().filter(|n| reserves.is_within(n, node));
-        let connected = node.is_connected();
-        let in_use = || below().any(|n| n.own.counter.usage() + n.all.counter.usage() > 0);
-        // What a sizing one gives its parent may be in use there.
-        let given = if node.is_sizing() {
-            node.bytes_of(node.amount()).unwrap_or(0)
-        } else {
-            0
-        };
-        let own = &parent.own.counter;
-        let needed = given > 0 && own.usage() > own.limit().saturating_sub(given);
-        // Nobody is refused for a change that cannot be.
-        if needed || in_use() {
-            return Err(AllocError::Busy);
-        }
-        for n in below() {
-            n.own.counter.set_online(false);
-            n.all.counter.set_online(false);
-        }
-        // Charges that came before are seen here; none comes after.
-        let mut charged = in_use();
-        if node.is_sizing() {
-            // What it gave its parent is no longer there.
-            node.parent.store(0, Ordering::Relaxed);
-            charged |= self.set_limits_of(parent).is_err();
-            if charged {
-                node.parent.store(parent.id(), Ordering::Relaxed);
-                let _ = self.set_limits_of(parent);
+        {
+            // Charges are made under this lock: each comes before all of this or after it, and nobody is refused for a change that cannot be.
+            let _held = self.lock_stores();
+            let in_use = |n: &Node| n.own.counter.usage() + n.all.counter.usage() > 0;
+            // What a sizing one gives its parent may be in use there.
+            let given = if node.is_sizing() {
+                node.bytes_of(node.amount()).unwrap_or(0)
+            } else {
+                0
+            };
+            let own = &parent.own.counter;
+            if below().any(in_use) || own.set_limit(own.limit().saturating_sub(given)).is_err() {
+                return Err(AllocError::Busy);
+            }
+            for n in below() {
+                n.own.counter.set_online(false);
+                n.all.counter.set_online(false);
             }
         }
-        if charged {
-            for n in below().filter(|_| connected) {
-                n.all.counter.set_online(true);
-                n.own.counter.set_online(!n.is_sizing());
-            }
-            return Err(AllocError::Busy);
-        }
+        node.parent.store(0, Ordering::Relaxed);
+        node.all.up.store(core::ptr::null_mut(), Ordering::Relaxed);
+        // What stands above its lower limit here was charged to a group by hand.
+        self.set_limits(parent);
         for n in below() {
             n.connected.store(0, Ordering::Relaxed);
             self.set_target(n, &[0; ORDERS]);
             self.trim_store(n);
         }
-        node.parent.store(0, Ordering::Relaxed);
-        node.all.up.store(core::ptr::null_mut(), Ordering::Relaxed);
-        self.set_limits(parent);
         if node.is_sizing() && parent.is_connected() {
             self.trim_to_bound(parent);
         }
