@@ -127,7 +127,7 @@ fn what_is_promised_is_served_while_every_allocation_fails() {
 fn shape(mm: &Mm<Host>) -> Vec<(String, bool, u64, u64, u64, u64)> {
     let mut all = Vec::new();
     mm.reserve_info(|v| {
-        let name = format!("{} {}", v.name, v.depth);
+        let name = format!("{} {}", v.name(), v.depth);
         all.push((name, v.connected, v.pages, v.held_pages, v.limit, v.usage));
     });
     all

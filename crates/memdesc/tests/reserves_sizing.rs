@@ -78,8 +78,7 @@ fn worst(mm: &Mm<Host>, bytes: usize, min: usize, max: usize) -> (u64, u64) {
         }
     }
     host.faults().off();
-    let mut name = [0; 32];
-    let view = reserve.view(&mut name);
+    let view = reserve.view();
     kept.into_iter().for_each(|ptr| kfree(mm, ptr));
     reserve.disconnect().unwrap();
     assert!(reserve.destroy().is_ok());

@@ -62,7 +62,7 @@ fn the_listing() {
     let (machine, mm) = boot();
     let list = || {
         let mut all = Vec::new();
-        mm.reserve_info(|v| all.push((v.name.to_owned(), v.depth, v.connected, v.held_pages)));
+        mm.reserve_info(|v| all.push((v.name().to_owned(), v.depth, v.connected, v.held_pages)));
         all
     };
     assert_eq!(list(), []);
@@ -117,4 +117,23 @@ fn what_is_no_reserves_says_so() {
     unsafe { mm.vfree(area) };
     down(frags);
     end(&machine, &mm);
+}
+
+/// A line of the listing, as who debugs prints it.
+#[test]
+fn a_view_is_a_line() {
+    let (_, mm) = boot();
+    let reserve = mm.reserve("frags", Demand::Pages { order: 0, count: 3 });
+    let reserve = reserve.unwrap();
+    let line = |reserve: &Reserve<'_, Host>| format!("{:?}", view(reserve));
+    assert_eq!(
+        line(&reserve),
+        "frags pages: pages 3 held 0 taken 0 most 0; bytes 0 of 12288 most 0; waits 0 refusals 0 (detached)"
+    );
+    reserve.connect(None).unwrap();
+    assert_eq!(
+        line(&reserve),
+        "frags pages: pages 3 held 3 taken 0 most 0; bytes 0 of 12288 most 0; waits 0 refusals 0"
+    );
+    down(reserve);
 }

@@ -23,7 +23,8 @@
 
 use core::ptr::NonNull;
 
-use super::tree::{Blocks, Node, ORDERS, Serve, Shape};
+use super::node::{Node, ORDERS, Serve, Shape};
+use super::tree::Blocks;
 use crate::address::Pfn;
 use crate::desc::{Slab, SlabList};
 use crate::error::AllocError;

@@ -3,337 +3,37 @@
 //! A node's memory stays a node's for good, so a number leads to a node or to nothing, without a lock: whoever frees what came from a reserve goes by the number
 //! that the slab or the page has. What keeps a node meanwhile is what is charged to it.
 //!
-//! **Charging.** Each node has two counters ([`Counter`], checked by loom): *own*, for what is taken from its own store, and *all*, for that and for what
+//! **Charging.** Each node has two counters ([`Counter`](crate::memcg::counter::Counter), checked by loom): *own*, for what is taken from its own store, and *all*, for that and for what
 //! its children have. A charge goes own → all → the parent's all → … → the root's, each compared with its limit before it is added, and none or every one
 //! of them takes it.
 //!
 //! Lock order: the structure (parents, demands, limits, who is connected) changes under `reserves`, a mutex that is held over allocations; the stores are under
 //! a lock of their own, see [`store`](super::store).
 
-use core::ptr::NonNull;
-
 use super::geometry::{Bound, Class};
+use super::node::{Node, ORDERS, Serve, Shape};
 use super::wait::Waiters;
-use crate::address::{MAX_ORDER, PAGE_SHIFT, Pfn};
+use crate::address::{MAX_ORDER, PAGE_SHIFT};
 use crate::error::AllocError;
 use crate::gfp;
 use crate::lockdep::classes;
-use crate::memcg::counter::{Counter, Level, Underflow, charge, uncharge};
+use crate::memcg::counter::{Level, Underflow, charge, uncharge};
 use crate::memcg::counter::{Refused, UNLIMITED};
 use crate::mm::Mm;
-use crate::name::AtomicName;
 use crate::platform::{Holder, Platform};
 use crate::slab::CacheCore;
-use crate::slab::kmalloc::{CLASSES, KMALLOC_MAX_CACHE_SIZE, Kind, class_of, large_order};
-use crate::sync::atomic::{AtomicPtr, AtomicU16, AtomicU32, AtomicU64, Ordering};
-use crate::sync::{PfnStack, SpinGuard, SpinLock};
+use crate::slab::kmalloc::{CLASSES, KMALLOC_MAX_CACHE_SIZE, Kind, large_order};
+use crate::sync::atomic::{AtomicPtr, AtomicU16, AtomicU64, Ordering};
+use crate::sync::{SpinGuard, SpinLock};
 
 /// The most nodes.
 pub(crate) const MAX_NODES: usize = 512;
 /// The most levels below the root.
 pub(super) const MAX_DEPTH: usize = 16;
-/// Orders.
-pub(super) const ORDERS: usize = MAX_ORDER + 1;
 
 /// For what stays for good: never from a reserve itself, whoever asks.
 const LASTING: gfp::Flags =
     gfp::Flags::from_bits(gfp::GFP_KERNEL.bits() | gfp::__GFP_NOMEMALLOC.bits());
-
-/// What a node guarantees, by itself. All but how much never changes.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Shape {
-    None,
-    /// Of this cache.
-    Objects(NonNull<CacheCore>),
-    /// Of at most this size, all from the class of it.
-    KmallocObjects {
-        size: usize,
-    },
-    Kmalloc {
-        min: usize,
-        max: usize,
-    },
-    Pages {
-        order: usize,
-    },
-}
-
-/// How a node serves a request of kmalloc.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Serve {
-    /// From the cache of this class.
-    Class(usize),
-    /// By pages of this order.
-    Large(usize),
-}
-
-impl Serve {
-    fn of(size: usize) -> Option<Serve> {
-        match class_of(size) {
-            Some(class) => Some(Serve::Class(class)),
-            None => large_order(size).ok().map(Serve::Large),
-        }
-    }
-
-    /// The bytes of what is handed out.
-    fn size(self) -> u64 {
-        match self {
-            Serve::Class(class) => CLASSES[class] as u64,
-            Serve::Large(order) => 1 << (order + PAGE_SHIFT as usize),
-        }
-    }
-
-    /// The least that is asked for of it.
-    fn least(self) -> usize {
-        match self {
-            Serve::Class(0) => 1,
-            Serve::Class(class) => CLASSES[class - 1] + 1,
-            Serve::Large(order) => {
-                let below = 1usize << (order - 1 + PAGE_SHIFT as usize);
-                below.max(KMALLOC_MAX_CACHE_SIZE) + 1
-            }
-        }
-    }
-}
-
-/// A counter in the tree.
-#[derive(Debug)]
-pub(crate) struct Rung {
-    pub(crate) counter: Counter,
-    up: AtomicPtr<Rung>,
-}
-
-impl Level for Rung {
-    fn counter(&self) -> &Counter {
-        &self.counter
-    }
-
-    fn parent(&self) -> Option<&Rung> {
-        // SAFETY: null, or a rung of a node, which stays one for ever; all its fields are atomics.
-        unsafe { self.up.load(Ordering::Relaxed).as_ref() }
-    }
-}
-
-impl Rung {
-    fn new() -> Rung {
-        Rung {
-            counter: Counter::new(),
-            up: AtomicPtr::new(core::ptr::null_mut()),
-        }
-    }
-}
-
-/// Blocks of a node.
-#[derive(Debug)]
-pub(crate) struct Stock {
-    /// Those that nobody has, linked through their descriptors.
-    pub(super) idle: AtomicU32,
-    pub(super) nr_idle: AtomicU32,
-    /// Those that it has at all, taken or not.
-    pub(super) owned: AtomicU32,
-    /// Those that it should have.
-    pub(super) target: AtomicU32,
-}
-
-/// A node.
-///
-/// # Invariants
-///
-/// `id` never changes. `shape`, `cache` and `name` change while the node is nobody's. `idle`, `nr_idle` and `owned` are under the lock of the stores; all
-/// else under the mutex of the tree, but for the counters.
-#[repr(C, align(64))]
-pub(crate) struct Node {
-    pub(super) own: Rung,
-    pub(super) all: Rung,
-    pub(super) stocks: [Stock; ORDERS],
-    /// Blocks that came back, from any context; on their way to `idle`.
-    pub(super) returned: PfnStack,
-    /// Pages that are not idle, and the most there ever were.
-    pub(super) taken: AtomicU64,
-    pub(super) max_taken: AtomicU64,
-    pub(super) waits: AtomicU64,
-    /// Of what is charged: that which no memory of the node's goes with.
-    pub(super) by_hand: AtomicU64,
-    /// The shape: which, and two sizes.
-    shape: AtomicU32,
-    sizes: [AtomicU64; 2],
-    cache: AtomicPtr<CacheCore>,
-    /// Objects, bytes or blocks of its own demand.
-    pub(super) amount: AtomicU64,
-    /// A number of pages instead of the bound; [`u64::MAX`]: the bound.
-    pub(super) pages: AtomicU64,
-    /// No more than this in all, whatever the sum of demands.
-    pub(super) cap: AtomicU64,
-    pub(super) name: AtomicName,
-    id: AtomicU16,
-    /// Of the parent; 0: none.
-    parent: AtomicU16,
-    /// Somebody has it.
-    alive: AtomicU16,
-    /// Things are set aside for it.
-    connected: AtomicU16,
-    /// It has no store of its own: its demand is added to its parent's.
-    sizing: AtomicU16,
-}
-
-const _: () = assert!(size_of::<Node>() <= 768);
-
-impl Node {
-    /// One that is in no tree, to ask what it would be.
-    pub(super) fn detached(shape: Shape) -> Node {
-        let node = Node::new(0);
-        node.set_shape(shape);
-        node
-    }
-
-    fn new(id: u16) -> Node {
-        Node {
-            own: Rung::new(),
-            all: Rung::new(),
-            stocks: [const {
-                Stock {
-                    idle: AtomicU32::new(Pfn::NONE.0),
-                    nr_idle: AtomicU32::new(0),
-                    owned: AtomicU32::new(0),
-                    target: AtomicU32::new(0),
-                }
-            }; ORDERS],
-            returned: PfnStack::new(),
-            taken: AtomicU64::new(0),
-            max_taken: AtomicU64::new(0),
-            waits: AtomicU64::new(0),
-            by_hand: AtomicU64::new(0),
-            shape: AtomicU32::new(0),
-            sizes: [const { AtomicU64::new(0) }; 2],
-            cache: AtomicPtr::new(core::ptr::null_mut()),
-            amount: AtomicU64::new(0),
-            pages: AtomicU64::new(u64::MAX),
-            cap: AtomicU64::new(UNLIMITED),
-            name: AtomicName::new(),
-            id: AtomicU16::new(id),
-            parent: AtomicU16::new(0),
-            alive: AtomicU16::new(0),
-            connected: AtomicU16::new(0),
-            sizing: AtomicU16::new(0),
-        }
-    }
-
-    pub(crate) fn id(&self) -> u16 {
-        self.id.load(Ordering::Relaxed)
-    }
-
-    pub(super) fn parent(&self) -> u16 {
-        self.parent.load(Ordering::Relaxed)
-    }
-
-    pub(super) fn is_alive(&self) -> bool {
-        self.alive.load(Ordering::Acquire) != 0
-    }
-
-    pub(super) fn is_connected(&self) -> bool {
-        self.connected.load(Ordering::Relaxed) != 0
-    }
-
-    pub(super) fn is_sizing(&self) -> bool {
-        self.sizing.load(Ordering::Relaxed) != 0
-    }
-
-    pub(super) fn amount(&self) -> u64 {
-        self.amount.load(Ordering::Relaxed)
-    }
-
-    pub(crate) fn shape(&self) -> Shape {
-        let size = |i: usize| self.sizes[i].load(Ordering::Relaxed) as usize;
-        match self.shape.load(Ordering::Relaxed) {
-            1 => {
-                NonNull::new(self.cache.load(Ordering::Relaxed)).map_or(Shape::None, Shape::Objects)
-            }
-            2 => Shape::KmallocObjects { size: size(0) },
-            3 => Shape::Kmalloc {
-                min: size(0),
-                max: size(1),
-            },
-            4 => Shape::Pages { order: size(0) },
-            _ => Shape::None,
-        }
-    }
-
-    fn set_shape(&self, shape: Shape) {
-        let (which, a, b) = match shape {
-            Shape::None => (0, 0, 0),
-            Shape::Objects(core) => {
-                self.cache.store(core.as_ptr(), Ordering::Relaxed);
-                (1, 0, 0)
-            }
-            Shape::KmallocObjects { size } => (2, size, 0),
-            Shape::Kmalloc { min, max } => (3, min, max),
-            Shape::Pages { order } => (4, order, 0),
-        };
-        self.shape.store(which, Ordering::Relaxed);
-        self.sizes[0].store(a as u64, Ordering::Relaxed);
-        self.sizes[1].store(b as u64, Ordering::Relaxed);
-    }
-
-    /// How a request of kmalloc is served, and what is charged for it; `None` if it is not what the node is for.
-    pub(crate) fn serve(&self, size: usize) -> Option<(Serve, u64)> {
-        match self.shape() {
-            Shape::KmallocObjects { size: most } if (1..=most).contains(&size) => {
-                let serve = Serve::of(most)?;
-                Some((serve, serve.size()))
-            }
-            Shape::Kmalloc { min, max } if (1..=max).contains(&size) => {
-                let serve = Serve::of(size.max(min))?;
-                Some((serve, serve.least().max(min) as u64))
-            }
-            _ => None,
-        }
-    }
-
-    /// What is charged for an object of a cache; `None` if the node is not for such.
-    pub(crate) fn charge_of_object(&self, core: &CacheCore) -> Option<u64> {
-        match self.shape() {
-            Shape::Objects(cache) => {
-                (cache == NonNull::from(core)).then_some(u64::from(core.geometry.object_size))
-            }
-            Shape::KmallocObjects { .. } | Shape::Kmalloc { .. } => {
-                self.charge_of(Serve::of(core.geometry.object_size as usize)?)
-            }
-            _ => None,
-        }
-    }
-
-    /// What is charged for what is handed out so, whoever asked for how much of it; `None` if the node is not for such.
-    pub(super) fn charge_of(&self, serve: Serve) -> Option<u64> {
-        match self.shape() {
-            Shape::KmallocObjects { size } => (Serve::of(size)? == serve).then_some(serve.size()),
-            Shape::Kmalloc { min, max } => (serve.least() <= max && serve.size() >= min as u64)
-                .then_some(serve.least().max(min) as u64),
-            _ => None,
-        }
-    }
-
-    /// What is charged for pages of this order; `None` if the node is not for such.
-    pub(crate) fn charge_of_pages(&self, order: usize) -> Option<u64> {
-        let size = 1usize << (order + PAGE_SHIFT as usize);
-        match self.shape() {
-            Shape::Pages { order: own } => (own == order).then_some(size as u64),
-            _ => self.charge_of(Serve::of(size)?),
-        }
-    }
-
-    /// What so much of this shape charges at most.
-    pub(super) fn bytes_of(&self, amount: u64) -> Option<u64> {
-        let each = match self.shape() {
-            Shape::None => return Some(0),
-            // SAFETY: the cache is not destroyed before the node.
-            Shape::Objects(core) => u64::from(unsafe { core.as_ref() }.geometry.object_size),
-            Shape::KmallocObjects { size } => Serve::of(size)?.size(),
-            Shape::Kmalloc { .. } => 1,
-            Shape::Pages { order } => 1 << (order + PAGE_SHIFT as usize),
-        };
-        amount.checked_mul(each).filter(|&bytes| bytes < UNLIMITED)
-    }
-}
 
 /// What who changes the tree has.
 #[derive(Debug)]
@@ -420,14 +120,14 @@ impl Reserves {
     }
 
     /// Levels from this one up to the top.
-    fn height(&self, node: &Node) -> usize {
+    pub(super) fn height(&self, node: &Node) -> usize {
         core::iter::successors(Some(node), |node| self.get(node.parent()))
             .take(MAX_DEPTH + 1)
             .count()
     }
 
     /// Levels from this one down.
-    fn depth(&self, node: &Node) -> usize {
+    pub(super) fn depth(&self, node: &Node) -> usize {
         let below = self.nodes().filter(|n| self.is_within(n, node));
         let levels = below.map(|n| self.height(n) - self.height(node) + 1);
         levels.max().unwrap_or(1)
@@ -458,17 +158,6 @@ impl Reserves {
         rungs
             .take(MAX_DEPTH + 2)
             .any(|rung| bytes > rung.counter.limit())
-    }
-}
-
-impl Node {
-    /// Where its charges begin.
-    fn first(&self) -> &Rung {
-        if self.shape() == Shape::None {
-            &self.all
-        } else {
-            &self.own
-        }
     }
 }
 
@@ -677,192 +366,5 @@ impl<P: Platform> Mm<P> {
             None => unreachable!("a node beyond the table"),
         }
         reserves.get(id).ok_or(AllocError::NoBlock)
-    }
-
-    /// Puts a detached node under another, with all that is below it.
-    pub(super) fn connect(&self, node: &Node, parent: &Node) -> Result<(), AllocError> {
-        let reserves = &self.pages.reserves;
-        if node.parent() != 0 || node.id() == 1 || reserves.is_within(parent, node) {
-            return Err(AllocError::Busy);
-        }
-        let root = reserves.get(1);
-        let rooted = root.is_some_and(|root| reserves.is_within(parent, root));
-        // The root is no level below itself.
-        let above = reserves.height(parent) - usize::from(rooted);
-        if above + reserves.depth(node) > MAX_DEPTH {
-            return Err(AllocError::TooMany);
-        }
-        if parent.is_sizing() || node.is_sizing() && parent.shape() != node.shape() {
-            return Err(AllocError::BadSize);
-        }
-        node.parent.store(parent.id(), Ordering::Relaxed);
-        let result = if parent.is_connected() {
-            self.fill_subtree(node, parent)
-        } else {
-            Ok(())
-        };
-        if result.is_err() {
-            node.parent.store(0, Ordering::Relaxed);
-            return result;
-        }
-        let all = (&raw const parent.all).cast_mut();
-        node.all.up.store(all, Ordering::Relaxed);
-        self.set_limits(parent);
-        if parent.is_connected() {
-            for below in reserves.nodes().filter(|n| reserves.is_within(n, node)) {
-                below.connected.store(1, Ordering::Relaxed);
-                below.all.counter.set_online(true);
-                below.own.counter.set_online(!below.is_sizing());
-            }
-        }
-        Ok(())
-    }
-
-    /// Fills the stores of all below `node`, and that of its parent if it sizes that; all or none.
-    fn fill_subtree(&self, node: &Node, parent: &Node) -> Result<(), AllocError> {
-        let reserves = &self.pages.reserves;
-        let mut result = Ok(());
-        for below in reserves.nodes().filter(|n| reserves.is_within(n, node)) {
-            result = result.and_then(|()| self.fill_to_bound(below));
-        }
-        if node.is_sizing() {
-            result = result.and_then(|()| self.fill_to_bound(parent));
-        }
-        if result.is_err() {
-            for below in reserves.nodes().filter(|n| reserves.is_within(n, node)) {
-                self.set_target(below, &[0; ORDERS]);
-                self.trim_store(below);
-            }
-            if node.is_sizing() {
-                // As if the child were not there.
-                node.parent.store(0, Ordering::Relaxed);
-                self.trim_to_bound(parent);
-            }
-        }
-        result
-    }
-
-    /// Gives a node's store what its bound says.
-    pub(super) fn fill_to_bound(&self, node: &Node) -> Result<(), AllocError> {
-        if node.is_sizing() {
-            return Ok(());
-        }
-        let bound = self.own_bound(node, node.amount())?;
-        let blocks = self.blocks_of(node, &bound)?;
-        self.fill_store(node, &blocks)
-    }
-
-    /// Gives back what a node's store has above its bound, if nothing is taken from it.
-    pub(super) fn trim_to_bound(&self, node: &Node) {
-        if let Ok(bound) = self.own_bound(node, node.amount())
-            && let Ok(blocks) = self.blocks_of(node, &bound)
-        {
-            self.set_target(node, &blocks);
-            self.trim_store(node);
-        }
-    }
-
-    /// Sets the limits of a node and of all above it to what their demands come to, or to what was set. What stands above its new limit keeps the old one.
-    pub(super) fn set_limits(&self, node: &Node) {
-        let mut at = Some(node);
-        while let Some(node) = at {
-            let _ = self.set_limits_of(node);
-            at = self.pages.reserves.get(node.parent());
-        }
-    }
-
-    /// The same of one node; the sum that stands in the way if there is more than the new limit.
-    pub(super) fn set_limits_of(&self, node: &Node) -> Result<(), u64> {
-        let sum = self.subtree_bytes(node);
-        let own = self
-            .own_bound(node, node.amount())
-            .map_or(0, |bound| bound.bytes);
-        let limit = sum.min(node.cap.load(Ordering::Relaxed));
-        // Charges are made under this lock: none meets a limit that cannot be.
-        let _held = self.lock_stores();
-        node.own.counter.set_limit(own)?;
-        node.all.counter.set_limit(limit)
-    }
-
-    /// Takes a node out from under its parent, with all that is below it; nothing may be charged in it.
-    pub(super) fn disconnect(&self, node: &Node) -> Result<(), AllocError> {
-        let reserves = &self.pages.reserves;
-        let Some(parent) = reserves.get(node.parent()) else {
-            return Err(AllocError::Detached);
-        };
-        let below = || reserves.nodes().filter(|n| reserves.is_within(n, node));
-        {
-            // Charges are made under this lock: each comes before all of this or after it, and nobody is refused for a change that cannot be.
-            let _held = self.lock_stores();
-            let in_use = |n: &Node| n.own.counter.usage() + n.all.counter.usage() > 0;
-            // What a sizing one gives its parent may be in use there.
-            let given = if node.is_sizing() {
-                node.bytes_of(node.amount()).unwrap_or(0)
-            } else {
-                0
-            };
-            let own = &parent.own.counter;
-            if below().any(in_use) || own.set_limit(own.limit().saturating_sub(given)).is_err() {
-                return Err(AllocError::Busy);
-            }
-            for n in below() {
-                n.own.counter.set_online(false);
-                n.all.counter.set_online(false);
-            }
-        }
-        node.parent.store(0, Ordering::Relaxed);
-        node.all.up.store(core::ptr::null_mut(), Ordering::Relaxed);
-        // What stands above its lower limit here was charged to a group by hand.
-        self.set_limits(parent);
-        for n in below() {
-            n.connected.store(0, Ordering::Relaxed);
-            self.set_target(n, &[0; ORDERS]);
-            self.trim_store(n);
-        }
-        if node.is_sizing() && parent.is_connected() {
-            self.trim_to_bound(parent);
-        }
-        Ok(())
-    }
-
-    /// Another amount. Growing may fail for want of memory; shrinking if more is charged. Nothing has changed then.
-    pub(super) fn resize(&self, node: &Node, amount: u64) -> Result<(), AllocError> {
-        node.bytes_of(amount).ok_or(AllocError::BadSize)?;
-        let before = node.amount.swap(amount, Ordering::Relaxed);
-        let reserves = &self.pages.reserves;
-        // Whose store it is for.
-        let store = if node.is_sizing() {
-            reserves.get(node.parent()).unwrap_or(node)
-        } else {
-            node
-        };
-        let fails = |why| {
-            node.amount.store(before, Ordering::Relaxed);
-            self.set_limits(node);
-            if store.is_connected() {
-                self.trim_to_bound(store);
-            }
-            Err(why)
-        };
-        if amount >= before {
-            if store.is_connected()
-                && let Err(why) = self.fill_to_bound(store)
-            {
-                return fails(why);
-            }
-            self.set_limits(node);
-            return Ok(());
-        }
-        let mut at = Some(node);
-        while let Some(node) = at {
-            if self.set_limits_of(node).is_err() {
-                return fails(AllocError::Busy);
-            }
-            at = reserves.get(node.parent());
-        }
-        if store.is_connected() {
-            self.trim_to_bound(store);
-        }
-        Ok(())
     }
 }

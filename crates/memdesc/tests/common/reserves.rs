@@ -68,10 +68,8 @@ impl Adversary {
     }
 }
 
-pub fn view<P: Platform>(reserve: &Reserve<'_, P>) -> ReserveView<'static> {
-    let mut name = [0; 32];
-    let view = reserve.view(&mut name);
-    ReserveView { name: "", ..view }
+pub fn view<P: Platform>(reserve: &Reserve<'_, P>) -> ReserveView {
+    reserve.view()
 }
 
 /// Disconnects it, if it is under anything, and destroys it.

@@ -99,7 +99,7 @@ impl<'m> Reserves<'m> {
         let mut nodes = Vec::new();
         self.mm.reserve_info(|view| {
             nodes.push(Node {
-                name: view.name.to_owned(),
+                name: view.name().to_owned(),
                 depth: view.depth,
                 kind: view.kind,
                 pages: view.pages,
