@@ -105,7 +105,7 @@ impl<P: Platform> Mm<P> {
             }
             let again = || {
                 let charged =
-                    serving().find(|&(node, charge)| reserves.charge(node, charge).is_ok());
+                    serving().find(|&(node, charge)| self.charge_reserve(node, charge).is_ok());
                 // None of them waits any more: its place in the tree has changed.
                 charged
                     .map(Some)
