@@ -20,7 +20,7 @@
 //!
 //! **Why a limit holds from when it is set.** Who lowers it stores the new one first and then *modifies* the word (adds nothing), so all charges come
 //! before it or after it. Those before it he sees; those after it read the word that he released, so they see the new limit, for
-//! each looks at the limit again after its charge.
+//! each looks at the limit again after its charge. One that was compared with the old limit stands above the new one until that look, and is undone by it.
 //!
 //! **Why a group goes once.** It goes when the word becomes zero: offline, no pins, no bytes. Nothing raises a word that is zero, since charges want
 //! *online*, pins want a pin, and charges from below are the child's, which has one. So exactly one change leads to zero, and who makes it lets go of the group.
