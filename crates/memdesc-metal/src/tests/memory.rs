@@ -1,0 +1,258 @@
+//! Tests of one CPU: what booting wrote, pages, objects, collections.
+
+use alloc::boxed::Box;
+use alloc::collections::BTreeMap;
+use alloc::format;
+use alloc::string::ToString;
+use alloc::vec::Vec;
+
+use memdesc::gfp::{__GFP_NORETRY, __GFP_NOWARN, GFP_KERNEL};
+use memdesc::rcu::Rcu;
+use memdesc::{CacheFlags, Event, MAX_ORDER, Mm, PAGE_SIZE, PAGEBLOCK_ORDER, Pfn};
+
+use super::{Machine, Outcome, Passed, ledger};
+use crate::check;
+use crate::platform::Metal;
+
+/// Pages that are free, wherever they are kept.
+pub(super) fn free_pages(machine: &Machine) -> u64 {
+    let ledger = ledger(machine);
+    ledger.free + ledger.untouched + ledger.pcp
+}
+
+/// Rule 2: taking over memory writes words in proportion to the number of largest blocks, not of pages.
+pub(super) fn words_written_at_boot(machine: &Machine) -> Outcome {
+    let Some((words, blocks)) = machine.written else {
+        return Ok(Passed::Skipped("not counted: words=count does"));
+    };
+    check!(
+        words > 0 && words <= blocks + 64,
+        "{words} words for {blocks} largest blocks"
+    );
+    Ok(Passed::Says(format!(
+        "{words} words, {blocks} largest blocks"
+    )))
+}
+
+/// Rule 9: counters and a walk over the memory map agree, page by page.
+pub(super) fn the_ledger_balances(machine: &Machine) -> Outcome {
+    let ledger = ledger(machine);
+    check!(ledger.balanced, "{ledger:?}");
+    Ok(Passed::Says(format!(
+        "{} pages given, {} B of metadata",
+        ledger.given,
+        ledger.metadata_bytes()
+    )))
+}
+
+/// Blocks of each order are aligned, of their size, and nobody else's.
+pub(super) fn pages_of_every_order(machine: &Machine) -> Outcome {
+    let mm = machine.mm;
+    let before = {
+        mm.shrink();
+        free_pages(machine)
+    };
+    let mut blocks = Vec::new();
+    for round in 0..4u64 {
+        for order in 0..=MAX_ORDER {
+            let pfn = mm
+                .alloc_pages(GFP_KERNEL, order)
+                .map_err(|why| format!("order {order}: {why}"))?;
+            check!(pfn.is_aligned(order), "{pfn:?} of order {order}");
+            let words = (PAGE_SIZE << order) / 8;
+            let stamp = round << 8 | order as u64;
+            // SAFETY: the block was just handed out, and is that long.
+            let memory = unsafe {
+                core::slice::from_raw_parts_mut(mm.page_address(pfn).cast::<u64>(), words)
+            };
+            memory
+                .iter_mut()
+                .step_by(512)
+                .for_each(|word| *word = stamp);
+            memory[words - 1] = stamp;
+            blocks.push((pfn, words, stamp));
+        }
+    }
+    for (pfn, words, stamp) in blocks {
+        // SAFETY: as above.
+        let memory =
+            unsafe { core::slice::from_raw_parts(mm.page_address(pfn).cast::<u64>(), words) };
+        let right =
+            memory.iter().step_by(512).all(|word| *word == stamp) && memory[words - 1] == stamp;
+        check!(right, "{pfn:?} was written by somebody else");
+        // SAFETY: ours, and used no more.
+        unsafe { mm.free_pages(pfn) };
+    }
+    mm.shrink();
+    let after = free_pages(machine);
+    check!(after == before, "{before} pages were free, {after} are");
+    check!(ledger(machine).balanced);
+    Ok(Passed::Ok)
+}
+
+/// Objects of all sizes from 1 byte to 4 MiB are as large and as aligned as was asked.
+pub(super) fn objects_of_every_size(machine: &Machine) -> Outcome {
+    let mm = machine.mm;
+    let mut objects = Vec::new();
+    let mut size = 1;
+    while size <= 4 << 20 {
+        for size in [size, size + size / 2] {
+            if size > 4 << 20 {
+                continue;
+            }
+            let object = mm
+                .kmalloc(size, GFP_KERNEL)
+                .map_err(|why| format!("{size} B: {why}"))?;
+            check!(
+                !size.is_power_of_two()
+                    || size < 8
+                    || object.addr().get().is_multiple_of(size.min(PAGE_SIZE))
+            );
+            // SAFETY: ours, and that long.
+            unsafe {
+                check!(mm.ksize(object) >= size);
+                object.write(size as u8);
+                object.add(size - 1).write(size as u8);
+            }
+            objects.push((object, size));
+        }
+        size *= 2;
+    }
+    for (object, size) in objects {
+        // SAFETY: ours, that long, and freed once.
+        unsafe {
+            check!(
+                object.add(size - 1).read() == size as u8,
+                "{size} B were written by somebody else"
+            );
+            mm.kfree(object);
+        }
+    }
+    check!(ledger(machine).balanced);
+    Ok(Passed::Ok)
+}
+
+/// A cache gives objects of its own, and ends when all are back.
+pub(super) fn a_cache_lives_and_dies(machine: &Machine) -> Outcome {
+    let mm = machine.mm;
+    let cache = mm
+        .kmem_cache_create("metal", 104, 8, CacheFlags::EMPTY, None)
+        .map_err(|why| why.to_string())?;
+    let mut objects = Vec::new();
+    for i in 0..3000u64 {
+        let object = mm
+            .kmem_cache_alloc(&cache, GFP_KERNEL)
+            .map_err(|why| why.to_string())?;
+        // SAFETY: ours, 104 bytes long.
+        unsafe { object.cast::<u64>().add(12).write(i) };
+        objects.push(object);
+    }
+    for (i, object) in objects.into_iter().enumerate() {
+        // SAFETY: the same; freed once.
+        unsafe {
+            check!(object.cast::<u64>().add(12).read() == i as u64);
+            mm.kmem_cache_free(&cache, object);
+        }
+    }
+    check!(mm.kmem_cache_destroy(cache).is_ok(), "objects are left");
+    check!(ledger(machine).balanced);
+    Ok(Passed::Ok)
+}
+
+/// Takes blocks of this order until there are no more, linked through themselves; the last one and how many.
+fn take_all(mm: &Mm<Metal>, order: usize) -> (Pfn, u64) {
+    let (mut last, mut blocks) = (Pfn::NONE, 0);
+    while let Ok(pfn) = mm.alloc_pages(GFP_KERNEL | __GFP_NORETRY | __GFP_NOWARN, order) {
+        // SAFETY: ours from here on.
+        unsafe { mm.page_address(pfn).cast::<Pfn>().write(last) };
+        (last, blocks) = (pfn, blocks + 1);
+    }
+    (last, blocks)
+}
+
+/// Gives them back.
+fn give_all(mm: &Mm<Metal>, mut last: Pfn) {
+    while last != Pfn::NONE {
+        // SAFETY: from `take_all`, written there, and freed once.
+        unsafe {
+            let next = mm.page_address(last).cast::<Pfn>().read();
+            mm.free_pages(last);
+            last = next;
+        }
+    }
+}
+
+/// All of memory comes but what the watermarks keep, 2 MiB at a time and then by pages, and all of it comes back.
+pub(super) fn all_memory_can_be_had(machine: &Machine) -> Outcome {
+    let mm = machine.mm;
+    mm.shrink();
+    let before = free_pages(machine);
+    let metadata = ledger(machine).metadata;
+    let (large, large_blocks) = take_all(mm, PAGEBLOCK_ORDER);
+    let (small, small_blocks) = take_all(mm, 0);
+    let had = (large_blocks << PAGEBLOCK_ORDER) + small_blocks;
+    let left = free_pages(machine);
+    let balanced = ledger(machine).balanced;
+    give_all(mm, small);
+    give_all(mm, large);
+    mm.shrink();
+    let after = free_pages(machine);
+    check!(balanced && ledger(machine).balanced);
+    check!(
+        had * 100 >= before * 95,
+        "{had} pages of {before} came, {left} are left"
+    );
+    // A slab that describes itself stays for good: when memory was short some may have been made.
+    let kept = ledger(machine).metadata - metadata;
+    check!(
+        after + kept == before && kept <= 64,
+        "{before} pages were free, {after} are, {kept} became metadata"
+    );
+    Ok(Passed::Says(format!(
+        "{large_blocks} blocks of 2 MiB and {small_blocks} pages of {before} pages"
+    )))
+}
+
+/// `alloc`'s collections, and what is aligned more than usual.
+pub(super) fn collections(_machine: &Machine) -> Outcome {
+    #[repr(align(4096))]
+    struct Page([u8; PAGE_SIZE]);
+    let mut map = BTreeMap::new();
+    for i in 0..2000u64 {
+        map.insert(i.wrapping_mul(0x9e37_79b9_7f4a_7c15), i.to_string());
+    }
+    let right = map
+        .iter()
+        .all(|(k, v)| v.parse() == Ok(k.wrapping_mul(0xf1de_83e1_9937_733d)));
+    check!(right, "a map holds something else");
+    // More than a slab, and more than the page allocator has in one piece.
+    let mut long: Vec<u64> = (0..(1 << 16)).collect();
+    long.resize(5 << 17, 7);
+    check!(long[65535] == 65535 && long[(5 << 17) - 1] == 7);
+    let pages: Vec<Box<Page>> = (0..8).map(|i| Box::new(Page([i; PAGE_SIZE]))).collect();
+    for (i, page) in pages.iter().enumerate() {
+        check!((&raw const **page).addr().is_multiple_of(PAGE_SIZE) && page.0[4095] == i as u8);
+    }
+    Ok(Passed::Ok)
+}
+
+/// After everything: what was taken is back, and the ledger balances still.
+pub(super) fn nothing_is_left(machine: &Machine) -> Outcome {
+    let mm = machine.mm;
+    mm.rcu().barrier();
+    mm.shrink();
+    let ledger = ledger(machine);
+    check!(ledger.balanced, "{ledger:?}");
+    let mut users = 0;
+    mm.slabinfo(|cache| users += u64::from(cache.name == "metal"));
+    check!(users == 0, "a cache of a test is left");
+    let free = free_pages(machine);
+    let given = ledger.given;
+    check!(free * 100 >= given * 97, "{free} pages of {given} are free");
+    let on_free = mm.event(Event::AllocOnFree);
+    check!(on_free == 0, "{on_free} allocations on a free path");
+    Ok(Passed::Says(format!(
+        "{free} pages of {given} are free, {} B of metadata",
+        ledger.metadata_bytes()
+    )))
+}

@@ -1,0 +1,180 @@
+//! The self-tests: each a function that says what is wrong, run one after the other, a line each.
+
+mod cpus;
+mod memory;
+mod nmi;
+mod vmalloc;
+
+use alloc::string::String;
+
+use core::sync::atomic::{AtomicUsize, Ordering};
+
+use memdesc::{Ledger, Mm};
+use spin::Mutex;
+
+use crate::exit::Exit;
+use crate::platform::Metal;
+use crate::pvh::BootInfo;
+use crate::{log, remote, smp, time};
+
+/// What a test is given.
+pub(crate) struct Machine {
+    pub(crate) mm: &'static Mm<Metal>,
+    pub(crate) boot: &'static BootInfo,
+    /// Words that were not zero when memory had been taken over, and how many largest blocks it has; if that was counted.
+    pub(crate) written: Option<(u64, u64)>,
+    /// CPUs that run.
+    pub(crate) cpus: usize,
+}
+
+/// How a test ends that did not fail.
+pub(crate) enum Passed {
+    /// As it should.
+    Ok,
+    /// As it should, and this is worth saying.
+    Says(String),
+    /// It could not be done on this machine.
+    Skipped(&'static str),
+}
+
+pub(crate) type Outcome = Result<Passed, String>;
+
+type Test = fn(&Machine) -> Outcome;
+
+/// Fails the test with what is wrong and where unless it holds.
+#[macro_export]
+macro_rules! check {
+    ($holds:expr) => {
+        $crate::check!($holds, "{}", stringify!($holds))
+    };
+    ($holds:expr, $($why:tt)+) => {
+        if !$holds {
+            return Err(alloc::format!("{}:{}: {}", file!(), line!(), format_args!($($why)+)));
+        }
+    };
+}
+
+const TESTS: &[(&str, Test)] = &[
+    ("words_written_at_boot", memory::words_written_at_boot),
+    ("the_ledger_balances", memory::the_ledger_balances),
+    ("pages_of_every_order", memory::pages_of_every_order),
+    ("objects_of_every_size", memory::objects_of_every_size),
+    ("a_cache_lives_and_dies", memory::a_cache_lives_and_dies),
+    ("all_memory_can_be_had", memory::all_memory_can_be_had),
+    ("collections", memory::collections),
+    ("vmalloc_has_guards", vmalloc::vmalloc_has_guards),
+    ("stacks_have_owners", vmalloc::stacks_have_owners),
+    (
+        "others_forget_translations",
+        vmalloc::others_forget_translations,
+    ),
+    ("timers_tick", cpus::timers_tick),
+    ("cpus_have_numbers", cpus::cpus_have_numbers),
+    ("pages_go_between_cpus", cpus::pages_go_between_cpus),
+    ("objects_go_between_cpus", cpus::objects_go_between_cpus),
+    (
+        "lists_are_drained_under_load",
+        cpus::lists_are_drained_under_load,
+    ),
+    (
+        "readers_hold_up_grace_periods",
+        cpus::readers_hold_up_grace_periods,
+    ),
+    ("frees_wait_for_readers", cpus::frees_wait_for_readers),
+    ("collections_on_all_cpus", cpus::collections_on_all_cpus),
+    ("nmi_storm", nmi::nmi_storm),
+    ("nothing_is_left", memory::nothing_is_left),
+];
+
+/// Runs them, all or those that the command line names.
+pub(crate) fn run(machine: &Machine) -> Exit {
+    let wanted = machine.boot.value("tests").unwrap_or("");
+    let (mut passed, mut failed, mut skipped) = (0, 0, 0);
+    for (name, test) in TESTS.iter().filter(|(name, _)| name.contains(wanted)) {
+        crate::memory::work();
+        let before = time::now();
+        let outcome = test(machine);
+        let ms = (time::now() - before) / 1_000_000;
+        match outcome {
+            Ok(Passed::Ok) => {
+                passed += 1;
+                log!("test {name} ... ok ({ms} ms)");
+            }
+            Ok(Passed::Says(what)) => {
+                passed += 1;
+                log!("test {name} ... ok ({ms} ms): {what}");
+            }
+            Ok(Passed::Skipped(why)) => {
+                skipped += 1;
+                log!("test {name} ... skipped: {why}");
+            }
+            Err(why) => {
+                failed += 1;
+                log!("test {name} ... FAILED: {why}");
+            }
+        }
+    }
+    log!("{passed} passed, {failed} failed, {skipped} skipped");
+    if failed == 0 && passed > 0 {
+        Exit::Success
+    } else {
+        Exit::Failure
+    }
+}
+
+/// The ledger of a quiet moment: the other CPUs wait meanwhile, outside of everything.
+pub(crate) fn ledger(machine: &Machine) -> Ledger {
+    let (waiting, found) = (AtomicUsize::new(0), Mutex::new(None));
+    smp::on_all_cpus(&|cpu| {
+        let is_first = cpu == 0;
+        if !is_first {
+            waiting.fetch_add(1, Ordering::AcqRel);
+        }
+        while waiting.load(Ordering::Acquire) < machine.cpus - 1 {
+            remote::serve();
+            core::hint::spin_loop();
+        }
+        while !is_first && found.lock().is_none() {
+            remote::serve();
+            core::hint::spin_loop();
+        }
+        if is_first {
+            let ledger = machine.mm.ledger();
+            *found.lock() = Some(ledger);
+        }
+    });
+    // `on_all_cpus` has run it on the first CPU too.
+    found.into_inner().unwrap_or_else(|| machine.mm.ledger())
+}
+
+/// A sequence that looks random, the same for the same start.
+pub(crate) struct Random(u64);
+
+impl Random {
+    pub(crate) fn new(start: u64) -> Random {
+        Random(start.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    /// Below `n`.
+    pub(crate) fn below(&mut self, n: usize) -> usize {
+        // xorshift64*.
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % n
+    }
+}
+
+/// Runs `f` on all CPUs; the first of what went wrong.
+pub(crate) fn on_all(f: impl Fn(usize) -> Result<(), String> + Sync) -> Result<(), String> {
+    let wrong = Mutex::new(None);
+    smp::on_all_cpus(&|cpu| {
+        if let Err(why) = f(cpu) {
+            wrong.lock().get_or_insert((cpu, why));
+        }
+    });
+    match wrong.into_inner() {
+        Some((cpu, why)) => Err(alloc::format!("CPU {cpu}: {why}")),
+        None => Ok(()),
+    }
+}
