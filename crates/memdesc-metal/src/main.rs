@@ -2,7 +2,8 @@
 //!
 //! An image that a PVH loader starts (`qemu-system-x86_64 -kernel`), that takes over all memory, starts all CPUs, and tests itself on them. It prints to the
 //! first serial port and ends the machine through `isa-debug-exit`. Command line: `memory=fresh` says that the machine's memory is zero where the firmware was not;
-//! `tests=WORD` runs the tests with the word in their names; `crash=stack` runs over the end of a stack, to see the report.
+//! `tests=WORD` runs the tests with the word in their names; `crash=stack` runs over the end of a
+//! stack and `crash=double-free` frees an object twice, to see what is reported.
 //!
 //! What happens in order is in [`metal_start`]; each step is a room.
 #![no_std]
@@ -97,7 +98,11 @@ extern "C" fn metal_start(start_info: u32) -> ! {
     // SAFETY: just made, and never given back.
     unsafe {
         traps::call_on_stack(stack.top(), || {
+            if let Some(what) = boot.value("crash") {
+                tests::crash::crash(mm, what);
+            }
             let machine = tests::Machine {
+                ranges,
                 mm,
                 boot,
                 written,

@@ -34,8 +34,9 @@ pub(crate) struct PerCpu {
     /// Ticks of the timer, and how many of them the periodic work has been done for.
     pub(crate) ticks: AtomicU64,
     pub(crate) ticks_worked: AtomicU64,
-    /// NMIs it got.
+    /// NMIs it got, and how many of them struck it pinned.
     pub(crate) nmis: AtomicU64,
+    pub(crate) nmis_pinned: AtomicU64,
     /// Requests of other CPUs: see `remote`.
     pub(crate) wanted: AtomicU64,
     pub(crate) done: AtomicU64,
@@ -57,6 +58,7 @@ impl PerCpu {
             ticks: AtomicU64::new(0),
             ticks_worked: AtomicU64::new(0),
             nmis: AtomicU64::new(0),
+            nmis_pinned: AtomicU64::new(0),
             wanted: AtomicU64::new(0),
             done: AtomicU64::new(0),
             flush: AtomicBool::new(false),
@@ -183,11 +185,19 @@ impl Nmi {
     pub(crate) fn enter() -> Nmi {
         let me = this();
         me.nmis_in.store(1, Ordering::Relaxed);
-        me.nmis
-            .store(me.nmis.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+        let pins = me.pins.load(Ordering::Relaxed);
+        // Nobody else writes them, nor this CPU before the handler is over.
+        let count = |n: &AtomicU64, more: bool| {
+            n.store(
+                n.load(Ordering::Relaxed) + u64::from(more),
+                Ordering::Relaxed,
+            )
+        };
+        count(&me.nmis, true);
+        count(&me.nmis_pinned, pins > 0);
         let nmi = Nmi {
             me,
-            pins: me.pins.load(Ordering::Relaxed),
+            pins,
             irqs_were_on: me.irqs_were_on.load(Ordering::Relaxed),
         };
         compiler_fence(Ordering::SeqCst);

@@ -58,6 +58,57 @@ pub(super) fn cpus_have_numbers(machine: &Machine) -> Outcome {
     Ok(Passed::Ok)
 }
 
+/// Memory comes from the node of the CPU that asks, as long as it has some, and from another if that is said.
+pub(super) fn cpus_allocate_from_their_node(machine: &Machine) -> Outcome {
+    let mm = machine.mm;
+    let nodes = machine
+        .ranges
+        .iter()
+        .map(|range| range.node)
+        .max()
+        .unwrap_or(0)
+        + 1;
+    if nodes == 1 {
+        return Ok(Passed::Skipped("one node"));
+    }
+    let node_of = |pfn: Pfn| {
+        let range = machine
+            .ranges
+            .iter()
+            .find(|r| r.start <= pfn.phys() && pfn.phys() < r.end);
+        range.map(|r| usize::from(r.node))
+    };
+    on_all(|cpu| {
+        let here = percpu::of(cpu).node.load(Ordering::Relaxed);
+        for order in [0, 0, 9] {
+            let pfn = mm
+                .alloc_pages(GFP_KERNEL, order)
+                .map_err(|why| why.to_string())?;
+            let node = node_of(pfn);
+            // SAFETY: ours, and freed once.
+            unsafe { mm.free_pages(pfn) };
+            check!(
+                node == Some(here),
+                "{pfn:?} of node {node:?} on node {here}"
+            );
+        }
+        for wanted in 0..usize::from(nodes) {
+            let pfn = mm
+                .alloc_pages_node(Some(wanted), GFP_KERNEL, 0)
+                .map_err(|why| why.to_string())?;
+            let node = node_of(pfn);
+            // SAFETY: the same.
+            unsafe { mm.free_pages(pfn) };
+            check!(
+                node == Some(wanted),
+                "{pfn:?} of node {node:?}, not {wanted}"
+            );
+        }
+        Ok(())
+    })?;
+    Ok(Passed::Says(format!("{nodes} nodes")))
+}
+
 /// Pages of several orders are allocated on one CPU, checked and freed on another.
 pub(super) fn pages_go_between_cpus(machine: &Machine) -> Outcome {
     let mm = machine.mm;

@@ -159,21 +159,21 @@ pub(super) fn a_cache_lives_and_dies(machine: &Machine) -> Outcome {
     Ok(Passed::Ok)
 }
 
-/// Takes blocks of this order until there are no more, linked through themselves; the last one and how many.
-fn take_all(mm: &Mm<Metal>, order: usize) -> (Pfn, u64) {
-    let (mut last, mut blocks) = (Pfn::NONE, 0);
-    while let Ok(pfn) = mm.alloc_pages(GFP_KERNEL | __GFP_NORETRY | __GFP_NOWARN, order) {
+/// Takes pages until there are no more, linked through themselves; the last one and how many.
+fn take_all_pages(mm: &Mm<Metal>) -> (Pfn, u64) {
+    let (mut last, mut pages) = (Pfn::NONE, 0);
+    while let Ok(pfn) = mm.alloc_pages(GFP_KERNEL | __GFP_NORETRY | __GFP_NOWARN, 0) {
         // SAFETY: ours from here on.
         unsafe { mm.page_address(pfn).cast::<Pfn>().write(last) };
-        (last, blocks) = (pfn, blocks + 1);
+        (last, pages) = (pfn, pages + 1);
     }
-    (last, blocks)
+    (last, pages)
 }
 
 /// Gives them back.
-fn give_all(mm: &Mm<Metal>, mut last: Pfn) {
+fn give_all_pages(mm: &Mm<Metal>, mut last: Pfn) {
     while last != Pfn::NONE {
-        // SAFETY: from `take_all`, written there, and freed once.
+        // SAFETY: from `take_all_pages`, written there, and freed once.
         unsafe {
             let next = mm.page_address(last).cast::<Pfn>().read();
             mm.free_pages(last);
@@ -188,13 +188,21 @@ pub(super) fn all_memory_can_be_had(machine: &Machine) -> Outcome {
     mm.shrink();
     let before = free_pages(machine);
     let metadata = ledger(machine).metadata;
-    let (large, large_blocks) = take_all(mm, PAGEBLOCK_ORDER);
-    let (small, small_blocks) = take_all(mm, 0);
+    // Room for all of them beforehand; the blocks are not touched, so that the hypervisor need not find memory for them.
+    let mut large = Vec::with_capacity((before >> PAGEBLOCK_ORDER) as usize + 1);
+    while let Ok(pfn) = mm.alloc_pages(GFP_KERNEL | __GFP_NORETRY | __GFP_NOWARN, PAGEBLOCK_ORDER) {
+        large.push(pfn);
+    }
+    let (small, small_blocks) = take_all_pages(mm);
+    let large_blocks = large.len() as u64;
     let had = (large_blocks << PAGEBLOCK_ORDER) + small_blocks;
     let left = free_pages(machine);
     let balanced = ledger(machine).balanced;
-    give_all(mm, small);
-    give_all(mm, large);
+    give_all_pages(mm, small);
+    for pfn in large {
+        // SAFETY: ours, and freed once.
+        unsafe { mm.free_pages(pfn) };
+    }
     mm.shrink();
     let after = free_pages(machine);
     check!(balanced && ledger(machine).balanced);

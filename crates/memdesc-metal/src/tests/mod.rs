@@ -1,6 +1,7 @@
 //! The self-tests: each a function that says what is wrong, run one after the other, a line each.
 
 mod cpus;
+pub(crate) mod crash;
 mod memory;
 mod nmi;
 mod vmalloc;
@@ -15,6 +16,7 @@ use spin::Mutex;
 use crate::exit::Exit;
 use crate::platform::Metal;
 use crate::pvh::BootInfo;
+use crate::ranges::Ranges;
 use crate::{log, remote, smp, time};
 
 /// What a test is given.
@@ -23,6 +25,8 @@ pub(crate) struct Machine {
     pub(crate) boot: &'static BootInfo,
     /// Words that were not zero when memory had been taken over, and how many largest blocks it has; if that was counted.
     pub(crate) written: Option<(u64, u64)>,
+    /// The memory it was given.
+    pub(crate) ranges: Ranges,
     /// CPUs that run.
     pub(crate) cpus: usize,
 }
@@ -70,6 +74,10 @@ const TESTS: &[(&str, Test)] = &[
     ),
     ("timers_tick", cpus::timers_tick),
     ("cpus_have_numbers", cpus::cpus_have_numbers),
+    (
+        "cpus_allocate_from_their_node",
+        cpus::cpus_allocate_from_their_node,
+    ),
     ("pages_go_between_cpus", cpus::pages_go_between_cpus),
     ("objects_go_between_cpus", cpus::objects_go_between_cpus),
     (

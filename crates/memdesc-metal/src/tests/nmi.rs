@@ -9,7 +9,7 @@ use memdesc::gfp::{__GFP_FAST_TRY, Flags, GFP_KERNEL};
 use memdesc::{Context, Pfn, Platform};
 
 use super::{Machine, Outcome, Passed, Random, ledger, on_all};
-use crate::percpu::{self, MAX_CPUS};
+use crate::percpu::{self, MAX_CPUS, PerCpu};
 use crate::platform::Metal;
 use crate::{apic, check, memory, time, traps};
 
@@ -88,9 +88,12 @@ pub(super) fn nmi_storm(machine: &Machine) -> Outcome {
     let mm = machine.mm;
     let done = AtomicBool::new(false);
     let (sent, turns) = (AtomicU64::new(0), AtomicU64::new(0));
-    let before: u64 = (0..machine.cpus)
-        .map(|cpu| percpu::of(cpu).nmis.load(Ordering::Relaxed))
-        .sum();
+    let sum = |of: fn(&PerCpu) -> &AtomicU64| -> u64 {
+        (0..machine.cpus)
+            .map(|cpu| of(percpu::of(cpu)).load(Ordering::Relaxed))
+            .sum()
+    };
+    let before = (sum(|cpu| &cpu.nmis), sum(|cpu| &cpu.nmis_pinned));
     traps::set_on_nmi(Some(on_nmi));
     let result = on_all(|cpu| {
         let until = time::now() + STORM_NS;
@@ -160,10 +163,9 @@ pub(super) fn nmi_storm(machine: &Machine) -> Outcome {
             }
         }
     }
-    let after: u64 = (0..machine.cpus)
-        .map(|cpu| percpu::of(cpu).nmis.load(Ordering::Relaxed))
-        .sum();
-    let (nmis, turns) = (after - before, turns.load(Ordering::Relaxed));
+    let after = (sum(|cpu| &cpu.nmis), sum(|cpu| &cpu.nmis_pinned));
+    let (nmis, pinned) = (after.0 - before.0, after.1 - before.1);
+    let turns = turns.load(Ordering::Relaxed);
     let (got, refused) = (GOT.load(Ordering::Relaxed), REFUSED.load(Ordering::Relaxed));
     check!(
         WRONG.load(Ordering::Relaxed) == 0,
@@ -171,11 +173,12 @@ pub(super) fn nmi_storm(machine: &Machine) -> Outcome {
         WRONG.load(Ordering::Relaxed)
     );
     check!(nmis > 100 && turns > 100, "{nmis} NMIs, {turns} turns");
+    check!(pinned > 0, "no NMI of {nmis} struck the allocator");
     check!(got > 0, "no NMI got anything, {refused} were refused");
     mm.shrink();
     check!(ledger(machine).balanced, "{:?}", ledger(machine));
     let sent = sent.load(Ordering::Relaxed);
     Ok(Passed::Says(format!(
-        "{nmis} NMIs of {sent} sent, {got} allocations in them, {refused} refused; {turns} turns beside"
+        "{nmis} NMIs of {sent} sent, {pinned} of them inside of something, {got} allocations in them, {refused} refused; {turns} turns beside"
     )))
 }
