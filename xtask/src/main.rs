@@ -1,5 +1,6 @@
 //! What a developer of memdesc runs. `cargo xtask test` is all that CI runs, and sets up what it lacks.
 
+mod metal;
 mod recordings;
 mod steps;
 
@@ -45,6 +46,12 @@ enum Command {
         #[arg(long, default_value_t = 60)]
         seconds: u64,
     },
+    /// The bare-metal image: builds it, boots it in QEMU with 1, 2 and 4 CPUs and 64 MiB to 64 GiB, and has it test itself.
+    Metal {
+        /// Print the machines' logs.
+        #[arg(long, short)]
+        verbose: bool,
+    },
     /// Replays every recording in a folder and holds it to the numbers.
     Replay {
         /// A folder of recordings.
@@ -67,6 +74,7 @@ fn main() -> ExitCode {
             runner.docs();
             runner.storm(if quick { 2 } else { 20 });
             runner.scenarios(if quick { 5 } else { 60 });
+            runner.metal(false, false);
             runner.replay_built_in();
             if let Some(folder) = recordings {
                 runner.replay(&folder);
@@ -81,6 +89,7 @@ fn main() -> ExitCode {
             runner.scenarios(seconds);
             runner.everything(seconds);
         }
+        Command::Metal { verbose } => runner.metal(true, verbose),
         Command::Replay { recordings } => runner.replay(&recordings),
     }
     runner.finish()

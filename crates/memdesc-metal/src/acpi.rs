@@ -44,6 +44,8 @@ pub(crate) struct Topology {
     pub(crate) dropped: usize,
     /// Memory of nodes; empty where there is only one.
     pub(crate) memory: ArrayVec<Affinity, MAX_AFFINITIES>,
+    /// Where the interrupt controller of devices is, the one of the first interrupts.
+    pub(crate) ioapic: Option<u64>,
     /// Nodes of CPUs, by their numbers.
     nodes: ArrayVec<(u32, u8), MAX_CPUS>,
 }
@@ -175,6 +177,10 @@ fn read_madt(bytes: &[u8], found: &mut Topology) {
     for_each_entry(bytes, |kind, entry| {
         let (apic_id, flags) = match (kind, entry.len()) {
             (0, 8..) => (u32::from(entry[3]), u32_at(entry, 4)),
+            (1, 12..) if u32_at(entry, 8) == 0 => {
+                found.ioapic = Some(u64::from(u32_at(entry, 4)));
+                return;
+            }
             (9, 16..) => (u32_at(entry, 4), u32_at(entry, 8)),
             _ => return,
         };

@@ -17,6 +17,7 @@ mod boot;
 mod exit;
 mod gdt;
 mod heap;
+mod ioapic;
 mod log;
 mod memory;
 mod paging;
@@ -101,14 +102,15 @@ extern "C" fn metal_start(start_info: u32) -> ! {
             if let Some(what) = boot.value("crash") {
                 tests::crash::crash(mm, what);
             }
-            let machine = tests::Machine {
+            let mut machine = tests::Machine {
+                settled: 0,
                 ranges,
                 mm,
                 boot,
                 written,
                 cpus: running,
             };
-            exit(tests::run(&machine));
+            exit(tests::run(&mut machine));
         });
     }
     exit(Exit::Failure)
@@ -144,6 +146,9 @@ fn take_stock(boot: &pvh::BootInfo) -> Result<(acpi::Topology, Ranges), paging::
     );
 
     let topology = acpi::read(boot.rsdp);
+    if let Some(at) = topology.ioapic {
+        ioapic::init(at)?;
+    }
     percpu::set_nr_cpus(topology.cpus.len().max(1));
     let me = apic::id();
     for cpu in topology.cpus.iter().filter(|cpu| cpu.apic_id == me) {

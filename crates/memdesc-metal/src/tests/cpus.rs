@@ -17,8 +17,10 @@ use crate::{check, percpu, remote, time};
 
 /// Turns of what is done on all CPUs.
 const ROUNDS: usize = 4000;
-/// How often all lists are emptied.
-const DRAINS: u64 = 30;
+/// How often all lists are emptied, by as many CPUs as there are.
+const DRAINS: u64 = 80;
+/// Grace periods that are waited for.
+const GRACE_PERIODS: u64 = 50;
 /// Places in which one CPU leaves something for another.
 const SLOTS: usize = 64;
 
@@ -210,11 +212,13 @@ pub(super) fn lists_are_drained_under_load(machine: &Machine) -> Outcome {
     if machine.cpus == 1 {
         return Ok(Passed::Skipped("one CPU"));
     }
+    // More CPUs than the host has make each barrier long.
+    let drains = DRAINS / machine.cpus as u64;
     let done = AtomicBool::new(false);
     let barriers = remote::BARRIERS.load(Ordering::Relaxed);
     on_all(|cpu| {
         if cpu == 0 {
-            for _ in 0..DRAINS {
+            for _ in 0..drains {
                 mm.drain_all();
             }
             done.store(true, Ordering::Release);
@@ -242,8 +246,8 @@ pub(super) fn lists_are_drained_under_load(machine: &Machine) -> Outcome {
     })?;
     let barriers = remote::BARRIERS.load(Ordering::Relaxed) - barriers;
     check!(
-        barriers >= DRAINS,
-        "{barriers} barriers for {DRAINS} drains"
+        barriers >= drains,
+        "{barriers} barriers for {drains} drains"
     );
     check!(ledger(machine).balanced);
     Ok(Passed::Says(format!("{barriers} barriers")))
@@ -260,7 +264,7 @@ pub(super) fn readers_hold_up_grace_periods(machine: &Machine) -> Outcome {
     let sections = AtomicU64::new(0);
     on_all(|cpu| {
         if cpu == 0 {
-            for round in 1..=100 {
+            for round in 1..=GRACE_PERIODS {
                 one.store(round, Ordering::Relaxed);
                 mm.rcu().synchronize();
                 two.store(round, Ordering::Relaxed);
@@ -272,15 +276,20 @@ pub(super) fn readers_hold_up_grace_periods(machine: &Machine) -> Outcome {
             let _read = mm.rcu_read_lock();
             let _nested = mm.rcu_read_lock();
             check!(mm.rcu().reading());
-            let (later, earlier) = (two.load(Ordering::Relaxed), one.load(Ordering::Relaxed));
-            check!(earlier >= later, "{later} was seen, and then {earlier}");
+            // Whoever entered before `one` changed holds up the grace period after which `two` does.
+            let earlier = one.load(Ordering::Acquire);
+            for _ in 0..50 {
+                core::hint::spin_loop();
+            }
+            let later = two.load(Ordering::Acquire);
+            check!(later <= earlier, "{earlier} was seen, and then {later}");
             sections.fetch_add(1, Ordering::Relaxed);
         }
         Ok(())
     })?;
     check!(!mm.rcu().reading());
     Ok(Passed::Says(format!(
-        "100 grace periods, {} read sections",
+        "{GRACE_PERIODS} grace periods, {} read sections",
         sections.load(Ordering::Relaxed)
     )))
 }
@@ -313,7 +322,7 @@ pub(super) fn frees_wait_for_readers(machine: &Machine) -> Outcome {
     let done = AtomicBool::new(false);
     on_all(|cpu| {
         if cpu == 0 {
-            for stamp in 1..3000u64 {
+            for stamp in 1..4000 / machine.cpus as u64 {
                 let old = shared.swap(new(stamp)?.as_ptr(), Ordering::AcqRel);
                 let Some(old) = NonNull::new(old) else {
                     return Err("no node".to_string());

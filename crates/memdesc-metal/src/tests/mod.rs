@@ -10,7 +10,7 @@ use alloc::string::String;
 
 use core::sync::atomic::{AtomicUsize, Ordering};
 
-use memdesc::{Ledger, Mm};
+use memdesc::{Ledger, Mm, PageType};
 use spin::Mutex;
 
 use crate::exit::Exit;
@@ -27,6 +27,8 @@ pub(crate) struct Machine {
     pub(crate) written: Option<(u64, u64)>,
     /// The memory it was given.
     pub(crate) ranges: Ranges,
+    /// What [`settled`] said before the tests.
+    pub(crate) settled: u64,
     /// CPUs that run.
     pub(crate) cpus: usize,
 }
@@ -95,7 +97,9 @@ const TESTS: &[(&str, Test)] = &[
 ];
 
 /// Runs them, all or those that the command line names.
-pub(crate) fn run(machine: &Machine) -> Exit {
+pub(crate) fn run(machine: &mut Machine) -> Exit {
+    machine.mm.shrink();
+    machine.settled = settled(&ledger(machine));
     let wanted = machine.boot.value("tests").unwrap_or("");
     let (mut passed, mut failed, mut skipped) = (0, 0, 0);
     for (name, test) in TESTS.iter().filter(|(name, _)| name.contains(wanted)) {
@@ -153,6 +157,13 @@ pub(crate) fn ledger(machine: &Machine) -> Ledger {
     });
     // `on_all_cpus` has run it on the first CPU too.
     found.into_inner().unwrap_or_else(|| machine.mm.ledger())
+}
+
+/// Pages that are free or the memory manager's own, after all that it keeps for later has been given back: the same before and after a test, whatever it did.
+pub(crate) fn settled(ledger: &Ledger) -> u64 {
+    // Page tables of vmalloc's range stay.
+    let tables = ledger.by_type[PageType::PageTable as usize];
+    ledger.free + ledger.untouched + ledger.pcp + ledger.metadata + tables
 }
 
 /// A sequence that looks random, the same for the same start.
