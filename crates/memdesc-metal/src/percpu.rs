@@ -215,3 +215,19 @@ impl Drop for Nmi {
         self.me.nmis_in.store(0, Ordering::Relaxed);
     }
 }
+
+/// For a test: what an NMI does that strikes between the two stores of [`pin`]. Are interrupts on again afterwards, as they were before?
+pub(crate) fn struck_while_pinning() -> bool {
+    pin();
+    let me = this();
+    // As if the count had not been stored yet.
+    let pins = me.pins.swap(0, Ordering::Relaxed);
+    {
+        let _nmi = Nmi::enter();
+        pin();
+        unpin();
+    }
+    me.pins.store(pins, Ordering::Relaxed);
+    unpin();
+    interrupts::are_enabled()
+}

@@ -8,6 +8,7 @@ use core::ptr::{NonNull, null_mut};
 use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
 use memdesc::gfp::GFP_KERNEL;
+use memdesc::rcu::cpus::Cpus;
 use memdesc::rcu::{Rcu, RcuHead};
 use memdesc::{Context, PAGE_SIZE, Pfn, Platform};
 
@@ -44,12 +45,12 @@ pub(super) fn cpus_have_numbers(machine: &Machine) -> Outcome {
     let seen = AtomicU32::new(0);
     on_all(|cpu| {
         check!(Metal.context() == Context::Task);
-        let pinned = [Metal.pin(), Metal.pin()];
+        let pinned = [Platform::pin(&Metal), Platform::pin(&Metal)];
         let context = Metal.context();
         // SAFETY: from the pins just made, which both gave the same.
         unsafe {
-            Metal.unpin(cpu);
-            Metal.unpin(cpu);
+            Platform::unpin(&Metal, cpu);
+            Platform::unpin(&Metal, cpu);
         }
         check!(pinned == [cpu, cpu] && context == Context::Atomic);
         check!(Metal.irqs_enabled());
@@ -203,6 +204,56 @@ pub(super) fn objects_go_between_cpus(machine: &Machine) -> Outcome {
         check_and_free(slot.load(Ordering::Acquire))?;
     }
     check!(ledger(machine).balanced);
+    Ok(Passed::Ok)
+}
+
+/// A heavy barrier goes through all CPUs, whether their interrupts are on, or off while they wait for something.
+pub(super) fn barriers_reach_all_cpus(machine: &Machine) -> Outcome {
+    const TURNS: u64 = 10;
+    let (waiting, done) = (AtomicU64::new(0), AtomicU64::new(0));
+    for pinned in [false, true] {
+        done.store(0, Ordering::Relaxed);
+        waiting.store(0, Ordering::Relaxed);
+        on_all(|cpu| {
+            if cpu != 0 {
+                if pinned {
+                    Platform::pin(&Metal);
+                }
+                waiting.fetch_add(1, Ordering::AcqRel);
+                while done.load(Ordering::Acquire) == 0 {
+                    if pinned {
+                        Platform::relax(&Metal, 0);
+                    }
+                    core::hint::spin_loop();
+                }
+                if pinned {
+                    // SAFETY: from the pin above.
+                    unsafe { Platform::unpin(&Metal, cpu) };
+                }
+                return Ok(());
+            }
+            while waiting.load(Ordering::Acquire) < machine.cpus as u64 - 1 {
+                core::hint::spin_loop();
+            }
+            let served = |cpu: usize| percpu::of(cpu).done.load(Ordering::Acquire);
+            let mut missed = None;
+            for turn in 0..TURNS {
+                let before: Vec<u64> = (0..machine.cpus).map(served).collect();
+                if turn % 2 == 0 {
+                    Platform::heavy_barrier(&Metal);
+                } else {
+                    Cpus::heavy_barrier(&Metal);
+                }
+                missed = missed.or((1..machine.cpus).find(|&cpu| served(cpu) == before[cpu]));
+            }
+            done.store(1, Ordering::Release);
+            check!(missed.is_none(), "CPU {missed:?} was not reached");
+            Ok(())
+        })?;
+    }
+    if machine.cpus == 1 {
+        return Ok(Passed::Skipped("one CPU"));
+    }
     Ok(Passed::Ok)
 }
 

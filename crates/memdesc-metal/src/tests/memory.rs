@@ -1,5 +1,6 @@
 //! Tests of one CPU: what booting wrote, pages, objects, collections.
 
+use alloc::alloc::Layout;
 use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
 use alloc::format;
@@ -237,6 +238,35 @@ pub(super) fn collections(_machine: &Machine) -> Outcome {
     let mut long: Vec<u64> = (0..(1 << 16)).collect();
     long.resize(5 << 17, 7);
     check!(long[65535] == 65535 && long[(5 << 17) - 1] == 7);
+    for (size, align) in [
+        (1, 16),
+        (10, 256),
+        (100, 4096),
+        (5000, 8192),
+        (300_000, 4096),
+    ] {
+        let layout = Layout::from_size_align(size, align).map_err(|why| why.to_string())?;
+        let several: [*mut u8; 3] = core::array::from_fn(|_| {
+            // SAFETY: of a size that is not 0.
+            unsafe { alloc::alloc::alloc_zeroed(layout) }
+        });
+        for ptr in several {
+            check!(
+                !ptr.is_null() && ptr.addr().is_multiple_of(align),
+                "{ptr:?} for {layout:?}"
+            );
+            // SAFETY: ours, that long, freed once with its layout.
+            unsafe {
+                check!(
+                    core::slice::from_raw_parts(ptr, size)
+                        .iter()
+                        .all(|byte| *byte == 0)
+                );
+                ptr.write_bytes(0xff, size);
+                alloc::alloc::dealloc(ptr, layout);
+            }
+        }
+    }
     let pages: Vec<Box<Page>> = (0..8).map(|i| Box::new(Page([i; PAGE_SIZE]))).collect();
     for (i, page) in pages.iter().enumerate() {
         check!((&raw const **page).addr().is_multiple_of(PAGE_SIZE) && page.0[4095] == i as u8);

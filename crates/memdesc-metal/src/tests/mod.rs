@@ -82,6 +82,7 @@ const TESTS: &[(&str, Test)] = &[
     ),
     ("pages_go_between_cpus", cpus::pages_go_between_cpus),
     ("objects_go_between_cpus", cpus::objects_go_between_cpus),
+    ("barriers_reach_all_cpus", cpus::barriers_reach_all_cpus),
     (
         "lists_are_drained_under_load",
         cpus::lists_are_drained_under_load,
@@ -92,6 +93,7 @@ const TESTS: &[(&str, Test)] = &[
     ),
     ("frees_wait_for_readers", cpus::frees_wait_for_readers),
     ("collections_on_all_cpus", cpus::collections_on_all_cpus),
+    ("an_nmi_leaves_pins_alone", nmi::an_nmi_leaves_pins_alone),
     ("nmi_storm", nmi::nmi_storm),
     ("nothing_is_left", memory::nothing_is_left),
 ];

@@ -85,6 +85,17 @@ fn on_nmi() {
     }
 }
 
+/// An NMI that strikes in the middle of turning interrupts off, and turns them off itself, leaves no trace.
+pub(super) fn an_nmi_leaves_pins_alone(_machine: &Machine) -> Outcome {
+    on_all(|_| {
+        let on = percpu::struck_while_pinning();
+        x86_64::instructions::interrupts::enable();
+        check!(on, "interrupts stayed off");
+        Ok(())
+    })?;
+    Ok(Passed::Ok)
+}
+
 /// One CPU strikes all with NMIs that allocate, while they allocate; where there is one only, the interval timer does.
 pub(super) fn nmi_storm(machine: &Machine) -> Outcome {
     let mm = machine.mm;
