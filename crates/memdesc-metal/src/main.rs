@@ -30,6 +30,7 @@ mod smp;
 mod tests;
 mod time;
 mod traps;
+mod users;
 mod vmap;
 
 use core::panic::PanicInfo;

@@ -242,6 +242,12 @@ pub(crate) fn set_root_entry(addr: u64, bits: u64) {
     ROOT.0[(addr >> 39) as usize % 512].store(bits, Ordering::Release);
 }
 
+/// Makes the kernel's half of this root the kernel's.
+pub(crate) fn share_kernel_half(root: u64) {
+    let half = ROOT.0.iter().zip(&table_at(root).0).skip(256);
+    half.for_each(|(from, to)| to.store(from.load(Ordering::Acquire), Ordering::Release));
+}
+
 /// The first entry of a table, wherever it is in the direct map.
 pub(crate) fn first_entry(table: u64) -> u64 {
     table_at(table).0[0].load(Ordering::Acquire)

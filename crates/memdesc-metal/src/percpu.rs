@@ -4,11 +4,15 @@
 //! leaves the count and the flag as it found them ([`Nmi`]).
 
 use core::arch::asm;
-use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering, compiler_fence};
+use core::sync::atomic::{
+    AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, compiler_fence,
+};
 
 use x86_64::VirtAddr;
 use x86_64::instructions::interrupts;
 use x86_64::registers::model_specific::GsBase;
+
+use crate::users::Space;
 
 /// CPUs at most.
 pub(crate) const MAX_CPUS: usize = 16;
@@ -37,6 +41,8 @@ pub(crate) struct PerCpu {
     /// NMIs it got, and how many of them struck it pinned.
     pub(crate) nmis: AtomicU64,
     pub(crate) nmis_pinned: AtomicU64,
+    /// The address space that it runs, if any.
+    pub(crate) space: AtomicPtr<Space>,
     /// Requests of other CPUs: see `remote`.
     pub(crate) wanted: AtomicU64,
     pub(crate) done: AtomicU64,
@@ -59,6 +65,7 @@ impl PerCpu {
             ticks_worked: AtomicU64::new(0),
             nmis: AtomicU64::new(0),
             nmis_pinned: AtomicU64::new(0),
+            space: AtomicPtr::new(core::ptr::null_mut()),
             wanted: AtomicU64::new(0),
             done: AtomicU64::new(0),
             flush: AtomicBool::new(false),

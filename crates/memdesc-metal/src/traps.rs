@@ -1,16 +1,17 @@
 //! Exceptions and interrupts: what each vector does, and a report that can be read when it was an accident.
 
 use core::arch::global_asm;
-use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicUsize, Ordering};
 
 use spin::Once;
 use x86_64::VirtAddr;
+use x86_64::instructions::interrupts;
 use x86_64::registers::control::Cr2;
 use x86_64::structures::idt::InterruptDescriptorTable;
 
 use crate::exit::{Exit, exit};
 use crate::percpu::{self, Irq, Nmi};
-use crate::{apic, gdt, log, memory, remote};
+use crate::{apic, gdt, log, memory, remote, users};
 
 global_asm!(include_str!("traps.s"), options(att_syntax));
 
@@ -107,9 +108,6 @@ fn table() -> InterruptDescriptorTable {
 static ON_NMI: AtomicUsize = AtomicUsize::new(0);
 /// The machine is ending: an NMI stops its CPU.
 static STOPPING: AtomicUsize = AtomicUsize::new(0);
-/// Pages that were probed and not there.
-pub(crate) static PROBE_FAULTS: AtomicU64 = AtomicU64::new(0);
-
 /// Has every NMI call this; `None` for nothing.
 pub(crate) fn set_on_nmi(f: Option<fn()>) {
     ON_NMI.store(f.map_or(0, |f| f as usize), Ordering::SeqCst);
@@ -142,6 +140,12 @@ extern "C" fn trap(frame: &mut Frame) {
             remote::serve();
         }
         SPURIOUS => {}
+        13 => {
+            // What is no address at all.
+            if !probed(frame) {
+                fatal(frame, None);
+            }
+        }
         _ => fatal(frame, None),
     }
 }
@@ -162,13 +166,35 @@ fn nmi() {
 }
 
 fn page_fault(frame: &mut Frame) {
+    const WRITE: u64 = 1 << 1;
+    const EXECUTE: u64 = 1 << 4;
+    const INTERRUPTS: u64 = 1 << 9;
     let address = Cr2::read_raw();
-    if frame.rip == (probe_load as *const ()).addr() as u64 {
-        PROBE_FAULTS.fetch_add(1, Ordering::Relaxed);
-        frame.rip = (&raw const probe_failed).addr() as u64;
-        return;
+    // In a thread that may sleep; whoever turned interrupts off may not touch what users have.
+    if address < users::TOP && frame.rflags & INTERRUPTS != 0 {
+        interrupts::enable();
+        let handled = users::handle_fault(
+            address,
+            frame.error & WRITE != 0,
+            frame.error & EXECUTE != 0,
+        );
+        interrupts::disable();
+        if handled {
+            return;
+        }
     }
-    fatal(frame, Some(address));
+    if !probed(frame) {
+        fatal(frame, Some(address));
+    }
+}
+
+/// Was this the load of [`probe`]? It is told that there is nothing then.
+fn probed(frame: &mut Frame) -> bool {
+    let is_probe = frame.rip == (probe_load as *const ()).addr() as u64;
+    if is_probe {
+        frame.rip = (&raw const probe_failed).addr() as u64;
+    }
+    is_probe
 }
 
 /// Can this address be read?

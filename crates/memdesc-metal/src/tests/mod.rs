@@ -4,6 +4,7 @@ mod cpus;
 pub(crate) mod crash;
 mod memory;
 mod nmi;
+mod users;
 mod vmalloc;
 
 use alloc::string::String;
@@ -93,6 +94,11 @@ const TESTS: &[(&str, Test)] = &[
     ),
     ("frees_wait_for_readers", cpus::frees_wait_for_readers),
     ("collections_on_all_cpus", cpus::collections_on_all_cpus),
+    ("memory_comes_on_demand", users::memory_comes_on_demand),
+    ("a_fork_copies_on_write", users::a_fork_copies_on_write),
+    ("threads_share_a_space", users::threads_share_a_space),
+    ("what_is_unmapped_is_gone", users::what_is_unmapped_is_gone),
+    ("every_cpu_forks", users::every_cpu_forks),
     ("an_nmi_leaves_pins_alone", nmi::an_nmi_leaves_pins_alone),
     ("nmi_storm", nmi::nmi_storm),
     ("nothing_is_left", memory::nothing_is_left),
