@@ -33,6 +33,8 @@ pub(crate) struct Machine {
     memory: &'static str,
     cmdline: &'static str,
     more: &'static [&'static str],
+    /// It runs the image in which every lock is checked.
+    lockdep: bool,
     /// It ends as a failure, with all of these in its log; empty: it ends well.
     crashes: &'static [&'static str],
 }
@@ -45,6 +47,7 @@ impl Machine {
             memory,
             cmdline: "",
             more: &["-cpu", "max"],
+            lockdep: false,
             crashes: &[],
         }
     }
@@ -92,6 +95,11 @@ pub(crate) fn machines(all: bool) -> Vec<Machine> {
         name: "2 CPUs, 512M, an old CPU".into(),
         more: &["-cpu", "qemu64"],
         ..Machine::new(2, "512M")
+    });
+    machines.push(Machine {
+        name: "4 CPUs, 512M, every lock checked".into(),
+        lockdep: true,
+        ..Machine::new(4, "512M")
     });
     if all {
         machines.push(Machine::new(8, "1G"));
@@ -166,38 +174,48 @@ fn set_up_target() -> Result<(), Missing> {
     )))
 }
 
-/// Builds the image; where it is.
-pub(crate) fn build() -> Result<PathBuf, Missing> {
+/// The image, as it is and with every lock checked.
+pub(crate) struct Images {
+    plain: PathBuf,
+    lockdep: PathBuf,
+}
+
+/// Builds the images.
+pub(crate) fn build() -> Result<Images, Missing> {
     set_up_qemu()?;
     set_up_target()?;
+    cargo("metal", &["fmt", "--check"])?;
+    cargo("metal", &["clippy", "--release", "--", "-D", "warnings"])?;
+    Ok(Images {
+        plain: cargo("metal", &["build", "--release"])?,
+        lockdep: cargo(
+            "metal-lockdep",
+            &["build", "--release", "--features", "lockdep"],
+        )?,
+    })
+}
+
+/// Runs cargo in the image's folder, which says what it is built with; where to is said here, whatever the environment says. Where the image is then.
+fn cargo(target: &str, args: &[&str]) -> Result<PathBuf, Missing> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let folder = root.join("crates/memdesc-metal");
-    // What the image is built with is said in its folder; where to, here, whatever the environment says.
-    let out = root.join("target/metal");
-    for args in [
-        ["fmt", "--check"].as_slice(),
-        &["clippy", "--release", "--", "-D", "warnings"],
-        &["build", "--release"],
-    ] {
-        let status = Command::new("cargo")
-            .args(args)
-            .current_dir(&folder)
-            .env("CARGO_TARGET_DIR", &out)
-            .status();
-        match status {
-            Ok(status) if status.success() => {}
-            Ok(status) => {
-                let what = args.join(" ");
-                return Err(Missing::Failed(format!("cargo {what} ended with {status}")));
-            }
-            Err(why) => return Err(Missing::Failed(format!("cannot run cargo: {why}"))),
+    let out = root.join("target").join(target);
+    let status = Command::new("cargo")
+        .args(args)
+        .current_dir(root.join("crates/memdesc-metal"))
+        .env("CARGO_TARGET_DIR", &out)
+        .status();
+    match status {
+        Ok(status) if status.success() => Ok(out.join(TARGET).join("release/memdesc-metal")),
+        Ok(status) => {
+            let what = args.join(" ");
+            Err(Missing::Failed(format!("cargo {what} ended with {status}")))
         }
+        Err(why) => Err(Missing::Failed(format!("cannot run cargo: {why}"))),
     }
-    Ok(out.join(TARGET).join("release/memdesc-metal"))
 }
 
 /// Boots a machine and waits for its end: the line that sums its tests up, and what is worth saying besides.
-pub(crate) fn boot(image: &Path, machine: &Machine, verbose: bool) -> Result<String> {
+pub(crate) fn boot(images: &Images, machine: &Machine, verbose: bool) -> Result<String> {
     let start = Instant::now();
     let mut child = Command::new(QEMU)
         .args([
@@ -211,7 +229,11 @@ pub(crate) fn boot(image: &Path, machine: &Machine, verbose: bool) -> Result<Str
         .args(["-smp", &machine.cpus.to_string(), "-m", machine.memory])
         .args(machine.more)
         .args(["-append", machine.cmdline, "-kernel"])
-        .arg(image)
+        .arg(if machine.lockdep {
+            &images.lockdep
+        } else {
+            &images.plain
+        })
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

@@ -232,21 +232,21 @@ impl Runner {
 
     /// The image on bare metal, on several machines; `all` of them, and with their logs if `verbose`.
     pub(crate) fn metal(&mut self, all: bool, verbose: bool) {
-        let mut image = None;
-        self.step("metal: the image", || match metal::build() {
-            Ok(path) => {
-                image = Some(path);
+        let mut images = None;
+        self.step("metal: the images", || match metal::build() {
+            Ok(built) => {
+                images = Some(built);
                 End::Passed
             }
             Err(Missing::Skip(why)) => End::Skipped(why),
             Err(Missing::Failed(why)) => End::Failed(why),
         });
-        let Some(image) = image else {
+        let Some(images) = images else {
             return;
         };
         for machine in metal::machines(all) {
             self.step(&format!("metal: {}", machine.name), || {
-                match metal::boot(&image, &machine, verbose) {
+                match metal::boot(&images, &machine, verbose) {
                     Ok(summary) => passed(&summary),
                     Err(why) => End::Failed(format!("{why:#}")),
                 }

@@ -71,6 +71,10 @@ extern "C" fn metal_start(start_info: u32) -> ! {
         Err(why) => panic!("memory cannot be taken over: {why}"),
     };
     let cycles = time::tsc() - before;
+    // From here on this is a thread, which may sleep for locks.
+    percpu::this().online.store(true, Ordering::SeqCst);
+    apic::start_timer();
+    x86_64::instructions::interrupts::enable();
     log!("memory taken over in {} us", time::cycles_to_us(cycles));
     // Looking at every page of a large machine takes longer than all that is done here.
     let written = memory::is_small(&ranges) || boot.value("words") == Some("count");
@@ -83,9 +87,6 @@ extern "C" fn metal_start(start_info: u32) -> ! {
     if let Err(why) = vmap::init(mm) {
         panic!("no page tables for vmalloc: {why}");
     }
-    percpu::this().online.store(true, Ordering::SeqCst);
-    apic::start_timer();
-    x86_64::instructions::interrupts::enable();
     let running = match smp::start(mm, &topology) {
         Ok(running) => running,
         Err(why) => panic!("no stacks for the other CPUs: {why}"),

@@ -8,6 +8,7 @@ use core::sync::atomic::{
     AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, compiler_fence,
 };
 
+use memdesc::lockdep::Task;
 use x86_64::VirtAddr;
 use x86_64::instructions::interrupts;
 use x86_64::registers::model_specific::GsBase;
@@ -43,6 +44,8 @@ pub(crate) struct PerCpu {
     pub(crate) nmis_pinned: AtomicU64,
     /// The address space that it runs, if any.
     pub(crate) space: AtomicPtr<Space>,
+    /// For the context checker: what is held. There is one thread on each CPU.
+    pub(crate) task: Task,
     /// Requests of other CPUs: see `remote`.
     pub(crate) wanted: AtomicU64,
     pub(crate) done: AtomicU64,
@@ -66,6 +69,7 @@ impl PerCpu {
             nmis: AtomicU64::new(0),
             nmis_pinned: AtomicU64::new(0),
             space: AtomicPtr::new(core::ptr::null_mut()),
+            task: Task::new(),
             wanted: AtomicU64::new(0),
             done: AtomicU64::new(0),
             flush: AtomicBool::new(false),

@@ -4,6 +4,7 @@ use core::fmt;
 use core::ptr::NonNull;
 use core::sync::atomic::{Ordering, compiler_fence};
 
+use memdesc::lockdep::{Lockdep, Task};
 use memdesc::rcu::cpus::{CpuRcu, CpuReaders, Cpus};
 use memdesc::rcu::engine::{Engine, Stall};
 use memdesc::{AllocError, Config, Context, MemRange, PageWords, Pfn, Platform, Report};
@@ -35,6 +36,8 @@ static WORDS: Once<PageWords> = Once::new();
 pub(crate) fn words() -> Option<&'static PageWords> {
     WORDS.get()
 }
+
+static LOCKDEP: Lockdep = Lockdep::new();
 
 // SAFETY: `pin` turns interrupts off, and threads do not move between CPUs; every CPU has a number of its own. A heavy barrier has every CPU that runs go through
 // a full fence; one that comes up meanwhile goes through one before it does anything else.
@@ -123,6 +126,10 @@ unsafe impl Platform for Metal {
             Some(rcu) => rcu,
             None => unreachable!("made before the memory manager"),
         }
+    }
+
+    fn with_lockdep(&self, f: &mut dyn FnMut(&Lockdep, &Task)) {
+        f(&LOCKDEP, &percpu::this().task);
     }
 
     fn irqs_enabled(&self) -> bool {

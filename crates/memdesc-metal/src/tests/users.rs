@@ -208,6 +208,8 @@ pub(super) fn what_is_unmapped_is_gone(machine: &Machine) -> Outcome {
     };
     on_all(|cpu| {
         with_space(&space, || {
+            // What is wrong is said at the end: the others wait for all.
+            let mut wrong = None;
             for page in 0..64 {
                 if cpu == 0 {
                     // SAFETY: mapped to be written.
@@ -228,13 +230,16 @@ pub(super) fn what_is_unmapped_is_gone(machine: &Machine) -> Outcome {
                 let reached = probe((at + page * PAGE) as usize);
                 arrived.fetch_add(1, Ordering::AcqRel);
                 wait(&arrived, cpus * (3 * page + 3));
-                check!(
-                    unmapped.is_ok() && seen == page + 1,
-                    "page {page} held {seen}: {unmapped:?}"
-                );
-                check!(!reached, "page {page} can still be read");
+                if unmapped.is_err() || seen != page + 1 || reached {
+                    wrong.get_or_insert((page, seen, reached, unmapped));
+                }
             }
-            Ok(())
+            match wrong {
+                Some((page, seen, reached, unmapped)) => Err(format!(
+                    "page {page} held {seen}, munmap said {unmapped:?}, can it be read still: {reached}"
+                )),
+                None => Ok(()),
+            }
         })
     })?;
     check!(space.rss().anon == 0, "{:?}", space.rss());
