@@ -106,11 +106,28 @@ fn table() -> InterruptDescriptorTable {
 
 /// What an NMI does beside being counted: the address of a `fn()`, or 0.
 static ON_NMI: AtomicUsize = AtomicUsize::new(0);
+/// The same for the interrupt by which another CPU wants something.
+static ON_CALL: AtomicUsize = AtomicUsize::new(0);
 /// The machine is ending: an NMI stops its CPU.
 static STOPPING: AtomicUsize = AtomicUsize::new(0);
 /// Has every NMI call this; `None` for nothing.
 pub(crate) fn set_on_nmi(f: Option<fn()>) {
     ON_NMI.store(f.map_or(0, |f| f as usize), Ordering::SeqCst);
+}
+
+/// Has every interrupt of another CPU call this; `None` for nothing.
+pub(crate) fn set_on_call(f: Option<fn()>) {
+    ON_CALL.store(f.map_or(0, |f| f as usize), Ordering::SeqCst);
+}
+
+/// Calls what was set, if anything was.
+fn call_hook(hook: &AtomicUsize) {
+    let f = hook.load(Ordering::SeqCst);
+    if f != 0 {
+        // SAFETY: only `set_on_nmi` and `set_on_call` store there, functions of this type.
+        let f: fn() = unsafe { core::mem::transmute(f) };
+        f();
+    }
 }
 
 /// Stops all other CPUs, wherever they are.
@@ -138,6 +155,7 @@ extern "C" fn trap(frame: &mut Frame) {
             let _irq = Irq::enter();
             apic::end_of_interrupt();
             remote::serve();
+            call_hook(&ON_CALL);
         }
         SPURIOUS => {}
         13 => {
@@ -157,12 +175,7 @@ fn nmi() {
             x86_64::instructions::hlt();
         }
     }
-    let on_nmi = ON_NMI.load(Ordering::SeqCst);
-    if on_nmi != 0 {
-        // SAFETY: only `set_on_nmi` stores there, functions of this type.
-        let f: fn() = unsafe { core::mem::transmute(on_nmi) };
-        f();
-    }
+    call_hook(&ON_NMI);
 }
 
 fn page_fault(frame: &mut Frame) {

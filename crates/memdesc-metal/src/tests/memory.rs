@@ -7,7 +7,7 @@ use alloc::format;
 use alloc::string::ToString;
 use alloc::vec::Vec;
 
-use memdesc::gfp::{__GFP_NORETRY, __GFP_NOWARN, GFP_KERNEL};
+use memdesc::gfp::{__GFP_NORETRY, __GFP_NOWARN, Flags, GFP_KERNEL};
 use memdesc::rcu::Rcu;
 use memdesc::{CacheFlags, Event, MAX_ORDER, Mm, PAGE_SIZE, PAGEBLOCK_ORDER, Pfn};
 
@@ -161,9 +161,9 @@ pub(super) fn a_cache_lives_and_dies(machine: &Machine) -> Outcome {
 }
 
 /// Takes pages until there are no more, linked through themselves; the last one and how many.
-fn take_all_pages(mm: &Mm<Metal>) -> (Pfn, u64) {
+pub(super) fn take_all_pages(mm: &Mm<Metal>, gfp: Flags) -> (Pfn, u64) {
     let (mut last, mut pages) = (Pfn::NONE, 0);
-    while let Ok(pfn) = mm.alloc_pages(GFP_KERNEL | __GFP_NORETRY | __GFP_NOWARN, 0) {
+    while let Ok(pfn) = mm.alloc_pages(gfp | __GFP_NORETRY | __GFP_NOWARN, 0) {
         // SAFETY: ours from here on.
         unsafe { mm.page_address(pfn).cast::<Pfn>().write(last) };
         (last, pages) = (pfn, pages + 1);
@@ -172,7 +172,7 @@ fn take_all_pages(mm: &Mm<Metal>) -> (Pfn, u64) {
 }
 
 /// Gives them back.
-fn give_all_pages(mm: &Mm<Metal>, mut last: Pfn) {
+pub(super) fn give_all_pages(mm: &Mm<Metal>, mut last: Pfn) {
     while last != Pfn::NONE {
         // SAFETY: from `take_all_pages`, written there, and freed once.
         unsafe {
@@ -194,7 +194,7 @@ pub(super) fn all_memory_can_be_had(machine: &Machine) -> Outcome {
     while let Ok(pfn) = mm.alloc_pages(GFP_KERNEL | __GFP_NORETRY | __GFP_NOWARN, PAGEBLOCK_ORDER) {
         large.push(pfn);
     }
-    let (small, small_blocks) = take_all_pages(mm);
+    let (small, small_blocks) = take_all_pages(mm, GFP_KERNEL);
     let large_blocks = large.len() as u64;
     let had = (large_blocks << PAGEBLOCK_ORDER) + small_blocks;
     let left = free_pages(machine);

@@ -4,6 +4,7 @@ mod cpus;
 pub(crate) mod crash;
 mod memory;
 mod nmi;
+mod reserve;
 mod users;
 mod vmalloc;
 
@@ -11,7 +12,7 @@ use alloc::string::String;
 
 use core::sync::atomic::{AtomicUsize, Ordering};
 
-use memdesc::{Ledger, Mm, PageType};
+use memdesc::{Demand, Ledger, Mm, PageType};
 use spin::Mutex;
 
 use crate::exit::Exit;
@@ -99,6 +100,11 @@ const TESTS: &[(&str, Test)] = &[
     ("threads_share_a_space", users::threads_share_a_space),
     ("what_is_unmapped_is_gone", users::what_is_unmapped_is_gone),
     ("every_cpu_forks", users::every_cpu_forks),
+    (
+        "a_reserve_is_there_when_memory_is_gone",
+        reserve::a_reserve_is_there_when_memory_is_gone,
+    ),
+    ("interrupts_allocate", nmi::interrupts_allocate),
     ("an_nmi_leaves_pins_alone", nmi::an_nmi_leaves_pins_alone),
     ("nmi_storm", nmi::nmi_storm),
     ("nothing_is_left", memory::nothing_is_left),
@@ -106,6 +112,13 @@ const TESTS: &[(&str, Test)] = &[
 
 /// Runs them, all or those that the command line names.
 pub(crate) fn run(machine: &mut Machine) -> Exit {
+    // The first reserve makes what all later ones hang on, which stays.
+    if let Ok(first) = machine.mm.reserve("first", Demand::None) {
+        let connected = first.connect(None).and_then(|()| first.disconnect());
+        if connected.is_err() || first.destroy().is_err() {
+            log!("a reserve of nothing could not be made");
+        }
+    }
     machine.mm.shrink();
     machine.settled = settled(&ledger(machine));
     let wanted = machine.boot.value("tests").unwrap_or("");

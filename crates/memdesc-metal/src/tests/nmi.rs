@@ -1,11 +1,11 @@
-//! NMIs that strike CPUs in the middle of allocations, and allocate themselves.
+//! NMIs that strike CPUs in the middle of allocations, and allocate themselves; and interrupts that do.
 
 use alloc::format;
 use alloc::string::ToString;
 use core::ptr::{NonNull, null_mut};
 use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
-use memdesc::gfp::{__GFP_FAST_TRY, Flags, GFP_KERNEL};
+use memdesc::gfp::{__GFP_FAST_TRY, Flags, GFP_ATOMIC, GFP_KERNEL};
 use memdesc::{Context, Pfn, Platform};
 
 use super::{Machine, Outcome, Passed, Random, ledger, on_all};
@@ -13,10 +13,17 @@ use crate::percpu::{self, MAX_CPUS, PerCpu};
 use crate::platform::Metal;
 use crate::{apic, check, ioapic, memory, time, traps};
 
-/// How long it storms.
-const STORM_NS: u64 = 500_000_000;
+/// How long it storms: so long at least, until there were so many strikes; on a busy host that may take longer, but not for ever.
+const STORM_NS: u64 = 300_000_000;
+const ENOUGH: u64 = 500;
+const TOO_LONG_NS: u64 = 20_000_000_000;
 /// Strikes in a second, by the timer.
 const STRIKES_HZ: u32 = 5000;
+fn is_over(start: u64, strikes: u64) -> bool {
+    let took = time::now() - start;
+    took > STORM_NS && strikes >= ENOUGH || took > TOO_LONG_NS
+}
+
 /// What each CPU's handler keeps from one NMI to the next ones.
 const KEPT: usize = 8;
 
@@ -112,11 +119,12 @@ pub(super) fn nmi_storm(machine: &Machine) -> Outcome {
         return Ok(Passed::Skipped("one CPU, and nothing that could strike it"));
     }
     let result = on_all(|cpu| {
-        let until = time::now() + STORM_NS;
+        let start = time::now();
         let mut random = Random::new(cpu as u64 + 3);
         let mut held = [const { None }; 32];
         while !done.load(Ordering::Acquire) {
-            if time::now() > until {
+            let strikes = sum(|cpu| &cpu.nmis) - before.0;
+            if is_over(start, strikes) {
                 done.store(true, Ordering::Release);
             }
             if cpu == 0 && machine.cpus > 1 {
@@ -182,7 +190,7 @@ pub(super) fn nmi_storm(machine: &Machine) -> Outcome {
         "{} times wrong in an NMI",
         WRONG.load(Ordering::Relaxed)
     );
-    check!(nmis > 100 && turns > 100, "{nmis} NMIs, {turns} turns");
+    check!(nmis >= ENOUGH && turns > 100, "{nmis} NMIs, {turns} turns");
     check!(pinned > 0, "no NMI of {nmis} struck the allocator");
     check!(got > 0, "no NMI got anything, {refused} were refused");
     mm.shrink();
@@ -190,4 +198,96 @@ pub(super) fn nmi_storm(machine: &Machine) -> Outcome {
     Ok(Passed::Says(format!(
         "{nmis} NMIs, {pinned} of them inside of something, {got} allocations in them, {refused} refused; {turns} turns beside"
     )))
+}
+
+/// Interrupts, their objects and how many of them there were.
+static IRQS: AtomicU64 = AtomicU64::new(0);
+static IRQ_FAILED: AtomicU64 = AtomicU64::new(0);
+
+/// An interrupt's handler: it may do what a thread that does not sleep may do.
+fn on_interrupt() {
+    let Some(mm) = memory::mm() else {
+        return;
+    };
+    if Metal.context() != Context::HardIrq {
+        WRONG.fetch_add(1, Ordering::Relaxed);
+    }
+    let n = IRQS.fetch_add(1, Ordering::Relaxed) as usize;
+    match mm.kmalloc(8 << (n % 9), GFP_ATOMIC) {
+        // SAFETY: ours, and freed once.
+        Ok(object) => unsafe {
+            object.write_bytes(n as u8, 8);
+            mm.kfree(object);
+        },
+        Err(_) => {
+            IRQ_FAILED.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+    match mm.alloc_pages(GFP_ATOMIC, n % 3) {
+        // SAFETY: the same.
+        Ok(pfn) => unsafe { mm.free_pages(pfn) },
+        Err(_) => {
+            IRQ_FAILED.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Interrupts come in the middle of allocations and allocate, by the ordinary calls: they come where nothing is held that they want.
+pub(super) fn interrupts_allocate(machine: &Machine) -> Outcome {
+    let mm = machine.mm;
+    let done = AtomicBool::new(false);
+    let before = IRQS.load(Ordering::Relaxed);
+    traps::set_on_call(Some(on_interrupt));
+    let result = on_all(|cpu| {
+        let start = time::now();
+        let mut random = Random::new(cpu as u64 + 21);
+        while !done.load(Ordering::Acquire) {
+            let strikes = IRQS.load(Ordering::Relaxed) - before;
+            if cpu == 0 && is_over(start, strikes) {
+                done.store(true, Ordering::Release);
+            }
+            if cpu == 0 {
+                apic::send(percpu::of(random.below(machine.cpus)), apic::CALL_VECTOR);
+            }
+            // Every list, its own too.
+            if random.below(50) == 0 {
+                mm.drain_all();
+            }
+            let object = mm
+                .kmalloc(8 << random.below(9), GFP_KERNEL)
+                .map_err(|why| why.to_string())?;
+            let pfn = mm
+                .alloc_pages(GFP_KERNEL, random.below(3))
+                .map_err(|why| why.to_string())?;
+            // SAFETY: ours, at least 8 bytes long, and freed once.
+            unsafe {
+                object.write_bytes(0xcc, 8);
+                mm.free_pages(pfn);
+                check!(
+                    object.add(7).read() == 0xcc,
+                    "an object was written by an interrupt"
+                );
+                mm.kfree(object);
+            }
+        }
+        Ok(())
+    });
+    time::delay_us(20_000);
+    traps::set_on_call(None);
+    result?;
+    let (irqs, failed) = (
+        IRQS.load(Ordering::Relaxed) - before,
+        IRQ_FAILED.load(Ordering::Relaxed),
+    );
+    check!(
+        WRONG.load(Ordering::Relaxed) == 0,
+        "{} times wrong in an interrupt",
+        WRONG.load(Ordering::Relaxed)
+    );
+    check!(
+        irqs >= ENOUGH && failed == 0,
+        "{irqs} interrupts, {failed} allocations failed"
+    );
+    check!(ledger(machine).balanced);
+    Ok(Passed::Says(format!("{irqs} interrupts")))
 }
