@@ -1,5 +1,6 @@
 //! What a developer of memdesc runs. `cargo xtask test` is all that CI runs, and sets up what it lacks.
 
+mod metal;
 mod recordings;
 mod steps;
 
@@ -45,6 +46,12 @@ enum Command {
         #[arg(long, default_value_t = 60)]
         seconds: u64,
     },
+    /// The bare-metal image: builds it, boots it in QEMU with 1, 2 and 4 CPUs and 64 MiB to 64 GiB, and has it test itself.
+    Metal {
+        /// Print the machines' logs.
+        #[arg(long, short)]
+        verbose: bool,
+    },
     /// Replays every recording in a folder and holds it to the numbers.
     Replay {
         /// A folder of recordings.
@@ -84,6 +91,7 @@ fn main() -> ExitCode {
             runner.everything(seconds);
             runner.swap_net(2000);
         }
+        Command::Metal { verbose } => runner.metal(true, verbose),
         Command::Replay { recordings } => runner.replay(&recordings),
     }
     runner.finish()

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::metal::{self, Missing};
 use crate::recordings;
 
 /// Runs steps and remembers how they ended.
@@ -234,6 +235,30 @@ impl Runner {
             self.step(&name, || match recordings::check(Some(&recording)) {
                 Ok(summary) => passed(&summary),
                 Err(why) => End::Failed(format!("{why:#}")),
+            });
+        }
+    }
+
+    /// The image on bare metal, on several machines; `all` of them, and with their logs if `verbose`.
+    pub(crate) fn metal(&mut self, all: bool, verbose: bool) {
+        let mut images = None;
+        self.step("metal: the images", || match metal::build() {
+            Ok(built) => {
+                images = Some(built);
+                End::Passed
+            }
+            Err(Missing::Skip(why)) => End::Skipped(why),
+            Err(Missing::Failed(why)) => End::Failed(why),
+        });
+        let Some(images) = images else {
+            return;
+        };
+        for machine in metal::machines(all) {
+            self.step(&format!("metal: {}", machine.name), || {
+                match metal::boot(&images, &machine, verbose) {
+                    Ok(summary) => passed(&summary),
+                    Err(why) => End::Failed(format!("{why:#}")),
+                }
             });
         }
     }

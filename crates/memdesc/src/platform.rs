@@ -439,11 +439,13 @@ fn env<P: Platform>(platform: &P) -> lockdep::Env {
 }
 
 /// The caller may take a lock of this class from here on, or find that he need not (`might_lock`): checked as if he did, so that
-/// what is wrong is found whether lists are empty this time or not.
+/// what is wrong is found whether lists are empty this time or not. `sleeps`: as for [`Holder::new`].
 #[inline]
+#[cfg_attr(not(feature = "lockdep"), allow(unused_variables))]
 #[cfg_attr(feature = "lockdep", track_caller)]
-pub(crate) fn might_lock<P: Platform>(platform: &P, class: &'static LockClass) {
-    let _checked = Checked::new(platform, class, Acquire::Lock);
+pub(crate) fn might_lock<P: Platform>(platform: &P, sleeps: bool, class: &'static LockClass) {
+    #[cfg(feature = "lockdep")]
+    drop(Holder::new(platform, sleeps, class));
 }
 
 /// The caller may sleep from here on (`might_alloc`, `might_sleep`).
@@ -480,11 +482,13 @@ impl<'a, P: Platform> Holder<'a, P> {
     #[inline]
     #[cfg_attr(feature = "lockdep", track_caller)]
     pub(crate) fn new(platform: &'a P, sleeps: bool, class: &'static LockClass) -> Self {
+        // Pinned first: where that turns interrupts off, the checker has to see that they are.
+        let pin = (!sleeps).then(|| Pin::new(platform));
         Holder {
             platform,
             sleeps,
             _checked: Checked::new(platform, class, Acquire::Lock),
-            _pin: (!sleeps).then(|| Pin::new(platform)),
+            _pin: pin,
         }
     }
 
@@ -492,12 +496,13 @@ impl<'a, P: Platform> Holder<'a, P> {
     #[inline]
     #[cfg_attr(feature = "lockdep", track_caller)]
     pub(crate) fn trying(platform: &'a P, sleeps: bool, class: &'static LockClass) -> Self {
+        // Where there is no CPU to be had, nobody can take it away either.
+        let pin = if sleeps { None } else { Pin::try_new(platform) };
         Holder {
             platform,
             sleeps,
             _checked: Checked::new(platform, class, Acquire::Try),
-            // Where there is no CPU to be had, nobody can take it away either.
-            _pin: if sleeps { None } else { Pin::try_new(platform) },
+            _pin: pin,
         }
     }
 }

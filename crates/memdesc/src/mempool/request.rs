@@ -213,7 +213,7 @@ impl<P: Platform> Mempool<'_, P> {
     #[inline]
     #[track_caller]
     pub unsafe fn free(&self, element: NonNull<u8>) {
-        might_lock(&self.mm.pages.platform, &classes::MEMPOOL);
+        might_lock(&self.mm.pages.platform, self.mm.pages.rt, &classes::MEMPOOL);
         if self.elements.careful && self.lies_here(element, Location::caller()) {
             return;
         }

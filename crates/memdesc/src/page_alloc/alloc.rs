@@ -194,7 +194,7 @@ impl<P: Platform> PageAllocator<P> {
         if gfp.allow_blocking() {
             might_sleep(&self.platform, "an allocation of pages");
         }
-        might_lock(&self.platform, &classes::ZONE);
+        might_lock(&self.platform, self.rt, &classes::ZONE);
         if self.platform.should_fail(FaultPoint::AllocPages) {
             return Err(AllocError::Injected);
         }

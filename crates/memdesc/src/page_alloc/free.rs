@@ -31,7 +31,7 @@ impl<P: Platform> PageAllocator<P> {
         nested: bool,
         descs: &impl Descriptors,
     ) {
-        might_lock(&self.platform, &classes::ZONE);
+        might_lock(&self.platform, self.rt, &classes::ZONE);
         let order = word.order();
         let word = self.prep_free(pfn, word);
         let Some(region) = self.map.region(pfn) else {

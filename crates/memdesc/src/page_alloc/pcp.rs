@@ -197,6 +197,8 @@ impl PerCpuPages {
     }
 
     fn remote<P: Platform, R>(&self, platform: &P, f: impl FnOnce(&mut Lists) -> R) -> R {
+        // An interrupt here that came to this CPU's own would wait for us.
+        let _pin = Pin::new(platform);
         let _checked = Checked::new(platform, &classes::PCP, Acquire::Lock);
         let _guard = self.lock.enter_remote(&PlatformBarriers(platform));
         // SAFETY: as in `owner`.

@@ -158,7 +158,9 @@ impl<P: Platform> Mm<P> {
     pub(crate) fn free_tables(&self, table: Pfn, level: u8) {
         self.free_deposits(table);
         if level > 1 {
-            for entry in self.table(table) {
+            // The upper half of a root is the kernel's, which has the same tables there in every root.
+            let entries = if level == 4 { index_of(TOP, 4) } else { 512 };
+            for entry in &self.table(table)[..entries] {
                 let seen = entry.load();
                 if seen.is_present() && !seen.is_huge() {
                     self.free_tables(seen.pfn(), level - 1);

@@ -124,6 +124,8 @@ impl Krc {
         platform: &P,
         f: impl FnOnce(&mut Inner) -> R,
     ) -> R {
+        // An interrupt here that came to this CPU's own would wait for us.
+        let _pin = Pin::new(platform);
         let _checked = Checked::new(platform, &classes::KVFREE, Acquire::Lock);
         let _guard = self.lock.enter_remote(&PlatformBarriers(platform));
         // SAFETY: the lock is held.

@@ -155,10 +155,11 @@ mod tests {
                             let _read = read_lock(rcu);
                             let _nested = read_lock(rcu);
                             assert!(rcu.reading());
-                            let (later, earlier) =
-                                (two.load(Ordering::Relaxed), one.load(Ordering::Relaxed));
-                            // `two` follows `one` a grace period behind: whoever sees it sees the other.
-                            assert!(earlier >= later, "{earlier} {later}");
+                            // `two` follows `one` a grace period behind: whoever entered before `one` changed does not see the other.
+                            let earlier = one.load(Ordering::Acquire);
+                            std::thread::yield_now();
+                            let later = two.load(Ordering::Acquire);
+                            assert!(later <= earlier, "{earlier} {later}");
                         }
                     })
                 })

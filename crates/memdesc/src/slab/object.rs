@@ -57,7 +57,7 @@ impl<P: Platform> Mm<P> {
         if gfp.allow_blocking() {
             might_sleep(&self.pages.platform, "an allocation of an object");
         }
-        might_lock(&self.pages.platform, &classes::SLAB_LISTS);
+        might_lock(&self.pages.platform, self.pages.rt, &classes::SLAB_LISTS);
         if self.pages.platform.should_fail(FaultPoint::CacheAlloc) {
             let object = self.entitled_object(core, gfp, AllocError::Injected)?;
             let size = core.geometry.object_size as usize;
@@ -293,7 +293,7 @@ impl<P: Platform> Mm<P> {
         nested: bool,
         caller: Caller,
     ) {
-        might_lock(&self.pages.platform, &classes::SLAB_LISTS);
+        might_lock(&self.pages.platform, self.pages.rt, &classes::SLAB_LISTS);
         let pin = path.pin();
         let stats = self.pages.stats(pin);
         if core.role == Role::Objects {

@@ -33,7 +33,11 @@ impl<P: Platform> Mm<P> {
         if gfp.allow_blocking() {
             might_sleep(&self.pages.platform, "an allocation of objects");
         }
-        might_lock(&self.pages.platform, &crate::lockdep::classes::SLAB_LISTS);
+        might_lock(
+            &self.pages.platform,
+            self.pages.rt,
+            &crate::lockdep::classes::SLAB_LISTS,
+        );
         if self.pages.platform.should_fail(FaultPoint::CacheAlloc) {
             return Err(AllocError::Injected);
         }
@@ -137,7 +141,11 @@ impl<P: Platform> Mm<P> {
     /// As a free: allocates nothing, cannot fail.
     pub(crate) fn rest_over(&self, core: &CacheCore, objects: &[*mut u8], caller: Caller) {
         debug_assert!(core.role == Role::Objects);
-        might_lock(&self.pages.platform, &crate::lockdep::classes::SLAB_LISTS);
+        might_lock(
+            &self.pages.platform,
+            self.pages.rt,
+            &crate::lockdep::classes::SLAB_LISTS,
+        );
         for batch in objects.chunks(64) {
             let path = self.pages.free_path();
             let mut fit = 0;

@@ -140,6 +140,8 @@ impl Sheaves {
         f: impl FnOnce(&mut Stack<'_>) -> R,
     ) -> R {
         let (sheaf, objects) = self.sheaf(cpu);
+        // An interrupt here that came to this CPU's own would wait for us.
+        let _pin = Pin::new(platform);
         let _checked = Checked::new(platform, &classes::SHEAF, Acquire::Lock);
         let _guard = sheaf.lock.enter_remote(&PlatformBarriers(platform));
         f(&mut Stack::new(sheaf, objects, self.capacity))

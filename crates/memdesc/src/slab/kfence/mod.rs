@@ -198,7 +198,7 @@ impl<P: Platform> Mm<P> {
         if gfp.allow_blocking() {
             might_sleep(&self.pages.platform, "an allocation of an object");
         }
-        might_lock(&self.pages.platform, &classes::SLAB_LISTS);
+        might_lock(&self.pages.platform, self.pages.rt, &classes::SLAB_LISTS);
         self.kfence_poll();
         let Some(index) = self.kfence_pop() else {
             pool.skipped.fetch_add(1, Ordering::Relaxed);

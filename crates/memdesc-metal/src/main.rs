@@ -1,0 +1,192 @@
+//! memdesc as the memory manager of a bare-metal x86-64 machine.
+//!
+//! An image that a PVH loader starts (`qemu-system-x86_64 -kernel`), that takes over all memory, starts all CPUs, and tests itself on them. It prints to the
+//! first serial port and ends the machine through `isa-debug-exit`. Command line: `memory=fresh` says that the machine's memory is zero where the firmware was not;
+//! `tests=WORD` runs the tests with the word in their names; `crash=stack` runs over the end of a
+//! stack and `crash=double-free` frees an object twice, to see what is reported.
+//!
+//! What happens in order is in [`metal_start`]; each step is a room.
+#![no_std]
+#![no_main]
+
+extern crate alloc;
+
+mod acpi;
+mod apic;
+mod boot;
+mod exit;
+mod gdt;
+mod heap;
+mod ioapic;
+mod log;
+mod memory;
+mod paging;
+mod percpu;
+mod platform;
+mod pvh;
+mod ranges;
+mod remote;
+mod smp;
+mod tests;
+mod time;
+mod traps;
+mod users;
+mod vmap;
+
+use core::panic::PanicInfo;
+use core::sync::atomic::Ordering;
+
+use crate::boot::KERNEL_BASE;
+use crate::exit::{Exit, exit};
+use crate::ranges::{LOW_END, Ranges};
+
+/// Where `boot.s` comes out: 64 bits, interrupts off, the first GiB mapped.
+#[unsafe(no_mangle)]
+extern "C" fn metal_start(start_info: u32) -> ! {
+    percpu::init(0);
+    time::start();
+    log::init();
+    gdt::init(gdt::first_stacks());
+    traps::init();
+    // SAFETY: from the loader's EBX, and nothing has been written to memory but the image's own.
+    let Some(boot) = (unsafe { pvh::read(start_info) }) else {
+        panic!(
+            "no PVH start info at {start_info:#x}: start this with a PVH loader (qemu-system-x86_64 -kernel)"
+        );
+    };
+    log!("memdesc {} on metal", env!("CARGO_PKG_VERSION"));
+    log!("Command line: {}", boot.cmdline());
+    memory::log_firmware_map(boot);
+
+    let (topology, ranges) = match take_stock(boot) {
+        Ok(found) => found,
+        Err(why) => panic!("the machine's memory cannot be mapped: {why:?}"),
+    };
+    memory::log_ranges(&ranges);
+
+    platform::init();
+    let before = time::tsc();
+    let mm = match memory::init(boot, &ranges) {
+        Ok(mm) => mm,
+        Err(why) => panic!("memory cannot be taken over: {why}"),
+    };
+    let cycles = time::tsc() - before;
+    // From here on this is a thread, which may sleep for locks.
+    percpu::this().online.store(true, Ordering::SeqCst);
+    apic::start_timer();
+    x86_64::instructions::interrupts::enable();
+    log!("memory taken over in {} us", time::cycles_to_us(cycles));
+    // Looking at every page of a large machine takes longer than all that is done here.
+    let written = memory::is_small(&ranges) || boot.value("words") == Some("count");
+    let written = written.then(|| memory::words_written(&ranges));
+    if let Some((words, blocks)) = written {
+        log!("memory map: {words} words written, for {blocks} largest blocks");
+    }
+    memory::log_memory(mm);
+
+    if let Err(why) = vmap::init(mm) {
+        panic!("no page tables for vmalloc: {why}");
+    }
+    let running = match smp::start(mm, &topology) {
+        Ok(running) => running,
+        Err(why) => panic!("no stacks for the other CPUs: {why}"),
+    };
+    log!("smp: {running} of {} CPUs run", percpu::nr_cpus());
+
+    // The first CPU too runs on a stack with guards from here on.
+    let stack = match mm.alloc_kernel_stack(smp::STACK_PAGES, 0) {
+        Ok(stack) => stack,
+        Err(why) => panic!("no stack for the first CPU: {why}"),
+    };
+    // SAFETY: just made, and never given back.
+    unsafe {
+        traps::call_on_stack(stack.top(), || {
+            if let Some(what) = boot.value("crash") {
+                tests::crash::crash(mm, what);
+            }
+            let mut machine = tests::Machine {
+                settled: 0,
+                ranges,
+                mm,
+                boot,
+                written,
+                cpus: running,
+            };
+            exit(tests::run(&mut machine));
+        });
+    }
+    exit(Exit::Failure)
+}
+
+/// The machine as it is: page tables for all of its memory, its CPUs, and the memory that is to be taken over.
+fn take_stock(boot: &pvh::BootInfo) -> Result<(acpi::Topology, Ranges), paging::MapError> {
+    let image = boot::image();
+    let (start, end) = (image.start - KERNEL_BASE, image.end - KERNEL_BASE);
+    let home = boot
+        .memory
+        .iter()
+        .find(|e| e.kind == pvh::Kind::Ram && e.start <= start && end <= e.end);
+    let Some(home) = home else {
+        panic!("the image lies in what the firmware says is no memory");
+    };
+    paging::init_boot_memory(home.end);
+    paging::map_image()?;
+    for entry in boot.memory.iter().filter(|e| e.kind == pvh::Kind::Ram) {
+        paging::map_direct(entry.start, entry.end)?;
+    }
+    apic::init()?;
+    // SAFETY: the image, the stack in it, the direct map and the interrupt controller are mapped in them.
+    unsafe { paging::activate() };
+    apic::enable();
+    percpu::this().apic_id.store(apic::id(), Ordering::Relaxed);
+    let (tsc_hz, timer_hz) = time::calibrate(apic::free_running());
+    apic::set_timer_hz(timer_hz);
+    log!(
+        "tsc: {} MHz, timer: {} MHz",
+        tsc_hz / 1_000_000,
+        timer_hz / 1_000_000
+    );
+
+    let topology = acpi::read(boot.rsdp);
+    if let Some(at) = topology.ioapic {
+        ioapic::init(at)?;
+    }
+    percpu::set_nr_cpus(topology.cpus.len().max(1));
+    let me = apic::id();
+    for cpu in topology.cpus.iter().filter(|cpu| cpu.apic_id == me) {
+        percpu::this()
+            .node
+            .store(usize::from(cpu.node), Ordering::Relaxed);
+    }
+    log!(
+        "acpi: {} CPUs, {} ranges of memory with a node",
+        topology.cpus.len(),
+        topology.memory.len()
+    );
+    if topology.dropped > 0 {
+        log!(
+            "acpi: {} CPUs more than there is room for",
+            topology.dropped
+        );
+    }
+    let (end, tables) = paging::close_boot_memory();
+    log!(
+        "direct map: {tables} page tables, {}",
+        if paging::features().gib_pages {
+            "pages of 1 GiB"
+        } else {
+            "pages of 2 MiB"
+        }
+    );
+    let taken = [(0, LOW_END), (start, end)];
+    let ranges = ranges::usable(&boot.memory, &taken, &topology.memory);
+    Ok((topology, ranges))
+}
+
+#[panic_handler]
+fn panic(info: &PanicInfo<'_>) -> ! {
+    traps::stop_others();
+    log::take_over();
+    log!("PANIC on CPU {}: {info}", percpu::this().cpu());
+    exit(Exit::Failure)
+}

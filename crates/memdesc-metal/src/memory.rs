@@ -1,0 +1,223 @@
+//! The memory manager of this machine: how it comes up, its periodic work, and what its log says about memory.
+
+use core::fmt;
+use core::sync::atomic::{AtomicBool, Ordering};
+
+use memdesc::rcu::Rcu;
+use memdesc::{
+    AddressInfo, Config, InitError, MAX_ORDER, MemRange, Mm, PAGE_SIZE, Pfn, PhysAddr,
+    TAIL_WORDS_ORDER,
+};
+use spin::Once;
+
+use crate::apic::HZ;
+use crate::boot::image;
+use crate::log;
+use crate::paging::{DIRECT_MAP, VMALLOC_SIZE, VMALLOC_START};
+use crate::percpu;
+use crate::platform::{self, Metal};
+use crate::pvh::{BootInfo, Kind};
+use crate::ranges::Ranges;
+
+static MM: Once<Mm<Metal>> = Once::new();
+
+/// It, once it is there.
+pub(crate) fn mm() -> Option<&'static Mm<Metal>> {
+    MM.get()
+}
+
+/// Where the firmware has been before us: below this, memory may hold anything.
+const FIRMWARE_END: u64 = 4 << 30;
+
+/// Is the memory that the memory map will lie in zero? So it is if whoever started the machine says that its memory is fresh
+/// (`memory=fresh`), and the firmware was never there.
+fn is_zeroed(boot: &BootInfo, ranges: &[MemRange]) -> bool {
+    let length = |r: &&MemRange| r.end.0 - r.start.0;
+    let longest = ranges.iter().max_by_key(length);
+    boot.value("memory") == Some("fresh") && longest.is_some_and(|r| r.start.0 >= FIRMWARE_END)
+}
+
+/// Takes over memory.
+///
+/// # Errors
+///
+/// The memory manager's.
+pub(crate) fn init(boot: &BootInfo, ranges: &[MemRange]) -> Result<&'static Mm<Metal>, InitError> {
+    let config = Config {
+        memory_is_zeroed: is_zeroed(boot, ranges),
+        ..Config::default()
+    };
+    let mm = Mm::new(Metal, &config, ranges)?;
+    log!(
+        "memory map: {}",
+        if config.memory_is_zeroed {
+            "the memory is fresh, no word of it was cleared"
+        } else {
+            "cleared, since the firmware may have used the memory"
+        }
+    );
+    Ok(MM.call_once(|| mm))
+}
+
+static KICKED: AtomicBool = AtomicBool::new(false);
+
+/// There is work: see [`work`]. Any context.
+pub(crate) fn kick() {
+    KICKED.store(true, Ordering::Release);
+}
+
+/// The timer's tick, in its interrupt: grace periods are pushed on, the rest waits for a thread.
+pub(crate) fn timer_tick() {
+    let me = percpu::this();
+    let ticks = me.ticks.load(Ordering::Relaxed) + 1;
+    me.ticks.store(ticks, Ordering::Relaxed);
+    if let Some(mm) = mm() {
+        mm.rcu().advance();
+    }
+}
+
+/// The periodic work of the calling CPU, if it is due, and what was kicked. In a thread.
+pub(crate) fn work() {
+    let Some(mm) = mm() else {
+        return;
+    };
+    let me = percpu::this();
+    let ticks = me.ticks.load(Ordering::Relaxed);
+    if ticks - me.ticks_worked.load(Ordering::Relaxed) >= HZ {
+        me.ticks_worked.store(ticks, Ordering::Relaxed);
+        mm.tick();
+    } else if KICKED.swap(false, Ordering::AcqRel) {
+        mm.rcu_work();
+    }
+}
+
+/// What an address is, for a report of a fault.
+pub(crate) fn explain(address: usize) -> impl fmt::Display {
+    struct Explained(usize);
+    impl fmt::Display for Explained {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            let address = self.0 as u64;
+            let image = image();
+            match mm().map(|mm| mm.explain_address(self.0)) {
+                Some(AddressInfo::NotVmalloc) | None => {}
+                Some(info) => return write!(f, "{info}"),
+            }
+            f.write_str(match address {
+                0..4096 => "a null pointer",
+                a if a < 1 << 47 => "an address of users",
+                a if (DIRECT_MAP..VMALLOC_START).contains(&a) => "the direct map",
+                a if (VMALLOC_START..VMALLOC_START + VMALLOC_SIZE).contains(&a) => {
+                    "vmalloc's range"
+                }
+                a if a >= image.start && a < image.text_end => "the image's text",
+                a if a >= image.text_end && a < image.rodata_end => "the image's constants",
+                a if a >= image.rodata_end && a < image.end => "the image's data",
+                _ => "nobody's address",
+            })
+        }
+    }
+    Explained(address)
+}
+
+/// Is there at most so much memory that every page can be looked at while booting?
+pub(crate) fn is_small(ranges: &[MemRange]) -> bool {
+    const SMALL: u64 = 4 << 30;
+    ranges.iter().map(|r| r.end.0 - r.start.0).sum::<u64>() <= SMALL
+}
+
+/// How many words of the memory map are not zero, as they are read from it, and how many largest blocks the memory has. Looks at every page.
+pub(crate) fn words_written(ranges: &[MemRange]) -> (u64, u64) {
+    let (mut words, mut blocks) = (0, 0);
+    let first = |at: PhysAddr| (at.0 / PAGE_SIZE as u64) as u32;
+    let Some(map) = platform::words() else {
+        return (0, 0);
+    };
+    for range in ranges {
+        let (mut at, end) = (first(range.start), first(range.end));
+        blocks += u64::from((end - at).div_ceil(1 << MAX_ORDER));
+        while at < end {
+            // SAFETY: the memory manager lives for ever.
+            let Some(found) = (unsafe { map.lookup(Pfn(at)) }) else {
+                at += 1;
+                continue;
+            };
+            // A small block has a word for each page, a larger one only for its head.
+            let order = found.word.order();
+            words += if order <= TAIL_WORDS_ORDER {
+                1 << order
+            } else {
+                1
+            };
+            at = found.head.0 + (1 << order);
+        }
+    }
+    (words, blocks)
+}
+
+/// `BIOS-e820` as Linux prints it.
+pub(crate) fn log_firmware_map(boot: &BootInfo) {
+    log!("BIOS-provided physical RAM map:");
+    for entry in &boot.memory {
+        let last = entry.end.wrapping_sub(1);
+        let kind = match entry.kind {
+            Kind::Ram => "usable",
+            Kind::Reserved => "reserved",
+            Kind::Acpi => "ACPI data",
+            Kind::Nvs => "ACPI NVS",
+            Kind::Unusable => "unusable",
+            Kind::Other => "of a type that is not known",
+        };
+        log!("BIOS-e820: [mem {:#018x}-{last:#018x}] {kind}", entry.start);
+    }
+    if boot.dropped > 0 {
+        log!("BIOS-e820: {} more than there is room for", boot.dropped);
+    }
+}
+
+/// What the memory manager was given.
+pub(crate) fn log_ranges(ranges: &Ranges) {
+    log!("Early memory node ranges");
+    for range in ranges {
+        let last = range.end.0 - 1;
+        log!(
+            "  node {:3}: [mem {:#018x}-{last:#018x}]",
+            range.node,
+            range.start.0
+        );
+    }
+}
+
+/// Zones, nodes and totals.
+pub(crate) fn log_memory(mm: &Mm<Metal>) {
+    let kib = |pages: u64| pages * (PAGE_SIZE as u64 / 1024);
+    mm.zoneinfo(|zone| {
+        let [min, low, high, _] = zone.watermarks;
+        log!(
+            "Node {} {:<8} present {:>9}K, managed {:>9}K; watermarks min {}K low {}K high {}K",
+            zone.node,
+            zone.kind.name(),
+            kib(zone.present),
+            kib(zone.managed),
+            kib(min),
+            kib(low),
+            kib(high),
+        );
+    });
+    let ledger = mm.ledger();
+    let free = ledger.free + ledger.untouched + ledger.pcp;
+    let image = image();
+    let hundredths = ledger.metadata_bytes() * 10_000 / (ledger.given * PAGE_SIZE as u64);
+    log!(
+        "Memory: {}K/{}K available ({}K kernel code, {}K constants, {}K data; {}K metadata, {}.{:02} % of memory: {}K memory map, {}K other)",
+        kib(free),
+        kib(ledger.given),
+        (image.text_end - image.start) / 1024,
+        (image.rodata_end - image.text_end) / 1024,
+        (image.end - image.rodata_end) / 1024,
+        ledger.metadata_bytes() / 1024,
+        hundredths / 100,
+        hundredths % 100,
+        ledger.memmap_bytes / 1024,
+        (ledger.descriptor_bytes + ledger.other_metadata_bytes) / 1024,
+    );
+}
