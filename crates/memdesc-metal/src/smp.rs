@@ -137,9 +137,24 @@ pub(crate) fn on_all_cpus(f: &(dyn Fn(usize) + Sync)) {
         apic::send(cpu, apic::CALL_VECTOR);
     }
     f(me);
-    while RUNNING.load(Ordering::Acquire) > 0 {
-        remote::serve();
-        core::hint::spin_loop();
-    }
+    wait_until(|| RUNNING.load(Ordering::Acquire) == 0);
     *JOB.lock() = None;
+}
+
+/// Turns of waiting before a CPU sleeps.
+const SPINS: u32 = 5000;
+
+/// Waits for other CPUs, in a thread: a while awake, and then asleep until the next interrupt, a tick at the latest, so that a host with fewer CPUs than
+/// the machine has can run those that are waited for.
+pub(crate) fn wait_until(is_so: impl Fn() -> bool) {
+    let mut turn = 0;
+    while !is_so() {
+        remote::serve();
+        turn += 1;
+        if turn < SPINS {
+            core::hint::spin_loop();
+        } else {
+            x86_64::instructions::hlt();
+        }
+    }
 }

@@ -19,7 +19,7 @@ use crate::exit::Exit;
 use crate::platform::Metal;
 use crate::pvh::BootInfo;
 use crate::ranges::Ranges;
-use crate::{log, remote, smp, time};
+use crate::{log, smp, time};
 
 /// What a test is given.
 pub(crate) struct Machine {
@@ -163,13 +163,9 @@ pub(crate) fn ledger(machine: &Machine) -> Ledger {
         if !is_first {
             waiting.fetch_add(1, Ordering::AcqRel);
         }
-        while waiting.load(Ordering::Acquire) < machine.cpus - 1 {
-            remote::serve();
-            core::hint::spin_loop();
-        }
-        while !is_first && found.lock().is_none() {
-            remote::serve();
-            core::hint::spin_loop();
+        smp::wait_until(|| waiting.load(Ordering::Acquire) == machine.cpus - 1);
+        if !is_first {
+            smp::wait_until(|| found.lock().is_some());
         }
         if is_first {
             let ledger = machine.mm.ledger();

@@ -196,21 +196,19 @@ pub(super) fn threads_share_a_space(machine: &Machine) -> Outcome {
 
 /// What one CPU unmaps, or makes read-only, no other one reaches any more, though it did before.
 pub(super) fn what_is_unmapped_is_gone(machine: &Machine) -> Outcome {
+    const PAGES: u64 = 32;
     let space = space(machine, 1)?;
     let (arrived, stage) = (AtomicU64::new(0), AtomicU64::new(0));
-    let at = anon(&space, 64, VmFlags::READ_WRITE)?;
+    let at = anon(&space, PAGES, VmFlags::READ_WRITE)?;
     let cpus = machine.cpus as u64;
     let wait = |value: &AtomicU64, wanted: u64| {
-        while value.load(Ordering::Acquire) < wanted {
-            crate::remote::serve();
-            core::hint::spin_loop();
-        }
+        crate::smp::wait_until(|| value.load(Ordering::Acquire) >= wanted);
     };
     on_all(|cpu| {
         with_space(&space, || {
             // What is wrong is said at the end: the others wait for all.
             let mut wrong = None;
-            for page in 0..64 {
+            for page in 0..PAGES {
                 if cpu == 0 {
                     // SAFETY: mapped to be written.
                     unsafe { write(at + page * PAGE, page + 1) };
