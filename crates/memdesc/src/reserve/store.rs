@@ -35,7 +35,7 @@ use crate::memmap::{Contents, DescClass, PageType, Word};
 use crate::mm::Mm;
 use crate::page_alloc::buddy::Block;
 use crate::platform::{Holder, Pin, Platform};
-use crate::slab::cache::{CacheCore, CacheFlags, slab_of};
+use crate::slab::cache::{CacheCore, CacheFlags, Lists, slab_of};
 use crate::slab::kmalloc::Kind;
 use crate::sync::SpinGuard;
 use crate::sync::atomic::Ordering;
@@ -206,10 +206,7 @@ impl<P: Platform> Mm<P> {
         let mut lists = self.lists(core);
         lists.enter(core.geometry_of(slab));
         core.reserved.fetch_add(1, Ordering::Relaxed);
-        let mut out = [core::ptr::null_mut()];
-        lists.inuse += self.take_from(core, slab, &mut out) as u64;
-        lists.relist(&self.pages.map, slab);
-        NonNull::new(out[0])
+        self.take_one(core, &mut lists, slab)
     }
 
     /// An idle block, or an empty slab of whatever cache made into one.
@@ -224,12 +221,16 @@ impl<P: Platform> Mm<P> {
 
     /// An object from a slab of the node's in one of the lists for reserves.
     fn take_listed(&self, node: &Node, core: &CacheCore, list: SlabList) -> Option<NonNull<u8>> {
-        let map = &self.pages.map;
         let mut lists = self.lists(core);
         let slab = self.find_listed(node, lists.by_share[list.index()].head)?;
+        self.take_one(core, &mut lists, slab)
+    }
+
+    /// One object of a slab that has one free.
+    fn take_one(&self, core: &CacheCore, lists: &mut Lists, slab: &Slab) -> Option<NonNull<u8>> {
         let mut out = [core::ptr::null_mut()];
         lists.inuse += self.take_from(core, slab, &mut out) as u64;
-        lists.relist(map, slab);
+        lists.relist(&self.pages.map, slab);
         NonNull::new(out[0])
     }
 
