@@ -762,25 +762,10 @@ fn run(ops: &[Op], rt: bool) {
 
 #[test]
 fn state_machine() {
-    let config = ProptestConfig {
-        cases: scaled(100, 1) as u32,
-        failure_persistence: None,
-        ..ProptestConfig::default()
-    };
-    let rng = proptest::test_runner::TestRng::deterministic_rng(
-        proptest::test_runner::RngAlgorithm::ChaCha,
-    );
-    let mut runner = proptest::test_runner::TestRunner::new_with_rng(config, rng);
-    let ops = (
-        any::<bool>(),
-        proptest::collection::vec(op(), 1..=scaled(200, 20)),
-    );
-    if let Err(why) = runner.run(&ops, |(rt, ops)| {
-        run(&ops, rt);
-        Ok(())
-    }) {
-        panic!("{why}");
-    }
+    let ops = proptest::collection::vec(op(), 1..=scaled(200, 20));
+    for_cases(scaled(100, 1), &(any::<bool>(), ops), |(rt, ops)| {
+        run(&ops, rt)
+    });
 }
 
 /// Users that hold no more than the pool has, all together, while somebody takes all ordinary memory: nobody fails, nobody waits for ever.

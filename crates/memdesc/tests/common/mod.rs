@@ -35,6 +35,29 @@ pub fn scaled(native: usize, miri: usize) -> usize {
     if cfg!(miri) { miri } else { native }
 }
 
+/// Runs a test on so many values, the same ones every time; the smallest that fails is shown.
+pub fn for_cases<S: proptest::strategy::Strategy>(
+    cases: usize,
+    values: &S,
+    test: impl Fn(S::Value),
+) {
+    use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
+    let config = Config {
+        cases: cases as u32,
+        failure_persistence: None,
+        ..Config::default()
+    };
+    let rng = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
+    let mut runner = TestRunner::new_with_rng(config, rng);
+    let tried = runner.run(values, |value| {
+        test(value);
+        Ok(())
+    });
+    if let Err(why) = tried {
+        panic!("{why}");
+    }
+}
+
 /// The default, with the free-page services that the environment names: any test runs with any of them.
 ///
 /// `MEMDESC_FREEPAGE=pagealloc,poison,init_on_free,init_on_alloc,reporting,kfence`, or `all`.
