@@ -76,6 +76,7 @@ fn main() -> ExitCode {
             runner.scenarios(if quick { 5 } else { 60 });
             runner.swap_net(if quick { 20 } else { 300 });
             runner.everything(if quick { 5 } else { 20 });
+            runner.metal(!quick, false);
             runner.replay_built_in();
             if let Some(folder) = recordings {
                 runner.replay(&folder);

@@ -35,8 +35,6 @@ pub(crate) struct Machine {
     more: &'static [&'static str],
     /// It runs the image in which every lock is checked.
     lockdep: bool,
-    /// Taking over memory takes no longer than so many microseconds.
-    max_us: Option<u64>,
     /// It ends as a failure, with all of these in its log; empty: it ends well.
     crashes: &'static [&'static str],
 }
@@ -50,7 +48,6 @@ impl Machine {
             cmdline: "",
             more: &["-cpu", "max"],
             lockdep: false,
-            max_us: None,
             crashes: &[],
         }
     }
@@ -67,8 +64,6 @@ pub(crate) fn machines(all: bool) -> Vec<Machine> {
     machines.push(Machine {
         name: "2 CPUs, 64G, fresh".into(),
         cmdline: "memory=fresh words=count",
-        // Clearing its memory map alone would take three times as long, all else is some milliseconds.
-        max_us: Some(50_000),
         // The host need not have so much: the pages that are not touched are nowhere.
         more: &[
             "-cpu",
