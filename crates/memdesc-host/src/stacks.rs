@@ -2,9 +2,13 @@
 
 use std::ffi::c_void;
 use std::fmt::{self, Write};
+use std::path::Path;
 
-/// The memory manager's own frames, which all stacks begin with and nobody wants to see.
-const OWN: &[&str] = &["backtrace::", "memdesc_host::", "memdesc::"];
+use backtrace::Symbol;
+
+/// The crates of the memory manager's own frames, which all stacks begin with and nobody wants to see. Functions are told by where they are written: what is
+/// built with line tables only has names without modules.
+const OWN: &[&str] = &["backtrace", "memdesc-host", "memdesc"];
 /// Frames looked at before the caller of the memory manager must have come.
 const INNER: usize = 24;
 
@@ -23,11 +27,7 @@ pub(crate) fn save(frames: &mut [usize]) -> usize {
         let mut own = false;
         backtrace::resolve(
             std::ptr::without_provenance_mut::<c_void>(address),
-            |symbol| {
-                own = symbol
-                    .name()
-                    .is_some_and(|name| is_own(&format!("{name:#}")));
-            },
+            |symbol| own = is_own(symbol),
         );
         own
     };
@@ -40,9 +40,24 @@ pub(crate) fn save(frames: &mut [usize]) -> usize {
     kept
 }
 
-fn is_own(name: &str) -> bool {
-    let name = name.trim_start_matches('<');
-    OWN.iter().any(|own| name.starts_with(own))
+/// Is the function written in one of our own crates, wherever that is: `memdesc/src/…`, or `memdesc-0.1.0/src/…` of a registry?
+fn is_own(symbol: &Symbol) -> bool {
+    symbol.filename().is_some_and(is_own_file)
+}
+
+fn is_own_file(path: &Path) -> bool {
+    let is_own_folder = |folder: &str| {
+        let rest = OWN.iter().filter_map(|own| folder.strip_prefix(own));
+        let is_version = |rest: &str| rest.starts_with(|c: char| c.is_ascii_digit());
+        { rest }.any(|rest| rest.is_empty() || rest.strip_prefix('-').is_some_and(is_version))
+    };
+    let folders = || {
+        path.iter()
+            .map(|folder| folder.to_str().unwrap_or_default())
+    };
+    folders()
+        .zip(folders().skip(1))
+        .any(|(folder, next)| next == "src" && is_own_folder(folder))
 }
 
 /// Writes function, file and line; of functions inlined into each other the two innermost that are not the memory manager's own.
@@ -52,15 +67,15 @@ pub(crate) fn symbol(address: usize, out: &mut dyn Write) -> fmt::Result {
     backtrace::resolve(
         std::ptr::without_provenance_mut::<c_void>(address),
         |symbol| {
-            let Some(name) = symbol.name().map(|name| format!("{name:#}")) else {
-                return;
-            };
-            if result.is_err() || named == 2 || is_own(&name) {
+            if result.is_err() || named == 2 || is_own(symbol) {
                 return;
             }
+            let Some(name) = symbol.name() else {
+                return;
+            };
             let inlined = if named > 0 { ", inlined into " } else { "" };
             named += 1;
-            result = write!(out, "{inlined}{name}");
+            result = write!(out, "{inlined}{name:#}");
             if let (Some(file), Some(line)) = (symbol.filename(), symbol.lineno()) {
                 result = result.and_then(|()| write!(out, " at {}:{line}", file.display()));
             }
@@ -70,4 +85,29 @@ pub(crate) fn symbol(address: usize, out: &mut dyn Write) -> fmt::Result {
         return write!(out, "{address:#x}");
     }
     result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn own_files_are_told_from_those_of_who_calls() {
+        for own in [
+            "/home/me/memdesc/crates/memdesc/src/owner.rs",
+            "crates/memdesc-host/src/slab/mod.rs",
+            "/root/.cargo/registry/src/index/memdesc-0.1.0/src/lib.rs",
+            "/root/.cargo/registry/src/index/backtrace-0.3.77/src/backtrace/mod.rs",
+        ] {
+            assert!(is_own_file(Path::new(own)), "{own}");
+        }
+        for other in [
+            "crates/memdesc/tests/page_history.rs",
+            "crates/memdesc-cli/src/main.rs",
+            "/home/me/memdesc/kernel/src/main.rs",
+            "/rustc/1234/library/std/src/sys/backtrace.rs",
+        ] {
+            assert!(!is_own_file(Path::new(other)), "{other}");
+        }
+    }
 }

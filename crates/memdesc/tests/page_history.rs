@@ -252,10 +252,6 @@ mod symbols {
 
     #[test]
     fn a_report_names_the_functions() {
-        // Optimised and with the checker of locks in it, the allocator's frames fill the stack that is kept.
-        if cfg!(feature = "lockdep") {
-            return;
-        }
         let machine = machine(4096, 1 << 16);
         let reports = Reports::default();
         let host = reports.on(machine.host()).stacks(true);
