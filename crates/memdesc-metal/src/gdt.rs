@@ -1,4 +1,7 @@
-//! Each CPU's segments and its task state: the stacks that NMIs and double faults run on.
+//! Each CPU's segments, the kernel's and the users', and its task state: the stacks that NMIs and double faults run on, and where traps from user mode begin.
+
+use core::cell::UnsafeCell;
+use core::sync::atomic::Ordering;
 
 use spin::Once;
 use x86_64::VirtAddr;
@@ -20,7 +23,22 @@ pub(crate) const TRAP_STACKS: usize = 3;
 /// Bytes of each.
 pub(crate) const TRAP_STACK_SIZE: usize = 16384;
 
-static TASKS: [Once<TaskStateSegment>; MAX_CPUS] = [const { Once::new() }; MAX_CPUS];
+/// The kernel's code; its data follow, as `syscall` wants them.
+pub(crate) const KERNEL_CODE: u16 = 0x08;
+/// The users' data, and their code behind it, as `sysret` would want them, with their rights.
+pub(crate) const USER_DATA: u16 = 0x18 | 3;
+/// The users' code.
+pub(crate) const USER_CODE: u16 = 0x20 | 3;
+
+/// A task state: the CPU reads it, and which stack traps from user mode push to changes with each thread.
+struct Task(UnsafeCell<TaskStateSegment>);
+
+// SAFETY: written by the CPU that it is of alone, through `PerCpu::tss_sp`, once it has been made.
+unsafe impl Sync for Task {}
+// SAFETY: the same.
+unsafe impl Send for Task {}
+
+static TASKS: [Once<Task>; MAX_CPUS] = [const { Once::new() }; MAX_CPUS];
 static TABLES: [Once<GlobalDescriptorTable>; MAX_CPUS] = [const { Once::new() }; MAX_CPUS];
 
 /// The first CPU's: there is nobody yet who could give it better ones.
@@ -46,14 +64,25 @@ pub(crate) fn init(stacks: [u64; TRAP_STACKS]) {
             *entry = VirtAddr::new(top);
         }
         task.interrupt_stack_table = table;
-        task
+        Task(UnsafeCell::new(task))
     });
+    let at = task.0.get();
+    // SAFETY: within the task state; only its address is taken, since it is not aligned.
+    let stack = unsafe { &raw const (*at).privilege_stack_table };
+    percpu::this()
+        .tss_sp
+        .store(stack.expose_provenance(), Ordering::Relaxed);
     let mut selectors = None;
     let table = TABLES[cpu].call_once(|| {
         let mut table = GlobalDescriptorTable::new();
+        // In the order that the numbers above say.
         let code = table.append(Descriptor::kernel_code_segment());
         let data = table.append(Descriptor::kernel_data_segment());
-        let tss = table.append(Descriptor::tss_segment(task));
+        let user_data = table.append(Descriptor::user_data_segment());
+        let user_code = table.append(Descriptor::user_code_segment());
+        debug_assert!((code.0, user_data.0, user_code.0) == (KERNEL_CODE, USER_DATA, USER_CODE));
+        // SAFETY: it lives for ever.
+        let tss = table.append(unsafe { Descriptor::tss_segment_unchecked(at) });
         selectors = Some((code, data, tss));
         table
     });

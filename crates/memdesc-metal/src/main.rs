@@ -2,7 +2,7 @@
 //!
 //! An image that a PVH loader starts (`qemu-system-x86_64 -kernel`), that takes over all memory, starts all CPUs, and tests itself on them. It prints to the
 //! first serial port and ends the machine through `isa-debug-exit`. Command line: `memory=fresh` says that the machine's memory is zero where the firmware was not;
-//! `tests=WORD` runs the tests with the word in their names; `crash=stack` runs over the end of a
+//! `rt` has the locks of the memory manager sleep; `tests=WORD` runs the tests with the word in their names; `crash=stack` runs over the end of a
 //! stack and `crash=double-free` frees an object twice, to see what is reported.
 //!
 //! What happens in order is in [`metal_start`]; each step is a room.
@@ -21,17 +21,22 @@ mod ioapic;
 mod log;
 mod memory;
 mod paging;
+mod park;
 mod percpu;
 mod platform;
+mod process;
 mod pvh;
 mod ranges;
 mod remote;
+mod sched;
 mod smp;
 mod tests;
+mod thread;
 mod time;
 mod traps;
 mod users;
 mod vmap;
+mod worker;
 
 use core::panic::PanicInfo;
 use core::sync::atomic::Ordering;
@@ -87,11 +92,20 @@ extern "C" fn metal_start(start_info: u32) -> ! {
     if let Err(why) = vmap::init(mm) {
         panic!("no page tables for vmalloc: {why}");
     }
+    users::init();
+    if let Err(why) = thread::init(mm).and_then(|()| thread::init_idle(mm, 0)) {
+        panic!("no memory for threads: {why}");
+    }
+    sched::start();
     let running = match smp::start(mm, &topology) {
         Ok(running) => running,
         Err(why) => panic!("no stacks for the other CPUs: {why}"),
     };
     log!("smp: {running} of {} CPUs run", percpu::nr_cpus());
+
+    if let Err(why) = worker::start(mm) {
+        panic!("no memory for workers: {why}");
+    }
 
     // The first CPU too runs on a stack with guards from here on.
     let stack = match mm.alloc_kernel_stack(smp::STACK_PAGES, 0) {
@@ -187,6 +201,10 @@ fn take_stock(boot: &pvh::BootInfo) -> Result<(acpi::Topology, Ranges), paging::
 fn panic(info: &PanicInfo<'_>) -> ! {
     traps::stop_others();
     log::take_over();
-    log!("PANIC on CPU {}: {info}", percpu::this().cpu());
+    let (id, name) = thread::on_cpu(percpu::this().cpu());
+    log!(
+        "PANIC on CPU {} in thread {id} ({name}): {info}",
+        percpu::this().cpu()
+    );
     exit(Exit::Failure)
 }

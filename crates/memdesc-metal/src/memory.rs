@@ -14,10 +14,11 @@ use crate::apic::HZ;
 use crate::boot::image;
 use crate::log;
 use crate::paging::{DIRECT_MAP, VMALLOC_SIZE, VMALLOC_START};
-use crate::percpu;
+use crate::percpu::{self, PerCpu};
 use crate::platform::{self, Metal};
 use crate::pvh::{BootInfo, Kind};
 use crate::ranges::Ranges;
+use crate::worker;
 
 static MM: Once<Mm<Metal>> = Once::new();
 
@@ -45,6 +46,7 @@ fn is_zeroed(boot: &BootInfo, ranges: &[MemRange]) -> bool {
 pub(crate) fn init(boot: &BootInfo, ranges: &[MemRange]) -> Result<&'static Mm<Metal>, InitError> {
     let config = Config {
         memory_is_zeroed: is_zeroed(boot, ranges),
+        preempt_rt: boot.has("rt"),
         ..Config::default()
     };
     let mm = Mm::new(Metal, &config, ranges)?;
@@ -74,17 +76,28 @@ pub(crate) fn timer_tick() {
     if let Some(mm) = mm() {
         mm.rcu().advance();
     }
+    worker::tick(me);
 }
 
-/// The periodic work of the calling CPU, if it is due, and what was kicked. In a thread.
+fn is_due(me: &PerCpu) -> bool {
+    let ticks = me.ticks.load(Ordering::Relaxed);
+    ticks - me.ticks_worked.load(Ordering::Relaxed) >= HZ
+}
+
+/// Is there something to do for a CPU's worker?
+pub(crate) fn has_work(me: &PerCpu) -> bool {
+    is_due(me) || KICKED.load(Ordering::Relaxed)
+}
+
+/// The periodic work of the calling CPU, if it is due, and what was kicked. In a thread that is bound to it.
 pub(crate) fn work() {
     let Some(mm) = mm() else {
         return;
     };
     let me = percpu::this();
-    let ticks = me.ticks.load(Ordering::Relaxed);
-    if ticks - me.ticks_worked.load(Ordering::Relaxed) >= HZ {
-        me.ticks_worked.store(ticks, Ordering::Relaxed);
+    if is_due(me) {
+        me.ticks_worked
+            .store(me.ticks.load(Ordering::Relaxed), Ordering::Relaxed);
         mm.tick();
     } else if KICKED.swap(false, Ordering::AcqRel) {
         mm.rcu_work();

@@ -2,18 +2,23 @@
 //!
 //! **Pinning is turning interrupts off**, counted; who pinned first knows whether they were on. An NMI may strike between any two instructions of that, and
 //! leaves the count and the flag as it found them ([`Nmi`]).
+//!
+//! A thread with interrupts on can find itself on another CPU between any two instructions (`sched`), so what is asked of a CPU's own is asked pinned, or in one
+//! instruction ([`current`]).
 
 use core::arch::asm;
 use core::sync::atomic::{
     AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, compiler_fence,
 };
 
-use memdesc::lockdep::Task;
 use x86_64::VirtAddr;
 use x86_64::instructions::interrupts;
 use x86_64::registers::model_specific::GsBase;
 
-use crate::users::Space;
+use crate::thread::{self, Thread};
+
+/// No address space of users: what no space has as its number.
+pub(crate) const NO_SPACE: u64 = u64::MAX;
 
 /// CPUs at most.
 pub(crate) const MAX_CPUS: usize = 16;
@@ -24,6 +29,13 @@ pub(crate) const MAX_CPUS: usize = 16;
 pub(crate) struct PerCpu {
     /// Its own address: what `gs:0` reads.
     this: AtomicUsize,
+    /// The thread that it runs.
+    pub(crate) current: AtomicPtr<Thread>,
+    /// Where traps from user mode push, for the instruction `syscall`, and the user's stack pointer meanwhile.
+    pub(crate) trap_sp: AtomicUsize,
+    pub(crate) user_sp: AtomicUsize,
+    /// Where the task state has the first of these.
+    pub(crate) tss_sp: AtomicUsize,
     cpu: AtomicUsize,
     /// How often interrupts were turned off, and whether they were on before the first time.
     pins: AtomicU32,
@@ -42,10 +54,19 @@ pub(crate) struct PerCpu {
     /// NMIs it got, and how many of them struck it pinned.
     pub(crate) nmis: AtomicU64,
     pub(crate) nmis_pinned: AtomicU64,
-    /// The address space that it runs, if any.
-    pub(crate) space: AtomicPtr<Space>,
-    /// For the context checker: what is held. There is one thread on each CPU.
-    pub(crate) task: Task,
+    /// The number of the address space that is loaded; [`NO_SPACE`] for the kernel's own tables.
+    pub(crate) asid: AtomicU64,
+    /// Somebody else shall run, as soon as that may be.
+    pub(crate) resched: AtomicBool,
+    /// It has nothing to do, and sleeps until an interrupt.
+    pub(crate) idle: AtomicBool,
+    /// Its worker is wanted: what it parks on.
+    pub(crate) work: AtomicU32,
+    /// Threads that ended here and whose stacks are to be freed, linked.
+    pub(crate) dead: AtomicPtr<Thread>,
+    /// How often it changed threads, and how often a thread had not asked for it.
+    pub(crate) switches: AtomicU64,
+    pub(crate) preemptions: AtomicU64,
     /// Requests of other CPUs: see `remote`.
     pub(crate) wanted: AtomicU64,
     pub(crate) done: AtomicU64,
@@ -56,6 +77,10 @@ impl PerCpu {
     const fn new() -> PerCpu {
         PerCpu {
             this: AtomicUsize::new(0),
+            current: AtomicPtr::new(core::ptr::null_mut()),
+            trap_sp: AtomicUsize::new(0),
+            user_sp: AtomicUsize::new(0),
+            tss_sp: AtomicUsize::new(0),
             cpu: AtomicUsize::new(0),
             pins: AtomicU32::new(0),
             irqs_were_on: AtomicBool::new(false),
@@ -68,12 +93,25 @@ impl PerCpu {
             ticks_worked: AtomicU64::new(0),
             nmis: AtomicU64::new(0),
             nmis_pinned: AtomicU64::new(0),
-            space: AtomicPtr::new(core::ptr::null_mut()),
-            task: Task::new(),
+            asid: AtomicU64::new(NO_SPACE),
+            resched: AtomicBool::new(false),
+            idle: AtomicBool::new(false),
+            work: AtomicU32::new(0),
+            dead: AtomicPtr::new(core::ptr::null_mut()),
+            switches: AtomicU64::new(0),
+            preemptions: AtomicU64::new(0),
             wanted: AtomicU64::new(0),
             done: AtomicU64::new(0),
             flush: AtomicBool::new(false),
         }
+    }
+
+    /// Is anything pinned, or an interrupt or NMI being handled? For who is on it, with interrupts off.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.pins.load(Ordering::Relaxed)
+            + self.hardirqs.load(Ordering::Relaxed)
+            + self.nmis_in.load(Ordering::Relaxed)
+            > 0
     }
 
     /// Which CPU it is.
@@ -113,10 +151,12 @@ pub(crate) fn init(cpu: usize) {
     let address = (&raw const *me).expose_provenance();
     me.this.store(address, Ordering::Relaxed);
     me.cpu.store(cpu, Ordering::Relaxed);
+    me.current
+        .store(thread::first(cpu).as_ptr(), Ordering::Relaxed);
     GsBase::write(VirtAddr::new(address as u64));
 }
 
-/// The calling CPU's own. It stays right as long as the caller stays: nobody is moved to another CPU.
+/// The calling CPU's own. It stays right as long as the caller stays: with interrupts off, or in a thread that is bound to its CPU.
 #[inline]
 pub(crate) fn this() -> &'static PerCpu {
     let address: usize;
@@ -125,6 +165,18 @@ pub(crate) fn this() -> &'static PerCpu {
         asm!("mov {}, gs:[0]", out(reg) address, options(nostack, preserves_flags, pure, readonly));
         &*core::ptr::with_exposed_provenance(address)
     }
+}
+
+/// The calling thread's: one instruction, so that it is right wherever the thread is moved before or after.
+#[inline]
+pub(crate) fn current() -> *mut Thread {
+    let thread: *mut Thread;
+    // SAFETY: as in `this`; every CPU has a thread from then on.
+    unsafe {
+        asm!("mov {}, gs:[{}]", out(reg) thread, const core::mem::offset_of!(PerCpu, current),
+            options(nostack, preserves_flags, readonly));
+    }
+    thread
 }
 
 /// Interrupts off, once more. Which CPU this is. Any context.
@@ -154,12 +206,13 @@ pub(crate) fn unpin() {
 
 /// Is the caller in an NMI?
 pub(crate) fn in_nmi() -> bool {
-    this().nmis_in.load(Ordering::Relaxed) > 0
+    // With interrupts on it is a thread, whose CPU may change meanwhile.
+    !interrupts::are_enabled() && this().nmis_in.load(Ordering::Relaxed) > 0
 }
 
 /// In an interrupt?
 pub(crate) fn in_irq() -> bool {
-    this().hardirqs.load(Ordering::Relaxed) > 0
+    !interrupts::are_enabled() && this().hardirqs.load(Ordering::Relaxed) > 0
 }
 
 /// An interrupt handler runs as long as this lives.

@@ -2,7 +2,7 @@
 
 use core::fmt;
 use core::ptr::NonNull;
-use core::sync::atomic::{Ordering, compiler_fence};
+use core::sync::atomic::{AtomicU16, AtomicU32, Ordering, compiler_fence};
 
 use memdesc::lockdep::{Lockdep, Task};
 use memdesc::rcu::cpus::{CpuRcu, CpuReaders, Cpus};
@@ -13,7 +13,8 @@ use x86_64::instructions::interrupts;
 
 use crate::paging::{DIRECT_MAP, VMALLOC_SIZE, VMALLOC_START, features, phys_to_virt};
 use crate::percpu::{self, MAX_CPUS};
-use crate::{log, memory, remote, time, traps, vmap};
+use crate::thread::{self, Thread};
+use crate::{log, memory, park, remote, sched, time, traps, vmap, worker};
 
 /// This machine.
 #[derive(Clone, Copy, Debug)]
@@ -37,9 +38,28 @@ pub(crate) fn words() -> Option<&'static PageWords> {
     WORDS.get()
 }
 
+/// A turn of waiting: who waits for a thread that may be on this CPU lets others run now and then.
+#[inline]
+fn relax(round: u32) {
+    remote::serve();
+    if round % 64 == 63 {
+        sched::yield_now();
+    }
+}
+
+/// What a thread says of itself; in an interrupt, nothing.
+#[inline]
+fn of_thread(which: impl FnOnce(&Thread) -> &AtomicU16) -> u16 {
+    let said = which(thread::current()).load(Ordering::Relaxed);
+    if said != 0 && Metal.context() > Context::Atomic {
+        return 0;
+    }
+    said
+}
+
 static LOCKDEP: Lockdep = Lockdep::new();
 
-// SAFETY: `pin` turns interrupts off, and threads do not move between CPUs; every CPU has a number of its own. A heavy barrier has every CPU that runs go through
+// SAFETY: `pin` turns interrupts off, and who has them off is neither preempted nor moved; every CPU has a number of its own. A heavy barrier has every CPU that runs go through
 // a full fence; one that comes up meanwhile goes through one before it does anything else.
 unsafe impl Cpus for Metal {
     #[inline]
@@ -57,8 +77,12 @@ unsafe impl Cpus for Metal {
     fn heavy_barrier(&self) {
         remote::heavy_barrier();
     }
-    fn relax(&self, _round: u32, _nap: bool) {
-        remote::serve();
+    fn relax(&self, round: u32, nap: bool) {
+        if nap && round > 8 {
+            // Others run, or nobody until the next interrupt.
+            sched::nap();
+        }
+        relax(round);
         core::hint::spin_loop();
     }
     fn now(&self) -> u64 {
@@ -66,13 +90,17 @@ unsafe impl Cpus for Metal {
     }
     fn stall(&self, stall: &Stall) {
         log!("rcu: {stall:?}");
+        if let Some(cpu) = stall.reader {
+            let (id, name) = thread::on_cpu(cpu as usize);
+            log!("rcu: CPU {cpu} runs thread {id} ({name})");
+        }
     }
 }
 
 // SAFETY:
 // 1. The direct map is where it is, and maps all memory that is given to the memory manager before it is; the image, which the memory manager is not
 //    given, is the only memory that anybody else touches.
-// 2. As for `Cpus` above. Interrupts and NMIs run on the CPU that they strike, and are over before it goes on.
+// 2. As for `Cpus` above: between two pins a thread may be moved, in one it is not. Interrupts and NMIs run on the CPU that they strike, and are over before it goes on.
 // 3. As for `Cpus` above.
 // 4. The range is one entry of the root, into which nothing else is mapped; `vmap` makes and removes its translations, and a flush reaches
 //    every CPU that runs.
@@ -129,7 +157,7 @@ unsafe impl Platform for Metal {
     }
 
     fn with_lockdep(&self, f: &mut dyn FnMut(&Lockdep, &Task)) {
-        f(&LOCKDEP, &percpu::this().task);
+        f(&LOCKDEP, &thread::current().task);
     }
 
     fn irqs_enabled(&self) -> bool {
@@ -153,13 +181,37 @@ unsafe impl Platform for Metal {
     }
 
     #[inline]
-    fn relax(&self, _round: u32) {
-        remote::serve();
+    fn relax(&self, round: u32) {
+        relax(round);
     }
 
-    fn flush_tlb(&self, _asid: u64, start: u64, end: u64) {
+    fn park(&self, word: &AtomicU32, value: u32) {
+        park::park(word, value);
+    }
+
+    fn unpark(&self, word: &AtomicU32) {
+        park::unpark(word);
+    }
+
+    fn unpark_all(&self, word: &AtomicU32) {
+        park::unpark_all(word);
+    }
+
+    fn wake_reclaim(&self, _node: usize, order: usize) {
+        worker::wake_kswapd(order);
+    }
+
+    fn current_memcg(&self) -> u16 {
+        of_thread(|thread| &thread.memcg)
+    }
+
+    fn current_reserve(&self) -> u16 {
+        of_thread(|thread| &thread.reserve)
+    }
+
+    fn flush_tlb(&self, asid: u64, start: u64, end: u64) {
         // No CPU keeps address spaces apart by number: what it remembers is of the one that it runs.
-        remote::flush(start, end);
+        remote::flush_space(asid, start, end);
     }
 
     fn vmalloc_range(&self) -> Option<NonNull<[u8]>> {

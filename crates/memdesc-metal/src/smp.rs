@@ -1,19 +1,17 @@
 //! The other CPUs: how they are started, what they run, and work for all of them.
 //!
-//! A CPU starts by INIT-SIPI-SIPI on a stack of vmalloc's, with guard pages, that has its number as owner; so are its trap stacks. Then it sleeps until there
-//! is work for all CPUs ([`on_all_cpus`]), a tick, or something that another CPU wants.
+//! A CPU starts by INIT-SIPI-SIPI on a stack of vmalloc's, with guard pages, that has its number as owner; so are its trap stacks. What it started in is its first thread, bound to
+//! it, which sleeps until there is work for all CPUs ([`on_all_cpus`]).
 
-use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering, fence};
-
-use memdesc::{AllocError, Mm};
-use spin::Mutex;
-use x86_64::instructions::interrupts;
+use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering, fence};
 
 use crate::acpi::Topology;
 use crate::boot::{self, AP_BASE};
 use crate::paging::{self, phys_to_virt};
 use crate::platform::Metal;
-use crate::{apic, gdt, log, memory, percpu, remote, time, traps};
+use crate::{apic, gdt, log, park, percpu, remote, sched, thread, time, traps, users};
+use memdesc::{AllocError, Mm};
+use spin::Mutex;
 
 /// Pages of a CPU's stack.
 pub(crate) const STACK_PAGES: usize = 8;
@@ -35,6 +33,7 @@ pub(crate) fn start(mm: &'static Mm<Metal>, topology: &Topology) -> Result<usize
     let mut running = 1;
     for (i, cpu) in topology.cpus.iter().filter(|c| c.apic_id != me).enumerate() {
         let number = i + 1;
+        thread::init_idle(mm, number)?;
         let stack = mm.alloc_kernel_stack(STACK_PAGES, number as u64)?;
         let mut traps = [0; gdt::TRAP_STACKS];
         for top in &mut traps {
@@ -84,20 +83,16 @@ extern "C" fn metal_ap_start(cpu: usize) -> ! {
     traps::init();
     apic::enable();
     apic::start_timer();
+    users::init();
     let me = percpu::this();
     // SeqCst: whoever asks all CPUs from now on asks this one too; who asked before has stored what this one sees after the fence.
     me.online.store(true, Ordering::SeqCst);
     fence(Ordering::SeqCst);
+    x86_64::instructions::interrupts::enable();
     let mut seen = 0;
     loop {
         run_job(cpu, &mut seen);
-        memory::work();
-        interrupts::disable();
-        if GENERATION.load(Ordering::Acquire) == seen {
-            interrupts::enable_and_hlt();
-        } else {
-            interrupts::enable();
-        }
+        park::park(&GENERATION, seen);
     }
 }
 
@@ -105,11 +100,11 @@ type Job = &'static (dyn Fn(usize) + Sync);
 
 /// What all CPUs are to do, and how often there was something.
 static JOB: Mutex<Option<Job>> = Mutex::new(None);
-static GENERATION: AtomicU64 = AtomicU64::new(0);
+static GENERATION: AtomicU32 = AtomicU32::new(0);
 /// CPUs that are not through.
 static RUNNING: AtomicUsize = AtomicUsize::new(0);
 
-fn run_job(cpu: usize, seen: &mut u64) {
+fn run_job(cpu: usize, seen: &mut u32) {
     // Acquire pairs with the Release in `on_all_cpus`: the job is there.
     let generation = GENERATION.load(Ordering::Acquire);
     if generation == *seen {
@@ -133,9 +128,7 @@ pub(crate) fn on_all_cpus(f: &(dyn Fn(usize) + Sync)) {
     let job: Job = unsafe { core::mem::transmute::<&(dyn Fn(usize) + Sync), Job>(f) };
     *JOB.lock() = Some(job);
     GENERATION.fetch_add(1, Ordering::Release);
-    for cpu in others() {
-        apic::send(cpu, apic::CALL_VECTOR);
-    }
+    park::unpark_all(&GENERATION);
     f(me);
     wait_until(|| RUNNING.load(Ordering::Acquire) == 0);
     *JOB.lock() = None;
@@ -144,8 +137,7 @@ pub(crate) fn on_all_cpus(f: &(dyn Fn(usize) + Sync)) {
 /// Turns of waiting before a CPU sleeps.
 const SPINS: u32 = 5000;
 
-/// Waits for other CPUs, in a thread: a while awake, and then asleep until the next interrupt, a tick at the latest, so that a host with fewer CPUs than
-/// the machine has can run those that are waited for.
+/// Waits for other CPUs, in a thread: a while awake, and then as [`sched::relax`] does.
 pub(crate) fn wait_until(is_so: impl Fn() -> bool) {
     let mut turn = 0;
     while !is_so() {
@@ -154,7 +146,7 @@ pub(crate) fn wait_until(is_so: impl Fn() -> bool) {
         if turn < SPINS {
             core::hint::spin_loop();
         } else {
-            x86_64::instructions::hlt();
+            sched::relax();
         }
     }
 }

@@ -1,8 +1,10 @@
 //! Exceptions and interrupts: what each vector does, and a report that can be read when it was an accident.
 
 use core::arch::global_asm;
+use core::mem::offset_of;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
+use memdesc::AddressInfo;
 use spin::Once;
 use x86_64::VirtAddr;
 use x86_64::instructions::interrupts;
@@ -10,20 +12,49 @@ use x86_64::registers::control::Cr2;
 use x86_64::structures::idt::InterruptDescriptorTable;
 
 use crate::exit::{Exit, exit};
-use crate::percpu::{self, Irq, Nmi};
-use crate::{apic, gdt, log, memory, remote, users};
+use crate::percpu::{self, Irq, Nmi, PerCpu};
+use crate::{apic, gdt, log, memory, process, remote, sched, thread, users};
 
-global_asm!(include_str!("traps.s"), options(att_syntax));
+// In one piece, since they know each other's places.
+global_asm!(
+    ".set PERCPU_CURRENT, {current}",
+    ".set PERCPU_TRAP_SP, {trap_sp}",
+    ".set PERCPU_USER_SP, {user_sp}",
+    ".set PERCPU_TSS_SP, {tss_sp}",
+    ".set THREAD_USER_TRAPS, {user_traps}",
+    ".set USER_DATA, {user_data}",
+    ".set USER_CODE, {user_code}",
+    ".set SYSCALL, {syscall}",
+    include_str!("traps.s"),
+    include_str!("switch.s"),
+    current = const offset_of!(PerCpu, current),
+    trap_sp = const offset_of!(PerCpu, trap_sp),
+    user_sp = const offset_of!(PerCpu, user_sp),
+    tss_sp = const offset_of!(PerCpu, tss_sp),
+    user_traps = const thread::USER_TRAPS,
+    user_data = const gdt::USER_DATA,
+    user_code = const gdt::USER_CODE,
+    syscall = const SYSCALL,
+    options(att_syntax)
+);
+global_asm!(include_str!("user.s"), options(att_syntax));
+
+/// What `Frame::vector` says when it was no trap but the instruction `syscall`.
+const SYSCALL: u64 = 0x100;
+/// Flags: interrupts on; the kernel may touch users' memory.
+const INTERRUPTS: u64 = 1 << 9;
+const ACCESS: u64 = 1 << 18;
 
 unsafe extern "C" {
     safe static trap_stubs: u8;
+    safe static syscall_entry: u8;
     safe static probe_failed: u8;
     unsafe fn probe_load(address: usize) -> u64;
     unsafe fn run_on(top: *mut u8, function: unsafe extern "C" fn(*mut ()), argument: *mut ());
 }
 
 /// What a stub leaves on the stack.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub(crate) struct Frame {
     r15: u64,
@@ -35,15 +66,15 @@ pub(crate) struct Frame {
     r9: u64,
     r8: u64,
     rbp: u64,
-    rdi: u64,
-    rsi: u64,
-    rdx: u64,
+    pub(crate) rdi: u64,
+    pub(crate) rsi: u64,
+    pub(crate) rdx: u64,
     rcx: u64,
     rbx: u64,
-    rax: u64,
-    vector: u64,
+    pub(crate) rax: u64,
+    pub(crate) vector: u64,
     error: u64,
-    rip: u64,
+    pub(crate) rip: u64,
     cs: u64,
     rflags: u64,
     rsp: u64,
@@ -51,6 +82,46 @@ pub(crate) struct Frame {
 }
 
 const _: () = assert!(size_of::<Frame>() == 22 * 8);
+
+impl Frame {
+    /// What user mode starts with.
+    pub(crate) fn of_user(rip: u64, rsp: u64) -> Frame {
+        Frame {
+            r15: 0,
+            r14: 0,
+            r13: 0,
+            r12: 0,
+            r11: 0,
+            r10: 0,
+            r9: 0,
+            r8: 0,
+            rbp: 0,
+            rdi: 0,
+            rsi: 0,
+            rdx: 0,
+            rcx: 0,
+            rbx: 0,
+            rax: 0,
+            vector: 0,
+            error: 0,
+            rip,
+            cs: u64::from(gdt::USER_CODE),
+            rflags: INTERRUPTS | 2,
+            rsp,
+            ss: u64::from(gdt::USER_DATA),
+        }
+    }
+
+    /// Was it user mode that it struck?
+    fn is_user(&self) -> bool {
+        self.cs & 3 == 3
+    }
+}
+
+/// Where the instruction `syscall` is to come.
+pub(crate) fn syscall_address() -> VirtAddr {
+    VirtAddr::new((&raw const syscall_entry).addr() as u64)
+}
 
 static IDT: Once<InterruptDescriptorTable> = Once::new();
 
@@ -137,19 +208,21 @@ pub(crate) fn stop_others() {
     }
 }
 
-/// Where all vectors come.
+/// Where all vectors come, with interrupts off.
 #[unsafe(no_mangle)]
 extern "C" fn trap(frame: &mut Frame) {
     const TIMER: u64 = apic::TIMER_VECTOR as u64;
     const CALL: u64 = apic::CALL_VECTOR as u64;
+    const RESCHEDULE: u64 = apic::RESCHEDULE_VECTOR as u64;
     const SPURIOUS: u64 = apic::SPURIOUS_VECTOR as u64;
     match frame.vector {
-        2 => nmi(),
+        2 => return nmi(),
         14 => page_fault(frame),
         TIMER => {
             let _irq = Irq::enter();
             apic::end_of_interrupt();
             memory::timer_tick();
+            sched::tick();
         }
         CALL => {
             let _irq = Irq::enter();
@@ -157,7 +230,14 @@ extern "C" fn trap(frame: &mut Frame) {
             remote::serve();
             call_hook(&ON_CALL);
         }
+        // Who is to run is seen below.
+        RESCHEDULE => apic::end_of_interrupt(),
+        SYSCALL => process::syscall(frame),
         SPURIOUS => {}
+        8 | 18 => fatal(frame, None),
+        _ if frame.is_user() => {
+            process::kill(frame, format_args!("{}", name(frame.vector)));
+        }
         13 => {
             // What is no address at all.
             if !probed(frame) {
@@ -165,6 +245,13 @@ extern "C" fn trap(frame: &mut Frame) {
             }
         }
         _ => fatal(frame, None),
+    }
+    // Not where nothing may change: who was struck with interrupts off, in an NMI or between two steps of another interrupt.
+    if frame.rflags & INTERRUPTS != 0 && !percpu::this().is_busy() {
+        sched::preempt();
+    }
+    if frame.is_user() {
+        process::before_user(frame);
     }
 }
 
@@ -179,12 +266,21 @@ fn nmi() {
 }
 
 fn page_fault(frame: &mut Frame) {
+    const PRESENT: u64 = 1 << 0;
     const WRITE: u64 = 1 << 1;
+    const RESERVED: u64 = 1 << 3;
     const EXECUTE: u64 = 1 << 4;
-    const INTERRUPTS: u64 = 1 << 9;
     let address = Cr2::read_raw();
+    if frame.error & RESERVED != 0 {
+        fatal(frame, Some(address));
+    }
+    // The kernel does not touch what users have by accident.
+    let may = frame.is_user()
+        || frame.error & EXECUTE == 0
+            && (!users::are_guarded() || frame.rflags & ACCESS != 0 || frame.error & PRESENT == 0);
+    let mut why = None;
     // In a thread that may sleep; whoever turned interrupts off may not touch what users have.
-    if address < users::TOP && frame.rflags & INTERRUPTS != 0 {
+    if address < users::TOP && frame.rflags & INTERRUPTS != 0 && may {
         interrupts::enable();
         let handled = users::handle_fault(
             address,
@@ -192,12 +288,26 @@ fn page_fault(frame: &mut Frame) {
             frame.error & EXECUTE != 0,
         );
         interrupts::disable();
-        if handled {
-            return;
+        match handled {
+            Ok(()) => return,
+            Err(error) => why = Some(error),
         }
+    }
+    if frame.is_user() {
+        process::killed_by_fault(frame, address, doing(frame), why);
     }
     if !probed(frame) {
         fatal(frame, Some(address));
+    }
+}
+
+/// What a page fault says was done.
+fn doing(frame: &Frame) -> &'static str {
+    match (frame.error & 2, frame.error & 16, frame.vector) {
+        (.., 8) => "touching",
+        (_, 16, _) => "executing",
+        (2, ..) => "writing",
+        _ => "reading",
     }
 }
 
@@ -239,6 +349,7 @@ fn name(vector: u64) -> &'static str {
         1 => "debug",
         3 => "breakpoint",
         6 => "invalid opcode",
+        7 => "no floating point",
         8 => "double fault",
         12 => "stack fault",
         13 => "general protection fault",
@@ -253,24 +364,26 @@ fn fatal(frame: &Frame, address: Option<u64>) -> ! {
     stop_others();
     crate::log::take_over();
     let cpu = percpu::this().cpu();
+    let (id, name) = (thread::current().id(), thread::current().name());
     log!(
-        "BUG: {} on CPU {cpu}, error code {:#x}",
-        name(frame.vector),
+        "BUG: {} on CPU {cpu} in thread {id} ({name}), error code {:#x}",
+        self::name(frame.vector),
         frame.error
     );
     // An overflow of a stack is a page fault that cannot be pushed.
     let address = address.or((frame.vector == 8).then(Cr2::read_raw));
     if let Some(address) = address {
-        let what = match (frame.error & 2, frame.error & 16, frame.vector) {
-            (.., 8) => "touching",
-            (_, 16, _) => "executing",
-            (2, ..) => "writing",
-            _ => "reading",
-        };
+        let what = doing(frame);
         log!(
             "  {what} {address:#018x}: {}",
             memory::explain(address as usize)
         );
+        let area = memory::mm().map(|mm| mm.explain_address(address as usize));
+        if let Some(AddressInfo::GuardBefore(area)) = area
+            && area.owner == Some(id)
+        {
+            log!("  thread {id} ({name}) ran over the end of its own stack");
+        }
     }
     log!(
         "  rip {:#018x} cs {:#x} rflags {:#x}",

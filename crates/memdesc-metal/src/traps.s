@@ -1,4 +1,8 @@
 # A stub for each of the 256 vectors, 16 bytes apart. Each leaves a `Frame` on the stack and calls `trap`.
+#
+# In the kernel `gs` is the CPU's own area, in user mode it is the user's; `swapgs` changes them. What comes from user mode says so in its saved %cs. But an NMI, a
+# double fault or a machine check may strike in the kernel's first or last instructions, before or after the `swapgs`: these look at what `gs` is now. The kernel's
+# area is in the upper half of addresses; users cannot set theirs there, since they may not write the base.
 
 .section .text.traps, "ax"
 .code64
@@ -14,12 +18,15 @@ trap_stubs:
     pushq $0
     .endif
     pushq $vector
+    .if (vector == 2) || (vector == 8) || (vector == 18)
+    jmp trap_paranoid
+    .else
     jmp trap_common
+    .endif
     .set vector, vector + 1
 .endr
 
-    .balign 16
-trap_common:
+.macro push_registers
     pushq %rax
     pushq %rbx
     pushq %rcx
@@ -36,8 +43,14 @@ trap_common:
     pushq %r14
     pushq %r15
     cld
-    movq %rsp, %rdi
-    call trap
+    # What users allowed themselves is not the kernel's: it touches their memory where it says so.
+    cmpb $0, users_guarded(%rip)
+    je 1f
+    clac
+1:
+.endm
+
+.macro pop_registers
     popq %r15
     popq %r14
     popq %r13
@@ -54,7 +67,65 @@ trap_common:
     popq %rbx
     popq %rax
     addq $16, %rsp
+.endm
+
+    .balign 16
+trap_common:
+    testb $3, 24(%rsp)
+    jz 2f
+    swapgs
+2:
+    push_registers
+    movq %rsp, %rdi
+    call trap
+# %rsp: a `Frame`. Interrupts are off.
+.global trap_return
+trap_return:
+    pop_registers
+    testb $3, 8(%rsp)
+    jz 2f
+    swapgs
+2:
     iretq
+
+    .balign 16
+trap_paranoid:
+    push_registers
+    movl $0xc0000101, %ecx      # IA32_GS_BASE
+    rdmsr
+    xorl %ebx, %ebx
+    testl %edx, %edx
+    js 2f
+    swapgs
+    incl %ebx
+2:
+    movq %rsp, %rdi
+    call trap
+    testl %ebx, %ebx
+    jz 3f
+    swapgs
+3:
+    pop_registers
+    iretq
+
+# Where the instruction `syscall` comes: %rcx is where it came from, %r11 its flags, the stack is the user's. Makes the same frame as a trap.
+    .balign 16
+.global syscall_entry
+syscall_entry:
+    swapgs
+    movq %rsp, %gs:PERCPU_USER_SP
+    movq %gs:PERCPU_TRAP_SP, %rsp
+    pushq $USER_DATA
+    pushq %gs:PERCPU_USER_SP
+    pushq %r11
+    pushq $USER_CODE
+    pushq %rcx
+    pushq $0
+    pushq $SYSCALL
+    push_registers
+    movq %rsp, %rdi
+    call trap
+    jmp trap_return
 
 # u64 probe_load(u64 address): the fault handler sends it to probe_failed if there is nothing.
 .global probe_load

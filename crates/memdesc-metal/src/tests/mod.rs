@@ -5,6 +5,8 @@ pub(crate) mod crash;
 mod memory;
 mod nmi;
 mod reserve;
+mod threads;
+mod usermode;
 mod users;
 mod vmalloc;
 
@@ -12,6 +14,7 @@ use alloc::string::String;
 
 use core::sync::atomic::{AtomicUsize, Ordering};
 
+use memdesc::rcu::Rcu;
 use memdesc::{Demand, Ledger, Mm, PageType};
 use spin::Mutex;
 
@@ -19,7 +22,7 @@ use crate::exit::Exit;
 use crate::platform::Metal;
 use crate::pvh::BootInfo;
 use crate::ranges::Ranges;
-use crate::{log, smp, time};
+use crate::{log, percpu, smp, time, worker};
 
 /// What a test is given.
 pub(crate) struct Machine {
@@ -100,6 +103,37 @@ const TESTS: &[(&str, Test)] = &[
     ("threads_share_a_space", users::threads_share_a_space),
     ("what_is_unmapped_is_gone", users::what_is_unmapped_is_gone),
     ("every_cpu_forks", users::every_cpu_forks),
+    ("threads_run_everywhere", threads::threads_run_everywhere),
+    ("loops_are_preempted", threads::loops_are_preempted),
+    ("sleepers_wake_in_time", threads::sleepers_wake_in_time),
+    (
+        "locks_put_threads_to_sleep",
+        threads::locks_put_threads_to_sleep,
+    ),
+    ("nmis_wake_threads", threads::nmis_wake_threads),
+    (
+        "memory_moves_with_threads",
+        threads::memory_moves_with_threads,
+    ),
+    ("threads_come_and_go", threads::threads_come_and_go),
+    (
+        "a_reserve_is_its_threads",
+        threads::a_reserve_is_its_threads,
+    ),
+    ("kswapd_reclaims", threads::kswapd_reclaims),
+    (
+        "users_are_paged_on_demand",
+        usermode::users_are_paged_on_demand,
+    ),
+    ("users_copy_on_write", usermode::users_copy_on_write),
+    ("users_map_and_unmap", usermode::users_map_and_unmap),
+    ("strays_are_killed", usermode::strays_are_killed),
+    ("users_are_preempted", usermode::users_are_preempted),
+    (
+        "trees_of_users_on_all_cpus",
+        usermode::trees_of_users_on_all_cpus,
+    ),
+    ("nmis_strike_users", usermode::nmis_strike_users),
     (
         "a_reserve_is_there_when_memory_is_gone",
         reserve::a_reserve_is_there_when_memory_is_gone,
@@ -124,7 +158,6 @@ pub(crate) fn run(machine: &mut Machine) -> Exit {
     let wanted = machine.boot.value("tests").unwrap_or("");
     let (mut passed, mut failed, mut skipped) = (0, 0, 0);
     for (name, test) in TESTS.iter().filter(|(name, _)| name.contains(wanted)) {
-        crate::memory::work();
         let before = time::now();
         let outcome = test(machine);
         let ms = (time::now() - before) / 1_000_000;
@@ -155,8 +188,9 @@ pub(crate) fn run(machine: &mut Machine) -> Exit {
     }
 }
 
-/// The ledger of a quiet moment: the other CPUs wait meanwhile, outside of everything.
+/// The ledger of a quiet moment: the other CPUs wait meanwhile, outside of everything, and the workers rest.
 pub(crate) fn ledger(machine: &Machine) -> Ledger {
+    let _pause = worker::pause();
     let (waiting, found) = (AtomicUsize::new(0), Mutex::new(None));
     smp::on_all_cpus(&|cpu| {
         let is_first = cpu == 0;
@@ -174,6 +208,19 @@ pub(crate) fn ledger(machine: &Machine) -> Ledger {
     });
     // `on_all_cpus` has run it on the first CPU too.
     found.into_inner().unwrap_or_else(|| machine.mm.ledger())
+}
+
+/// What waits for readers is freed, and what is kept for later goes back.
+pub(crate) fn quiet(machine: &Machine) {
+    machine.mm.rcu().barrier();
+    machine.mm.shrink();
+}
+
+/// Which CPU this is, for the moment.
+pub(crate) fn here() -> usize {
+    let cpu = percpu::pin();
+    percpu::unpin();
+    cpu
 }
 
 /// Pages that are free or the memory manager's own, after all that it keeps for later has been given back: the same before and after a test, whatever it did.
