@@ -41,7 +41,6 @@ const PENDING: u32 = 1 << 12;
 const NMI: u32 = 0b100 << 8;
 const INIT: u32 = 0b101 << 8 | 1 << 14;
 const STARTUP: u32 = 0b110 << 8 | 1 << 14;
-const ALL_BUT_SELF: u32 = 0b11 << 18;
 
 static REGISTERS: AtomicPtr<u8> = AtomicPtr::new(core::ptr::null_mut());
 static TIMER_HZ: AtomicU64 = AtomicU64::new(0);
@@ -125,11 +124,6 @@ pub(crate) fn send(cpu: &PerCpu, vector: u8) {
 /// Strikes a CPU with an NMI.
 pub(crate) fn send_nmi(cpu: &PerCpu) {
     command(cpu.apic_id.load(Ordering::Relaxed), NMI);
-}
-
-/// Strikes all other CPUs with an NMI, whatever state they are in.
-pub(crate) fn nmi_all_others() {
-    command(0, NMI | ALL_BUT_SELF);
 }
 
 /// The first of the messages that start a CPU.

@@ -206,5 +206,6 @@ fn panic(info: &PanicInfo<'_>) -> ! {
         "PANIC on CPU {} in thread {id} ({name}): {info}",
         percpu::this().cpu()
     );
+    traps::log_callers(traps::frame_pointer());
     exit(Exit::Failure)
 }

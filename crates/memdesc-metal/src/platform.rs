@@ -243,12 +243,7 @@ unsafe impl Platform for Metal {
     }
 
     fn save_stack(&self, frames: &mut [usize]) -> usize {
-        let rbp: usize;
-        // SAFETY: reads a register; the image is built with frame pointers.
-        unsafe {
-            core::arch::asm!("mov {}, rbp", out(reg) rbp, options(nomem, nostack, preserves_flags))
-        };
-        traps::backtrace(rbp, frames)
+        traps::backtrace(traps::frame_pointer(), frames)
     }
 
     fn symbol(&self, address: usize, out: &mut dyn fmt::Write) -> fmt::Result {

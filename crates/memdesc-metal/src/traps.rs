@@ -201,10 +201,14 @@ fn call_hook(hook: &AtomicUsize) {
     }
 }
 
-/// Stops all other CPUs, wherever they are.
+/// Stops all other CPUs that run, wherever they are.
 pub(crate) fn stop_others() {
-    if STOPPING.swap(1, Ordering::SeqCst) == 0 && percpu::nr_cpus() > 1 {
-        apic::nmi_all_others();
+    if STOPPING.swap(1, Ordering::SeqCst) == 0 {
+        let me = percpu::this().cpu();
+        // Not those that were not started yet: an NMI is no way to start.
+        for cpu in percpu::online().filter(|cpu| cpu.cpu() != me) {
+            apic::send_nmi(cpu);
+        }
     }
 }
 
@@ -422,12 +426,28 @@ fn fatal(frame: &Frame, address: Option<u64>) -> ! {
         frame.r15,
         frame.ss
     );
+    log_callers(frame.rbp as usize);
+    exit(Exit::Failure)
+}
+
+/// Says who called, from this frame pointer on.
+pub(crate) fn log_callers(rbp: usize) {
     let mut frames = [0; 16];
-    let n = backtrace(frame.rbp as usize, &mut frames);
+    let n = backtrace(rbp, &mut frames);
     for at in &frames[..n] {
         log!("  called from {at:#018x}");
     }
-    exit(Exit::Failure)
+}
+
+/// The caller's frame pointer.
+#[inline(always)]
+pub(crate) fn frame_pointer() -> usize {
+    let rbp: usize;
+    // SAFETY: reads a register; the image is built with frame pointers.
+    unsafe {
+        core::arch::asm!("mov {}, rbp", out(reg) rbp, options(nomem, nostack, preserves_flags))
+    };
+    rbp
 }
 
 /// The return addresses from this frame pointer on, as far as it can be followed.

@@ -153,9 +153,13 @@ impl<P: Platform> PageAllocator<P> {
         )
     }
 
-    /// Starts to free something on this CPU.
+    /// Starts to free something on this CPU. What locks it may take on the way is checked here, before the CPU is held: on a real-time kernel it is let go of
+    /// before they are taken.
     #[inline]
+    #[cfg_attr(feature = "lockdep", track_caller)]
     pub(crate) fn free_path(&self) -> FreePath<'_, P> {
+        might_lock(&self.platform, self.rt, &classes::SLAB_LISTS);
+        might_lock(&self.platform, self.rt, &classes::ZONE);
         let pin = self.pin();
         FreePath::new(&self.stats[pin.cpu()], pin)
     }

@@ -8,9 +8,8 @@ use super::buddy::Block;
 use super::pcp::{self, Chain};
 use crate::address::Pfn;
 use crate::desc::DescList;
-use crate::lockdep::classes;
 use crate::memmap::Word;
-use crate::platform::{Platform, might_lock};
+use crate::platform::Platform;
 use crate::stats::{Event, FreePath};
 
 /// Blocks freed in one hold of the zone lock.
@@ -31,7 +30,6 @@ impl<P: Platform> PageAllocator<P> {
         nested: bool,
         descs: &impl Descriptors,
     ) {
-        might_lock(&self.platform, self.rt, &classes::ZONE);
         let order = word.order();
         let word = self.prep_free(pfn, word);
         let Some(region) = self.map.region(pfn) else {

@@ -293,7 +293,6 @@ impl<P: Platform> Mm<P> {
         nested: bool,
         caller: Caller,
     ) {
-        might_lock(&self.pages.platform, self.pages.rt, &classes::SLAB_LISTS);
         let pin = path.pin();
         let stats = self.pages.stats(pin);
         if core.role == Role::Objects {
