@@ -161,7 +161,12 @@ fn pick(me: &PerCpu, now: &'static Thread) -> &'static Thread {
     let cpu = me.cpu();
     let queue = &QUEUES[cpu];
     let idle = thread::idle(cpu);
-    let goes_on = now.state() == State::Running;
+    // Who leaves for another CPU is put there once this one has left its stack.
+    let leaves = now.leaves.load(Ordering::Relaxed);
+    if leaves {
+        now.set_state(State::Ready);
+    }
+    let goes_on = !leaves && now.state() == State::Running;
     {
         let mut lists = queue.lists.lock();
         if let Some(next) = lists.0.take(|_| true) {
@@ -228,12 +233,33 @@ pub(crate) fn schedule() -> bool {
 
 /// The CPU has left the stack of who ran before. With interrupts off.
 pub(crate) fn finish(last: &Thread) {
-    let is_dead = last.state() == State::Dead;
+    let (is_dead, leaves) = (
+        last.state() == State::Dead,
+        last.leaves.swap(false, Ordering::Relaxed),
+    );
     // Release pairs with the Acquire in `wake` and `pick`.
     last.on_cpu.store(false, Ordering::Release);
     if is_dead {
         worker::bury(percpu::this(), last);
+    } else if leaves {
+        enqueue(last);
     }
+}
+
+/// The calling thread runs on this CPU only from here on, and does when this returns; or again on any (`sched_setaffinity`). In a thread with interrupts on.
+pub(crate) fn bind(cpu: Option<usize>) {
+    let me = thread::current();
+    me.set_bound(cpu);
+    let Some(cpu) = cpu else {
+        return;
+    };
+    assert!(interrupts::are_enabled(), "a thread moves while pinned");
+    interrupts::disable();
+    if percpu::this().cpu() != cpu {
+        me.leaves.store(true, Ordering::Relaxed);
+        schedule();
+    }
+    interrupts::enable();
 }
 
 /// At the end of an interrupt, with interrupts off and nothing pinned: whoever is to run does.

@@ -61,6 +61,8 @@ pub(crate) struct Thread {
     /// Where it runs or ran last, and where it must.
     pub(crate) cpu: AtomicUsize,
     bound: AtomicUsize,
+    /// It goes to another CPU as soon as this one has left its stack.
+    pub(crate) leaves: AtomicBool,
     /// In the list that has it.
     pub(crate) next: AtomicPtr<Thread>,
     /// The word that it sleeps on.
@@ -104,6 +106,7 @@ impl Thread {
             on_cpu: AtomicBool::new(false),
             cpu: AtomicUsize::new(0),
             bound: AtomicUsize::new(bound),
+            leaves: AtomicBool::new(false),
             next: AtomicPtr::new(core::ptr::null_mut()),
             word: AtomicPtr::new(core::ptr::null_mut()),
             wake_at: AtomicU64::new(0),
@@ -144,6 +147,11 @@ impl Thread {
             ANYWHERE => None,
             cpu => Some(cpu),
         }
+    }
+
+    /// Its own, by `sched::bind`.
+    pub(crate) fn set_bound(&self, cpu: Option<usize>) {
+        self.bound.store(cpu.unwrap_or(ANYWHERE), Ordering::Relaxed);
     }
 
     pub(crate) fn state(&self) -> State {

@@ -372,9 +372,16 @@ pub(super) fn memory_moves_with_threads(machine: &Machine) -> Outcome {
                     mm.page_address(page).cast::<u64>().write(stamp);
                 }
                 held.push((object, size, page, stamp, here()));
-                match random.below(12) {
+                match random.below(40) {
                     0 => sched::sleep_ms(1),
-                    1..4 => drop(sched::yield_now()),
+                    // Wherever the scheduler would have it, for a while.
+                    20 => {
+                        let cpu = random.below(machine.cpus);
+                        sched::bind(Some(cpu));
+                        check!(here() == cpu, "bound to {cpu}, found on {}", here());
+                    }
+                    21 => sched::bind(None),
+                    1..10 => drop(sched::yield_now()),
                     _ => {}
                 }
                 if held.len() == held.capacity() || turn == TURNS - 1 {
