@@ -101,13 +101,35 @@ pub(crate) fn machines(all: bool) -> Vec<Machine> {
         lockdep: true,
         ..Machine::new(4, "512M")
     });
+    machines.push(Machine {
+        name: "2 CPUs, 64M, locks sleep".into(),
+        cmdline: "rt",
+        ..Machine::new(2, "64M")
+    });
     if all {
         machines.push(Machine::new(8, "1G"));
+        machines.push(Machine::new(8, "64M"));
+        machines.push(Machine {
+            name: "4 CPUs, 64M, locks sleep, every lock checked".into(),
+            cmdline: "rt",
+            lockdep: true,
+            ..Machine::new(4, "64M")
+        });
     }
     machines.push(Machine {
         name: "a stack overflows".into(),
         cmdline: "crash=stack",
         crashes: &["double fault", "guard page before", "kernel stack of 4711"],
+        ..Machine::new(2, "64M")
+    });
+    machines.push(Machine {
+        name: "a thread's stack overflows".into(),
+        cmdline: "crash=thread",
+        crashes: &[
+            "double fault",
+            "(deep) ran over the end of its own stack",
+            "guard page before",
+        ],
         ..Machine::new(2, "64M")
     });
     machines.push(Machine {

@@ -3,7 +3,7 @@
 //! An image that a PVH loader starts (`qemu-system-x86_64 -kernel`), that takes over all memory, starts all CPUs, and tests itself on them. It prints to the
 //! first serial port and ends the machine through `isa-debug-exit`. Command line: `memory=fresh` says that the machine's memory is zero where the firmware was not;
 //! `rt` has the locks of the memory manager sleep; `tests=WORD` runs the tests with the word in their names; `crash=stack` runs over the end of a
-//! stack and `crash=double-free` frees an object twice, to see what is reported.
+//! stack, `crash=thread` has a thread do so on its own, and `crash=double-free` frees an object twice, to see what is reported.
 //!
 //! What happens in order is in [`metal_start`]; each step is a room.
 #![no_std]

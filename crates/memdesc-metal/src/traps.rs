@@ -330,6 +330,14 @@ pub(crate) fn probe(address: usize) -> bool {
     unsafe { probe_load(address) == 0 }
 }
 
+/// For a test: what an NMI finds that strikes between the kernel's entry from user mode and its `swapgs`. Interrupts are off meanwhile.
+pub(crate) fn strike_with_users_gs() {
+    interrupts::without_interrupts(|| {
+        // SAFETY: whoever takes vector 2 finds its area itself, and leaves everything as it was; nothing else happens between.
+        unsafe { core::arch::asm!("swapgs", "int 2", "swapgs") };
+    });
+}
+
 /// Calls `f` on another stack, from this top down.
 ///
 /// # Safety

@@ -134,22 +134,23 @@ pub(crate) unsafe fn enter(space: Option<&Space>) {
     });
 }
 
-/// Runs `f` on the calling thread with this address space, whose memory is then at its own addresses. Does not nest.
-pub(crate) fn with_space<R>(space: &Space, f: impl FnOnce() -> R) -> R {
-    /// May the kernel touch users' memory?
-    fn allow(yes: bool) {
-        if !are_guarded() {
-            return;
-        }
-        // SAFETY: changes a flag that nothing but accesses to users' memory looks at. Not `preserves_flags`, and a barrier for accesses.
-        unsafe {
-            if yes {
-                core::arch::asm!("stac");
-            } else {
-                core::arch::asm!("clac");
-            }
+/// May the kernel touch users' memory? Of the calling thread, which has it with its flags wherever it goes.
+pub(crate) fn allow(yes: bool) {
+    if !are_guarded() {
+        return;
+    }
+    // SAFETY: changes a flag that nothing but accesses to users' memory looks at. A barrier for accesses, as it says nothing of memory.
+    unsafe {
+        if yes {
+            core::arch::asm!("stac");
+        } else {
+            core::arch::asm!("clac");
         }
     }
+}
+
+/// Runs `f` on the calling thread with this address space, whose memory is then at its own addresses. Does not nest.
+pub(crate) fn with_space<R>(space: &Space, f: impl FnOnce() -> R) -> R {
     // SAFETY: until `f` is through.
     unsafe { enter(Some(space)) };
     allow(true);

@@ -4,7 +4,7 @@ use memdesc::Mm;
 use memdesc::gfp::GFP_KERNEL;
 
 use crate::platform::Metal;
-use crate::traps;
+use crate::{thread, traps};
 
 /// Whose stack it is that overflows.
 const OWNER: u64 = 4711;
@@ -13,22 +13,24 @@ const OWNER: u64 = 4711;
 pub(crate) fn crash(mm: &'static Mm<Metal>, what: &str) -> ! {
     match what {
         "stack" => overflow(mm),
+        "thread" => overflow_in_thread(),
         "double-free" => double_free(mm),
         _ => {}
     }
     panic!("crash={what} did not end the machine");
 }
 
+/// Uses a page of stack for each turn.
+fn deeper(turns: usize) -> u8 {
+    let page = core::hint::black_box([turns as u8; 4096]);
+    if turns == 0 {
+        return page[0];
+    }
+    deeper(turns - 1).wrapping_add(page[turns % 4096])
+}
+
 /// Runs over the end of a stack.
 fn overflow(mm: &'static Mm<Metal>) {
-    /// Uses a page of stack for each turn.
-    fn deeper(turns: usize) -> u8 {
-        let page = core::hint::black_box([turns as u8; 4096]);
-        if turns == 0 {
-            return page[0];
-        }
-        deeper(turns - 1).wrapping_add(page[turns % 4096])
-    }
     if let Ok(stack) = mm.alloc_kernel_stack(4, OWNER) {
         // SAFETY: just made, and nobody else's. It is too small by intention.
         unsafe {
@@ -36,6 +38,14 @@ fn overflow(mm: &'static Mm<Metal>) {
                 core::hint::black_box(deeper(100));
             });
         }
+    }
+}
+
+/// A thread does so on its own, on whatever CPU.
+fn overflow_in_thread() {
+    let deep = thread::spawn("deep", || u64::from(deeper(100)));
+    if let Ok(deep) = deep {
+        deep.join();
     }
 }
 

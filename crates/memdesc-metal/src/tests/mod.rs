@@ -133,6 +133,10 @@ const TESTS: &[(&str, Test)] = &[
         "trees_of_users_on_all_cpus",
         usermode::trees_of_users_on_all_cpus,
     ),
+    (
+        "the_kernel_keeps_to_its_own",
+        usermode::the_kernel_keeps_to_its_own,
+    ),
     ("nmis_strike_users", usermode::nmis_strike_users),
     (
         "a_reserve_is_there_when_memory_is_gone",

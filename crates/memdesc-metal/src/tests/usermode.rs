@@ -6,11 +6,13 @@ use alloc::vec::Vec;
 use core::sync::atomic::Ordering;
 
 use memdesc::filemap::Mapping;
+use memdesc::mmap::{Map, VmFlags};
 
-use super::{Machine, Outcome, Passed, ledger, quiet, settled};
+use super::{Machine, Outcome, Passed, ledger, on_all, quiet, settled};
 use crate::platform::Metal;
 use crate::process::{self, KILLED, Program};
 use crate::thread::JoinHandle;
+use crate::users::Space;
 use crate::{apic, check, memory, percpu, sched, smp, time, traps, users};
 
 unsafe extern "C" {
@@ -231,6 +233,39 @@ pub(super) fn trees_of_users_on_all_cpus(machine: &Machine) -> Outcome {
         "{forks} forks, {calls} calls, at most {} B of stack in the kernel",
         process::MOST_STACK.load(Ordering::Relaxed)
     )))
+}
+
+/// An NMI that strikes the kernel while `gs` is still the user's finds its CPU all the same; and the kernel does not touch users' memory unless it says so.
+pub(super) fn the_kernel_keeps_to_its_own(machine: &Machine) -> Outcome {
+    on_all(|cpu| {
+        let me = percpu::of(cpu);
+        let before = me.nmis.load(Ordering::Relaxed);
+        traps::strike_with_users_gs();
+        check!(percpu::this().cpu() == cpu);
+        check!(me.nmis.load(Ordering::Relaxed) == before + 1);
+        Ok(())
+    })?;
+    let space = Space::new(machine.mm, 1).map_err(|why| why.to_string())?;
+    let at = space
+        .mmap(None, 4096, VmFlags::READ_WRITE, Map::Anon)
+        .map_err(|why| why.to_string())?;
+    space.write(at, &[1]).map_err(|why| why.to_string())?;
+    let said = users::with_space(&space, || {
+        let may = traps::probe(at as usize);
+        users::allow(false);
+        let may_not = traps::probe(at as usize);
+        users::allow(true);
+        (may, may_not)
+    });
+    drop(space);
+    check!(said == (true, !users::are_guarded()), "{said:?}");
+    check!(ledger(machine).balanced);
+    if !users::are_guarded() {
+        return Ok(Passed::Says(
+            "the CPU does not keep the kernel out".to_string(),
+        ));
+    }
+    Ok(Passed::Ok)
 }
 
 /// NMIs that strike processes, and the kernel on the way in and out, and allocate, change nothing.
