@@ -96,6 +96,8 @@ pub enum InitError {
     BadCpuCount(usize),
     /// The memory map and the first slabs do not fit: so many bytes in one piece were wanted.
     TooSmall(u64),
+    /// This [`Heap`](crate::Heap) has a memory manager already.
+    Twice,
 }
 
 impl fmt::Display for InitError {
@@ -111,6 +113,7 @@ impl fmt::Display for InitError {
             InitError::TooSmall(n) => {
                 write!(f, "no piece of RAM holds the {n} bytes needed to boot")
             }
+            InitError::Twice => f.write_str("this heap has a memory manager already"),
         }
     }
 }

@@ -3,6 +3,8 @@
 //! The ledger is made twice, from the counters that every path keeps and from a walk over the memory map that trusts
 //! none of them, and balances only if both agree page by page (rule 9).
 
+use core::fmt;
+
 use crate::address::{MAX_ORDER, PAGE_SIZE, PAGEBLOCK_ORDER, PAGEBLOCK_PAGES, Pfn};
 use crate::memmap::{PageType, Word};
 use crate::mm::Mm;
@@ -47,6 +49,27 @@ impl Ledger {
     /// Metadata as a share of RAM, in percent.
     pub fn percent(&self) -> f64 {
         self.metadata_bytes() as f64 * 100.0 / (self.given * PAGE_SIZE as u64) as f64
+    }
+}
+
+/// The line that Linux's boot log has of memory (`mem_init_print_info`).
+impl fmt::Display for Ledger {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kib = |pages: u64| pages * (PAGE_SIZE as u64 / 1024);
+        let bytes = (self.given * PAGE_SIZE as u64).max(1);
+        // No floating point: a kernel may have none.
+        let hundredths = self.metadata_bytes() * 10_000 / bytes;
+        write!(
+            f,
+            "Memory: {}K/{}K available ({}K metadata, {}.{:02} % of memory: {}K memory map, {}K other)",
+            kib(self.free + self.untouched + self.pcp),
+            kib(self.given),
+            self.metadata_bytes() / 1024,
+            hundredths / 100,
+            hundredths % 100,
+            self.memmap_bytes / 1024,
+            (self.descriptor_bytes + self.other_metadata_bytes) / 1024,
+        )
     }
 }
 

@@ -35,6 +35,8 @@ mod error;
 pub mod gfp;
 #[cfg(not(loom))]
 mod guard;
+#[cfg(not(loom))]
+mod heap;
 #[doc(hidden)]
 pub mod inject;
 #[cfg(not(loom))]
@@ -75,6 +77,8 @@ mod memcg {
     #[cfg(test)]
     mod models;
 }
+#[cfg(not(loom))]
+mod memblock;
 #[cfg(not(loom))]
 mod memory_failure;
 #[cfg(not(loom))]
@@ -175,8 +179,10 @@ pub use {
     folio::{FolioLock, FolioRef, LruList, LruView},
     freepage::{NotReported, PageDamage, PageWords, Reported},
     gfp::Flags,
+    heap::Heap,
     inline::{Offline, Poisoned, Reserved},
     ledger::{Fragmentation, Ledger, Walk, ZoneView},
+    memblock::{Memblock, MemblockFull},
     memcg::{MemCgroup, MemcgMismatch, MemcgStat, MemcgView},
     memmap::{DescClass, Found, PageType, TAIL_WORDS_ORDER, Word},
     memory_failure::{FailedPage, MemoryFailure, MfResult},

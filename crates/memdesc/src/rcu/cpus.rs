@@ -1,10 +1,11 @@
 //! RCU for a kernel that has none: the readers are its CPUs, which stay where they are while they read.
 //!
 //! As Linux's without preemption in read sections: a section pins its CPU. [`CpuRcu`] is a static of the kernel's, and its
-//! [`Platform::Rcu`](crate::Platform::Rcu).
+//! [`Platform::Rcu`](crate::Platform::Rcu). [`PlatformRcu`] is the same with nothing more to implement: it asks the platform.
 
 use super::domain::Domain;
-use super::engine::{Readers, Slot, Stall};
+use super::engine::{Engine, Readers, Slot, Stall};
+use crate::platform::Platform;
 
 /// The CPUs of a kernel.
 ///
@@ -44,6 +45,71 @@ pub unsafe trait Cpus: Sync {
 /// RCU among up to `N` CPUs.
 pub type CpuRcu<C, const N: usize> = Domain<CpuReaders<C, N>>;
 
+/// A platform's CPUs: pins, barriers and time are those of [`Platform`].
+///
+/// Two things a platform cannot say and `Cpus` can: what to do while one waits for a grace period that is in no hurry (here it spins), and where to report who holds one up (here nowhere).
+#[derive(Clone, Copy, Debug, Default)]
+pub struct PlatformCpus<P>(pub P);
+
+// SAFETY: `Platform` promises the same for the same functions.
+unsafe impl<P: Platform> Cpus for PlatformCpus<P> {
+    #[inline]
+    fn pin(&self) -> usize {
+        self.0.pin()
+    }
+    #[inline]
+    unsafe fn unpin(&self, cpu: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.unpin(cpu) }
+    }
+    #[inline]
+    fn light_barrier(&self) {
+        self.0.light_barrier();
+    }
+    fn heavy_barrier(&self) {
+        self.0.heavy_barrier();
+    }
+    fn relax(&self, round: u32, _nap: bool) {
+        self.0.relax(round);
+        core::hint::spin_loop();
+    }
+    fn now(&self) -> u64 {
+        self.0.now()
+    }
+}
+
+/// RCU among up to `N` CPUs of a platform, which implements nothing more for it:
+///
+/// ```
+/// # use memdesc::Platform;
+/// use memdesc::rcu::cpus::PlatformRcu;
+///
+/// #[derive(Clone, Copy)]
+/// struct Machine;
+/// static RCU: PlatformRcu<Machine, 1> = PlatformRcu::of(Machine);
+///
+/// // SAFETY: never used.
+/// unsafe impl Platform for Machine {
+///     type Rcu = PlatformRcu<Machine, 1>;
+///     fn rcu(&self) -> &Self::Rcu {
+///         &RCU
+///     }
+/// #   fn direct_map(&self) -> *mut u8 { core::ptr::null_mut() }
+/// #   fn nr_cpus(&self) -> usize { 1 }
+/// #   fn pin(&self) -> usize { 0 }
+/// #   unsafe fn unpin(&self, _cpu: usize) {}
+///     // ...
+/// }
+/// ```
+pub type PlatformRcu<P, const N: usize> = CpuRcu<PlatformCpus<P>, N>;
+
+impl<P: Platform, const N: usize> PlatformRcu<P, N> {
+    /// The RCU of this platform.
+    pub const fn of(platform: P) -> Self {
+        Domain::new(CpuReaders::new(PlatformCpus(platform)), Engine::STALL_NS)
+    }
+}
+
 /// The readers of a [`CpuRcu`]: a slot for each CPU.
 #[derive(Debug)]
 pub struct CpuReaders<C, const N: usize> {
@@ -53,12 +119,13 @@ pub struct CpuReaders<C, const N: usize> {
 
 impl<C: Cpus, const N: usize> CpuReaders<C, N> {
     /// Nobody reads yet.
-    pub fn new(cpus: C) -> CpuReaders<C, N> {
-        let slots = core::array::from_fn(|cpu| {
-            let slot = Slot::new();
-            slot.set_owner(cpu as u64);
-            slot
-        });
+    pub const fn new(cpus: C) -> CpuReaders<C, N> {
+        let mut slots = [const { Slot::new() }; N];
+        let mut cpu = 0;
+        while cpu < N {
+            slots[cpu] = Slot::of(cpu as u64);
+            cpu += 1;
+        }
         CpuReaders { cpus, slots }
     }
 

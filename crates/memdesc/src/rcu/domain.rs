@@ -17,7 +17,7 @@ impl<R: Readers> Domain<R> {
     /// [`Engine::STALL_NS`].
     ///
     /// What is given to [`call`](Rcu::call) and not called before the domain is dropped is never called: [`barrier`](Rcu::barrier) first.
-    pub fn new(readers: R, stall_ns: u64) -> Domain<R> {
+    pub const fn new(readers: R, stall_ns: u64) -> Domain<R> {
         Domain {
             readers,
             engine: Engine::new(stall_ns),

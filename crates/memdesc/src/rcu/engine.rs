@@ -23,8 +23,8 @@
 use core::ptr::NonNull;
 
 use super::{Callback, Cookie, HeadStack, RcuHead, ReadToken};
-use crate::sync::UnsafeCell;
 use crate::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering, fence};
+use crate::sync::{UnsafeCell, const_fn};
 
 /// Low bits of a slot: how deep sections are nested.
 pub(super) const NEST_BITS: u32 = 16;
@@ -51,12 +51,21 @@ impl Default for Slot {
 }
 
 impl Slot {
-    /// In no section, nobody's.
-    pub fn new() -> Slot {
-        Slot {
-            ctr: AtomicU64::new(0),
-            owner: AtomicU64::new(0),
-            callbacks: HeadStack::new(),
+    const_fn! {
+        /// In no section, nobody's.
+        pub const fn new() -> Slot {
+            Slot::of(0)
+        }
+    }
+
+    const_fn! {
+        /// In no section; a stall report names this one.
+        pub const fn of(owner: u64) -> Slot {
+            Slot {
+                ctr: AtomicU64::new(0),
+                owner: AtomicU64::new(owner),
+                callbacks: HeadStack::new(),
+            }
         }
     }
 
@@ -201,26 +210,28 @@ impl Engine {
     /// Linux's `rcu_cpu_stall_timeout`: 21 s.
     pub const STALL_NS: u64 = 21_000_000_000;
 
-    /// No grace period has begun. Reports readers that hold one up for longer than `stall_ns`.
-    pub fn new(stall_ns: u64) -> Engine {
-        Engine {
-            // From 1 on, so that no slot of a reader reads zero.
-            started: AtomicU64::new(1),
-            completed: AtomicU64::new(1),
-            needed: AtomicU64::new(0),
-            called: AtomicU32::new(0),
-            anonymous: [AtomicU64::new(0), AtomicU64::new(0)],
-            callbacks: HeadStack::new(),
-            driver: AtomicU32::new(0),
-            driven: UnsafeCell::new(Driven {
-                waiting: List::EMPTY,
-                due: List::EMPTY,
-                began: 0,
-                complain: 0,
-            }),
-            runner: AtomicU32::new(0),
-            ran: AtomicU64::new(1),
-            stall_ns,
+    const_fn! {
+        /// No grace period has begun. Reports readers that hold one up for longer than `stall_ns`.
+        pub const fn new(stall_ns: u64) -> Engine {
+            Engine {
+                // From 1 on, so that no slot of a reader reads zero.
+                started: AtomicU64::new(1),
+                completed: AtomicU64::new(1),
+                needed: AtomicU64::new(0),
+                called: AtomicU32::new(0),
+                anonymous: [AtomicU64::new(0), AtomicU64::new(0)],
+                callbacks: HeadStack::new(),
+                driver: AtomicU32::new(0),
+                driven: UnsafeCell::new(Driven {
+                    waiting: List::EMPTY,
+                    due: List::EMPTY,
+                    began: 0,
+                    complain: 0,
+                }),
+                runner: AtomicU32::new(0),
+                ran: AtomicU64::new(1),
+                stall_ns,
+            }
         }
     }
 

@@ -55,6 +55,19 @@ pub(crate) mod seq_cst {
     }
 }
 
+/// A `const fn`; under loom, whose atomics are made while it runs, one that is not.
+macro_rules! const_fn {
+    ($(#[$meta:meta])* $vis:vis const fn $($rest:tt)*) => {
+        $(#[$meta])*
+        #[cfg(not(loom))]
+        $vis const fn $($rest)*
+        $(#[$meta])*
+        #[cfg(loom)]
+        $vis fn $($rest)*
+    };
+}
+pub(crate) use const_fn;
+
 /// A cell with loom's face.
 #[cfg(not(loom))]
 #[derive(Debug)]

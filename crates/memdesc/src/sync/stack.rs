@@ -10,8 +10,10 @@ use {super::atomic::AtomicU32, crate::address::Pfn};
 pub(crate) struct PtrStack<T>(AtomicPtr<T>);
 
 impl<T> PtrStack<T> {
-    pub(crate) fn new() -> PtrStack<T> {
-        PtrStack(AtomicPtr::new(core::ptr::null_mut()))
+    super::const_fn! {
+        pub(crate) const fn new() -> PtrStack<T> {
+            PtrStack(AtomicPtr::new(core::ptr::null_mut()))
+        }
     }
 
     /// `link` stores the next one where the thing's own link is, which is nobody else's until it is taken.
