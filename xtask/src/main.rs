@@ -3,6 +3,7 @@
 mod metal;
 mod recordings;
 mod steps;
+mod targets;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -46,6 +47,12 @@ enum Command {
         #[arg(long, default_value_t = 60)]
         seconds: u64,
     },
+    /// The minimal kernel (`examples/minimal-kernel`), and the core, for x86-64, 64-bit ARM and RISC-V: builds them, and boots it on each. A part of `metal`.
+    Targets {
+        /// Print the machines' logs.
+        #[arg(long, short)]
+        verbose: bool,
+    },
     /// The bare-metal image: builds it, boots it in QEMU with 1, 2 and 4 CPUs and 64 MiB to 64 GiB, and has it test itself.
     Metal {
         /// Print the machines' logs.
@@ -76,6 +83,7 @@ fn main() -> ExitCode {
             runner.scenarios(if quick { 5 } else { 60 });
             runner.swap_net(if quick { 20 } else { 300 });
             runner.everything(if quick { 5 } else { 20 });
+            runner.targets(false);
             runner.metal(!quick, false);
             runner.replay_built_in();
             if let Some(folder) = recordings {
@@ -92,7 +100,11 @@ fn main() -> ExitCode {
             runner.everything(seconds);
             runner.swap_net(2000);
         }
-        Command::Metal { verbose } => runner.metal(true, verbose),
+        Command::Targets { verbose } => runner.targets(verbose),
+        Command::Metal { verbose } => {
+            runner.targets(verbose);
+            runner.metal(true, verbose);
+        }
         Command::Replay { recordings } => runner.replay(&recordings),
     }
     runner.finish()

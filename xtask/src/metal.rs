@@ -4,7 +4,7 @@
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -150,16 +150,12 @@ fn works(program: &str, args: &[&str]) -> bool {
     command.status().is_ok_and(|status| status.success())
 }
 
-fn set_up_qemu() -> Result<(), Missing> {
-    if works(QEMU, &["--version"]) {
+/// Sees to it that there is this QEMU, of this package.
+pub(crate) fn set_up_qemu(qemu: &str, package: &str) -> Result<(), Missing> {
+    if works(qemu, &["--version"]) {
         return Ok(());
     }
-    let install = [
-        "install",
-        "-y",
-        "--no-install-recommends",
-        "qemu-system-x86",
-    ];
+    let install = ["install", "-y", "--no-install-recommends", package];
     let is_root = Command::new("id")
         .arg("-u")
         .output()
@@ -168,31 +164,32 @@ fn set_up_qemu() -> Result<(), Missing> {
         println!("apt-get {}", install.join(" "));
         if (works("apt-get", &install)
             || works("apt-get", &["update"]) && works("apt-get", &install))
-            && works(QEMU, &["--version"])
+            && works(qemu, &["--version"])
         {
             return Ok(());
         }
     }
-    Err(Missing::Skip(
-        "no QEMU; to have it: apt-get install qemu-system-x86".to_owned(),
-    ))
+    Err(Missing::Skip(format!(
+        "no {qemu}; to have it: apt-get install {package}"
+    )))
 }
 
-fn set_up_target() -> Result<(), Missing> {
+/// Sees to it that there is this target.
+pub(crate) fn set_up_target(target: &str) -> Result<(), Missing> {
     let has = || {
         Command::new("rustc")
-            .args(["--print", "target-libdir", "--target", TARGET])
+            .args(["--print", "target-libdir", "--target", target])
             .output()
             .is_ok_and(|out| {
                 let dir = String::from_utf8_lossy(&out.stdout).trim().to_owned();
                 Path::new(&dir).is_dir()
             })
     };
-    if has() || works("rustup", &["target", "add", TARGET]) && has() {
+    if has() || works("rustup", &["target", "add", target]) && has() {
         return Ok(());
     }
     Err(Missing::Skip(format!(
-        "no target; to have it: rustup target add {TARGET}"
+        "no target; to have it: rustup target add {target}"
     )))
 }
 
@@ -204,8 +201,8 @@ pub(crate) struct Images {
 
 /// Builds the images.
 pub(crate) fn build() -> Result<Images, Missing> {
-    set_up_qemu()?;
-    set_up_target()?;
+    set_up_qemu(QEMU, "qemu-system-x86")?;
+    set_up_target(TARGET)?;
     cargo("metal", &["fmt", "--check"])?;
     cargo("metal", &["clippy", "--release", "--", "-D", "warnings"])?;
     Ok(Images {
@@ -236,26 +233,19 @@ fn cargo(target: &str, args: &[&str]) -> Result<PathBuf, Missing> {
     }
 }
 
-/// Boots a machine and waits for its end: the line that sums its tests up, and what is worth saying besides.
-pub(crate) fn boot(images: &Images, machine: &Machine, verbose: bool) -> Result<String> {
+/// How a machine ended; without a status if it did not in time, and was stopped.
+pub(crate) struct Ended {
+    pub(crate) status: Option<ExitStatus>,
+    /// What it wrote to its serial port.
+    pub(crate) log: String,
+    /// What QEMU said.
+    pub(crate) errors: String,
+}
+
+/// Runs QEMU until the machine ends.
+pub(crate) fn run_machine(qemu: &mut Command) -> Result<Ended> {
     let start = Instant::now();
-    let mut child = Command::new(QEMU)
-        .args([
-            "-accel", "tcg", "-display", "none", "-monitor", "none", "-serial", "stdio",
-        ])
-        .args([
-            "-no-reboot",
-            "-device",
-            "isa-debug-exit,iobase=0xf4,iosize=0x04",
-        ])
-        .args(["-smp", &machine.cpus.to_string(), "-m", machine.memory])
-        .args(machine.more)
-        .args(["-append", machine.cmdline, "-kernel"])
-        .arg(if machine.lockdep {
-            &images.lockdep
-        } else {
-            &images.plain
-        })
+    let mut child = qemu
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -282,8 +272,38 @@ pub(crate) fn boot(images: &Images, machine: &Machine, verbose: bool) -> Result<
         }
         thread::sleep(Duration::from_millis(20));
     };
-    let log = log.join().unwrap_or_default();
-    let errors = errors.join().unwrap_or_default();
+    Ok(Ended {
+        status,
+        log: log.join().unwrap_or_default(),
+        errors: errors.join().unwrap_or_default(),
+    })
+}
+
+/// Boots a machine and waits for its end: the line that sums its tests up, and what is worth saying besides.
+pub(crate) fn boot(images: &Images, machine: &Machine, verbose: bool) -> Result<String> {
+    let start = Instant::now();
+    let mut qemu = Command::new(QEMU);
+    qemu.args([
+        "-accel", "tcg", "-display", "none", "-monitor", "none", "-serial", "stdio",
+    ])
+    .args([
+        "-no-reboot",
+        "-device",
+        "isa-debug-exit,iobase=0xf4,iosize=0x04",
+    ])
+    .args(["-smp", &machine.cpus.to_string(), "-m", machine.memory])
+    .args(machine.more)
+    .args(["-append", machine.cmdline, "-kernel"])
+    .arg(if machine.lockdep {
+        &images.lockdep
+    } else {
+        &images.plain
+    });
+    let Ended {
+        status,
+        log,
+        errors,
+    } = run_machine(&mut qemu)?;
     let is_wrong =
         |what: &str| -> Result<String> { bail!("{}: {what}\n{log}{errors}", machine.name) };
     let Some(status) = status else {

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::metal::{self, Missing};
 use crate::recordings;
+use crate::targets;
 
 /// Runs steps and remembers how they ended.
 #[derive(Default)]
@@ -236,6 +237,42 @@ impl Runner {
                 Ok(summary) => passed(&summary),
                 Err(why) => End::Failed(format!("{why:#}")),
             });
+        }
+    }
+
+    /// The minimal kernel on each machine that it knows, and the core built for it; with their logs if `verbose`.
+    pub(crate) fn targets(&mut self, verbose: bool) {
+        self.step("minimal kernel: its size", || match targets::size() {
+            Ok(summary) => passed(&summary),
+            Err(why) => End::Failed(format!("{why:#}")),
+        });
+        for target in &targets::TARGETS {
+            let mut kernel = None;
+            self.step(
+                &format!("{}: build", target.triple),
+                || match targets::build(target) {
+                    Ok(built) => {
+                        kernel = Some(built);
+                        End::Passed
+                    }
+                    Err(Missing::Skip(why)) => End::Skipped(why),
+                    Err(Missing::Failed(why)) => End::Failed(why),
+                },
+            );
+            let Some(kernel) = kernel else {
+                continue;
+            };
+            for size in target.sizes() {
+                self.step(
+                    &format!("{}: minimal kernel, {}", target.triple, size.memory),
+                    || match targets::boot(target, &kernel, &size, verbose) {
+                        Ok(Ok(summary)) => passed(&summary),
+                        Ok(Err(Missing::Skip(why))) => End::Skipped(why),
+                        Ok(Err(Missing::Failed(why))) => End::Failed(why),
+                        Err(why) => End::Failed(format!("{why:#}")),
+                    },
+                );
+            }
         }
     }
 

@@ -96,6 +96,8 @@ pub enum InitError {
     BadCpuCount(usize),
     /// The memory map and the first slabs do not fit: so many bytes in one piece were wanted.
     TooSmall(u64),
+    /// A [`Memblock`](crate::Memblock) has no room for another piece.
+    TooManyRanges,
     /// This [`Heap`](crate::Heap) has a memory manager already.
     Twice,
 }
@@ -113,6 +115,7 @@ impl fmt::Display for InitError {
             InitError::TooSmall(n) => {
                 write!(f, "no piece of RAM holds the {n} bytes needed to boot")
             }
+            InitError::TooManyRanges => f.write_str("more pieces of memory than there is room for"),
             InitError::Twice => f.write_str("this heap has a memory manager already"),
         }
     }

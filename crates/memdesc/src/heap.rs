@@ -82,7 +82,7 @@ impl<P: Platform> Heap<P> {
     ///
     /// # Context
     ///
-    /// Once, while the kernel boots, on a stack with some STACK KiB left: the memory manager is made on it.
+    /// Once, while the kernel boots, on a stack with 32 KiB left: the memory manager is made on it.
     ///
     /// # Errors
     ///

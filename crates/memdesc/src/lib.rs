@@ -182,7 +182,7 @@ pub use {
     heap::Heap,
     inline::{Offline, Poisoned, Reserved},
     ledger::{Fragmentation, Ledger, Walk, ZoneView},
-    memblock::{Memblock, MemblockFull},
+    memblock::Memblock,
     memcg::{MemCgroup, MemcgMismatch, MemcgStat, MemcgView},
     memmap::{DescClass, Found, PageType, TAIL_WORDS_ORDER, Word},
     memory_failure::{FailedPage, MemoryFailure, MfResult},

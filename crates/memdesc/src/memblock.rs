@@ -4,11 +4,11 @@
 //! What is left is a list of [`MemRange`]s, sorted, in whole pages, no two of which touch unless they are of different nodes. It stands
 //! in the [`Memblock`] itself: there is nothing to allocate from yet.
 
-use core::fmt;
 use core::ops::Range;
 
 use crate::address::{PAGE_SIZE, PhysAddr};
 use crate::config::MemRange;
+use crate::error::InitError;
 
 const PAGE: u64 = PAGE_SIZE as u64;
 const NONE: MemRange = MemRange {
@@ -16,18 +16,6 @@ const NONE: MemRange = MemRange {
     end: PhysAddr(0),
     node: 0,
 };
-
-/// There is no room for another piece. Nothing has changed.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct MemblockFull;
-
-impl fmt::Display for MemblockFull {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the list of memory has no room for another piece")
-    }
-}
-
-impl core::error::Error for MemblockFull {}
 
 /// Up to `N` pieces of memory (`struct memblock`).
 ///
@@ -40,7 +28,7 @@ impl core::error::Error for MemblockFull {}
 /// memory.remove(0x20_0000..0x34_5678)?; // the image
 /// let pages: Vec<_> = memory.ranges().iter().map(|r| r.start.0 >> 12..r.end.0 >> 12).collect();
 /// assert_eq!(pages, [0..0x9f, 0x100..0x200, 0x346..0x8000]);
-/// # Ok::<(), memdesc::MemblockFull>(())
+/// # Ok::<(), memdesc::InitError>(())
 /// ```
 #[derive(Clone, Debug)]
 pub struct Memblock<const N: usize> {
@@ -69,8 +57,8 @@ impl<const N: usize> Memblock<N> {
     ///
     /// # Errors
     ///
-    /// [`MemblockFull`].
-    pub fn add(&mut self, bytes: Range<u64>) -> Result<(), MemblockFull> {
+    /// [`InitError::TooManyRanges`], and nothing has changed.
+    pub fn add(&mut self, bytes: Range<u64>) -> Result<(), InitError> {
         let start = bytes.start.div_ceil(PAGE).saturating_mul(PAGE);
         let end = bytes.end / PAGE * PAGE;
         let mut new = Memblock::<N>::new();
@@ -92,8 +80,8 @@ impl<const N: usize> Memblock<N> {
     ///
     /// # Errors
     ///
-    /// [`MemblockFull`], if it cuts a piece in two.
-    pub fn remove(&mut self, bytes: Range<u64>) -> Result<(), MemblockFull> {
+    /// [`InitError::TooManyRanges`], if it cuts a piece in two, and nothing has changed.
+    pub fn remove(&mut self, bytes: Range<u64>) -> Result<(), InitError> {
         self.rewrite(bytes, None)
     }
 
@@ -101,13 +89,13 @@ impl<const N: usize> Memblock<N> {
     ///
     /// # Errors
     ///
-    /// [`MemblockFull`], if it cuts pieces in two.
-    pub fn set_node(&mut self, bytes: Range<u64>, node: u8) -> Result<(), MemblockFull> {
+    /// [`InitError::TooManyRanges`], if it cuts pieces in two, and nothing has changed.
+    pub fn set_node(&mut self, bytes: Range<u64>, node: u8) -> Result<(), InitError> {
         self.rewrite(bytes, Some(node))
     }
 
     /// What lies in the range gets this node, or goes.
-    fn rewrite(&mut self, bytes: Range<u64>, node: Option<u8>) -> Result<(), MemblockFull> {
+    fn rewrite(&mut self, bytes: Range<u64>, node: Option<u8>) -> Result<(), InitError> {
         if bytes.is_empty() {
             return Ok(());
         }
@@ -127,7 +115,7 @@ impl<const N: usize> Memblock<N> {
     }
 
     /// Behind all that is there; nothing if it is empty.
-    fn push(&mut self, start: u64, end: u64, node: u8) -> Result<(), MemblockFull> {
+    fn push(&mut self, start: u64, end: u64, node: u8) -> Result<(), InitError> {
         if start >= end {
             return Ok(());
         }
@@ -138,7 +126,10 @@ impl<const N: usize> Memblock<N> {
             last.end.0 = end;
             return Ok(());
         }
-        let place = self.ranges.get_mut(self.len).ok_or(MemblockFull)?;
+        let place = self
+            .ranges
+            .get_mut(self.len)
+            .ok_or(InitError::TooManyRanges)?;
         *place = MemRange {
             start: PhysAddr(start),
             end: PhysAddr(end),
@@ -228,9 +219,12 @@ mod tests {
         list.add(0..8 * PAGE).unwrap();
         list.remove(2 * PAGE..3 * PAGE).unwrap();
         let before = list.clone();
-        assert_eq!(list.remove(5 * PAGE..6 * PAGE), Err(MemblockFull));
-        assert_eq!(list.set_node(0..PAGE, 1), Err(MemblockFull));
-        assert_eq!(list.add(9 * PAGE..10 * PAGE), Err(MemblockFull));
+        assert_eq!(
+            list.remove(5 * PAGE..6 * PAGE),
+            Err(InitError::TooManyRanges)
+        );
+        assert_eq!(list.set_node(0..PAGE, 1), Err(InitError::TooManyRanges));
+        assert_eq!(list.add(9 * PAGE..10 * PAGE), Err(InitError::TooManyRanges));
         assert_eq!(list.ranges(), before.ranges());
         // Between the two there is room: they become one.
         list.add(0..8 * PAGE).unwrap();
