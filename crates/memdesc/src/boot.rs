@@ -137,6 +137,10 @@ impl<P: Platform> Mm<P> {
         if nr_cpus == 0 || nr_cpus > MAX_CPUS {
             return Err(InitError::BadCpuCount(nr_cpus));
         }
+        let direct_map = platform.direct_map().addr();
+        if !direct_map.is_multiple_of(PAGE_SIZE) {
+            return Err(InitError::BadDirectMap(direct_map));
+        }
         check(ranges)?;
         if config.preempt_rt {
             platform.with_lockdep(&mut |lockdep, _| lockdep.set_preempt_rt());

@@ -96,6 +96,8 @@ pub enum InitError {
     BadCpuCount(usize),
     /// The memory map and the first slabs do not fit: so many bytes in one piece were wanted.
     TooSmall(u64),
+    /// [`Platform::direct_map`](crate::Platform::direct_map) is not at the start of a page.
+    BadDirectMap(usize),
     /// A [`Memblock`](crate::Memblock) has no room for another piece.
     TooManyRanges,
     /// This [`Heap`](crate::Heap) has a memory manager already.
@@ -114,6 +116,9 @@ impl fmt::Display for InitError {
             InitError::BadCpuCount(n) => write!(f, "{n} CPUs: 1 to 1024 are supported"),
             InitError::TooSmall(n) => {
                 write!(f, "no piece of RAM holds the {n} bytes needed to boot")
+            }
+            InitError::BadDirectMap(at) => {
+                write!(f, "the direct map at {at:#x} is not aligned to a page")
             }
             InitError::TooManyRanges => f.write_str("more pieces of memory than there is room for"),
             InitError::Twice => f.write_str("this heap has a memory manager already"),

@@ -28,11 +28,10 @@ const THERE: u32 = 2;
 ///
 /// In a kernel:
 ///
-/// ```
-/// # mod kernel { use memdesc_host::Host as Machine;
+/// ```no_run,standalone_crate
+/// # use memdesc_host::Host as Machine;
 /// #[global_allocator]
 /// static HEAP: memdesc::Heap<Machine> = memdesc::Heap::new();
-/// # }
 /// ```
 ///
 /// which serves nothing before [`init`](Self::init). What it asks for: `GFP_KERNEL` where [`Platform::context`] says [`Context::Task`], else `GFP_ATOMIC`; in an NMI the

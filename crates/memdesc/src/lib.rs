@@ -8,6 +8,11 @@
 #[cfg(any(test, loom))]
 extern crate std;
 
+/// The code in the guide to porting compiles and runs.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/porting.md")]
+struct Porting;
+
 pub mod address;
 #[cfg(not(loom))]
 mod balloon;

@@ -1,6 +1,7 @@
 //! What a kernel provides: where physical memory is mapped, which CPU this is, and a few hooks.
 //!
-//! Implement [`Platform`] and hand it to [`Mm::new`](crate::Mm::new) with the memory map; that is all a port is.
+//! Implement [`Platform`] and hand it to [`Mm::new`](crate::Mm::new) with the memory map; that is all a port is. `docs/porting.md` says of each method where it is
+//! called from, when its default will do, and what breaks when it is wrong; `examples/minimal-kernel` is the least that it takes.
 
 use crate::address::{Pfn, PhysAddr};
 use crate::config::{Config, MemRange};
@@ -82,7 +83,7 @@ pub struct ReclaimRequest {
 /// # Safety
 ///
 /// The allocator's soundness rests on these promises:
-/// 1. [`direct_map`](Self::direct_map) is the same pointer for the life of the platform, and for every byte of every
+/// 1. [`direct_map`](Self::direct_map) is at the start of a page, the same pointer for the life of the platform, and for every byte of every
 ///    range given to [`Mm::new`](crate::Mm::new) that [`maps`](Self::maps) says yes to, `direct_map + physical
 ///    address` may be read and written through it while the allocator, or the owner it handed the page to, has it.
 ///    Nobody else touches that memory.
@@ -91,7 +92,7 @@ pub struct ReclaimRequest {
 ///    number, which is under [`nr_cpus`](Self::nr_cpus). Interrupts, NMIs and signal handlers may strike at any instruction
 ///    and get the same number: they call nothing but what says that it may be called from any context, and are over before
 ///    what they interrupted goes on.
-/// 3. If [`heavy_barrier`](Self::heavy_barrier) is overridden, then after it returns every store that any CPU made before its
+/// 3. If one of the two barriers is overridden, then after [`heavy_barrier`](Self::heavy_barrier) returns every store that any CPU made before its
 ///    latest [`light_barrier`](Self::light_barrier) is visible to the caller, and every load after such a light barrier
 ///    sees what the caller stored before (`membarrier(2)`, an IPI to all).
 /// 4. [`vmalloc_range`](Self::vmalloc_range) is the same for the life of the platform, and nobody else uses these addresses. What
@@ -106,10 +107,11 @@ pub unsafe trait Platform: Sync {
         true
     }
 
-    /// How many CPUs there are; does not change.
+    /// How many CPUs there are, those that do not run yet included: one more than the largest number that [`pin`](Self::pin) ever gives. Does not change.
     fn nr_cpus(&self) -> usize;
 
-    /// Keeps the caller on its CPU and says which it is (`get_cpu()`, interrupts off).
+    /// Keeps the caller on its CPU and says which it is (`get_cpu()`, interrupts off). Called wherever an ordinary call is, with any lock of the memory manager held; by
+    /// [`Mm::new`](crate::Mm::new) already. Handlers of interrupts may make ordinary calls only if this turns interrupts off.
     fn pin(&self) -> usize;
 
     /// Undoes one [`pin`](Self::pin).
@@ -120,14 +122,15 @@ pub unsafe trait Platform: Sync {
     unsafe fn unpin(&self, cpu: usize);
 
     /// As [`pin`](Self::pin), from any context, without waiting; `None` where this code can have no CPU. Undone by
-    /// [`unpin`](Self::unpin).
+    /// [`unpin`](Self::unpin). May strike between any two instructions of `pin` and `unpin` themselves, and leaves what they keep as it was. The default is right only where `pin` bears that.
     #[inline]
     fn try_pin(&self) -> Option<usize> {
         Some(self.pin())
     }
 
-    /// Sleeps as long as the word has this value (`FUTEX_WAIT`); may come back early. For the sleeping locks of a
-    /// configuration with [`preempt_rt`](crate::Config::preempt_rt); never called while pinned. Spins by default.
+    /// Sleeps as long as the word has this value (`FUTEX_WAIT`); may come back early. For the locks that sleep: those of folios, address spaces, reserves and mempools and the list of
+    /// caches in every configuration, and with [`preempt_rt`](crate::Config::preempt_rt) those of zones and caches. Never called while pinned. Spins by default, through [`relax`](Self::relax): right only where
+    /// whoever holds the lock runs meanwhile. On one CPU with threads, this sleeps or `relax` yields.
     fn park(&self, word: &AtomicU32, value: u32) {
         let mut round = 0;
         while word.load(Ordering::Relaxed) == value && round < 256 {
@@ -137,32 +140,34 @@ pub unsafe trait Platform: Sync {
         }
     }
 
-    /// Wakes one who sleeps on the word (`FUTEX_WAKE`). Called from any context: a kernel that cannot wake from an NMI
-    /// does so a little later (`irq_work`).
+    /// Wakes one who sleeps on the word (`FUTEX_WAKE`), without touching the word, whose memory may be gone. Called from any context: a kernel that cannot wake from an NMI
+    /// does so a little later (`irq_work`). The default belongs to the default [`park`](Self::park), and to no other.
     fn unpark(&self, _word: &AtomicU32) {}
 
-    /// Wakes all who sleep on the word.
+    /// Wakes all who sleep on the word. Any context. By default it wakes one: who overrides [`park`](Self::park) overrides this too.
     fn unpark_all(&self, word: &AtomicU32) {
         self.unpark(word);
     }
 
     /// Translations of an address space, which the number that it was made with names, that a CPU may remember from here to there are no
     /// longer true (`flush_tlb_range`): when this returns no CPU uses them. Called after the entries have changed and before the
-    /// pages go to anybody else. In any context but an interrupt.
+    /// pages go to anybody else. In a task, but possibly pinned, with the lock of a page table held: whoever waits for other CPUs here has to be answered by CPUs that wait for that lock with interrupts off, in
+    /// [`relax`](Self::relax). The default is right only where no CPU ever loads the page tables of an address space.
     fn flush_tlb(&self, _asid: u64, _start: u64, _end: u64) {}
 
-    /// The NUMA node of a CPU.
+    /// The NUMA node of a CPU. Called pinned, in every allocation that names none, from any context. Beyond the last there can be (7), it is that.
     fn cpu_to_node(&self, _cpu: usize) -> usize {
         0
     }
 
-    /// The owner's half of an asymmetric fence; see the third promise.
+    /// The owner's half of an asymmetric fence; see the third promise. Any context. The defaults of both are right on any number of CPUs: override both or neither.
     #[inline]
     fn light_barrier(&self) {
         full_fence();
     }
 
-    /// The other half.
+    /// The other half. In tasks and interrupts, not in NMIs; pinned as a rule, holding nothing that others wait for but in loops with [`relax`](Self::relax). If it waits for other CPUs,
+    /// `relax` answers theirs.
     fn heavy_barrier(&self) {
         full_fence();
     }
@@ -188,25 +193,27 @@ pub unsafe trait Platform: Sync {
     }
 
     /// In what the caller runs. Decides what deferred freeing may do on the spot; [`Context::Atomic`], the default, is right
-    /// where nobody ever calls from an interrupt, and lets nothing sleep.
+    /// where nobody ever calls from an interrupt, and lets nothing sleep: what is freed later is left to [`Mm::tick`](crate::Mm::tick). Any context.
     fn context(&self) -> Context {
         Context::Atomic
     }
 
-    /// There is work for [`Mm::tick`](crate::Mm::tick), found where it could not be done. From any context.
+    /// There is work for [`Mm::rcu_work`](crate::Mm::rcu_work), found where it could not be done. From any context, pinned, on ways that free: may not call the memory manager, and takes
+    /// no lock that what was interrupted may hold. By default it waits for the next [`Mm::tick`](crate::Mm::tick).
     fn kick(&self) {}
 
-    /// One round of waiting for a lock: a hosted platform yields now and then.
+    /// One round of waiting for a lock, in tasks and interrupts, pinned or not: a hosted platform yields now and then. Where CPUs wait for each other
+    /// ([`heavy_barrier`](Self::heavy_barrier), flushes) this does what others want of this one, or two that wait with interrupts off wait for ever. The default is right for one CPU, and where nobody waits like that.
     #[inline]
     fn relax(&self, _round: u32) {}
 
     /// Tries to make memory free (direct reclaim). May sleep. Says how many pages came free. Registered
-    /// shrinkers have been asked already.
+    /// shrinkers have been asked already. The caller may hold locks that sleep, a folio's among them: tries those, and allocates nothing that would reclaim again.
     fn reclaim(&self, _request: ReclaimRequest) -> usize {
         0
     }
 
-    /// A zone fell under its low watermark: background reclaim should run (`wakeup_kswapd`).
+    /// A zone fell under its low watermark: background reclaim should run (`wakeup_kswapd`). From any context that may pin a CPU, without locks; only wakes.
     fn wake_reclaim(&self, _node: usize, _order: usize) {}
 
     /// Pages are about to be handed out (`arch_alloc_page`). Called before the first access, outside all locks. From any context.
@@ -228,7 +235,7 @@ pub unsafe trait Platform: Sync {
 
     /// Makes pages of the direct map inaccessible, or accessible again (`__kernel_map_pages`): free ones with
     /// [`Config::debug_pagealloc`](crate::Config::debug_pagealloc), guards, and those that are bad. They may be accessible already. When it returns, no CPU reaches
-    /// what is inaccessible. Called outside all locks. From any context; cannot fail.
+    /// what is inaccessible; where other CPUs cannot be waited for they may learn it late, and all that is missed is a stray access. Called outside all locks. From any context; cannot fail.
     fn kernel_map_pages(&self, _pfn: Pfn, _order: usize, _enable: bool) {}
 
     /// These blocks are free, and nobody will touch them before this returns, nor after it before they are handed out again: whoever lends
@@ -298,7 +305,7 @@ pub unsafe trait Platform: Sync {
     fn flush_tlb_kernel_range(&self, _start: usize, _end: usize) {}
 
     /// Monotonic time in nanoseconds: for "allocated 3 s ago" in debug reports, and for how long a deferred free may lie. From any
-    /// context.
+    /// context. By default time stands still: what [`Config`] says in nanoseconds never comes then, but for 0.
     fn now(&self) -> u64 {
         0
     }

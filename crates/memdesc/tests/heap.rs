@@ -5,6 +5,7 @@ use std::cell::Cell;
 use std::ptr::{self, NonNull};
 use std::sync::OnceLock;
 
+use memdesc::gfp::GFP_KERNEL;
 use memdesc::rcu::cpus::PlatformRcu;
 use memdesc::slab::CacheFlags;
 use memdesc::{Config, Context, Heap, InitError, MAX_ORDER, Memblock, Mm, PAGE_SIZE, Platform};
@@ -281,4 +282,80 @@ fn the_line_of_the_boot_log() {
         "{line}"
     );
     assert!(line.contains("32K memory map"), "{line}");
+}
+
+#[test]
+fn a_direct_map_in_the_middle_of_a_page_is_refused() {
+    /// The same, 8 bytes beside.
+    struct Beside(Machine);
+    // SAFETY: never gets to own memory.
+    unsafe impl Platform for Beside {
+        fn direct_map(&self) -> *mut u8 {
+            self.0.direct_map().wrapping_add(8)
+        }
+        fn nr_cpus(&self) -> usize {
+            1
+        }
+        fn pin(&self) -> usize {
+            0
+        }
+        unsafe fn unpin(&self, _cpu: usize) {}
+        type Rcu = PlatformRcu<Machine, 1>;
+        fn rcu(&self) -> &Self::Rcu {
+            self.0.rcu()
+        }
+    }
+    let (_, mm) = heap(8, &Config::default());
+    let mut ram = Memblock::<1>::new();
+    ram.add(0..8 << 20).unwrap();
+    let refused = Mm::new(Beside(*mm.platform()), &Config::default(), ram.ranges());
+    assert!(
+        matches!(refused, Err(InitError::BadDirectMap(at)) if at % PAGE_SIZE == 8),
+        "{refused:?}"
+    );
+}
+
+/// A platform that names a node beyond all that there can be is served all the same, by every way to memory.
+#[test]
+fn a_node_beyond_all_others_is_the_last() {
+    struct Far(Machine);
+    // SAFETY: as `Machine`, which has nothing of this memory.
+    unsafe impl Platform for Far {
+        fn direct_map(&self) -> *mut u8 {
+            self.0.direct_map()
+        }
+        fn nr_cpus(&self) -> usize {
+            1
+        }
+        fn pin(&self) -> usize {
+            0
+        }
+        unsafe fn unpin(&self, _cpu: usize) {}
+        type Rcu = PlatformRcu<Machine, 1>;
+        fn rcu(&self) -> &Self::Rcu {
+            self.0.rcu()
+        }
+        fn cpu_to_node(&self, _cpu: usize) -> usize {
+            usize::MAX
+        }
+    }
+    let (_, first) = heap(8, &Config::default());
+    let mut ram = Memblock::<1>::new();
+    ram.add(0..8 << 20).unwrap();
+    // What the first one had is never touched again.
+    let mm = Mm::new(Far(*first.platform()), &Config::default(), ram.ranges()).unwrap();
+    let page = mm.alloc_pages(GFP_KERNEL, 3).unwrap();
+    let nolock = mm.alloc_pages_nolock(GFP_KERNEL, None, 0).unwrap();
+    // To the last page: the first slabs of descriptors are taken where there is any.
+    let mut pages = Vec::new();
+    while let Ok(page) = mm.alloc_pages(GFP_KERNEL, 0) {
+        pages.push(page);
+    }
+    assert!(pages.len() > 1000);
+    for page in pages.into_iter().chain([page, nolock]) {
+        // SAFETY: ours, each once.
+        unsafe { mm.free_pages(page) };
+    }
+    mm.shrink();
+    assert!(mm.ledger().balanced);
 }

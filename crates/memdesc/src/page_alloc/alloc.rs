@@ -229,6 +229,12 @@ impl<P: Platform> PageAllocator<P> {
         Some(block)
     }
 
+    /// The node of a CPU; the last there can be, if the platform says one beyond.
+    #[inline]
+    pub(super) fn node_of(&self, pin: &Pin<'_, P>) -> usize {
+        self.platform.cpu_to_node(pin.cpu()).min(MAX_NODES - 1)
+    }
+
     /// The zone whose list the fast path may take from; none if the request has to go the long way.
     #[inline]
     fn fast_zone(
@@ -241,7 +247,7 @@ impl<P: Platform> PageAllocator<P> {
         if self.stats(pin).on_free_path() {
             self.allocation_on_free(pin);
         }
-        let node = node.unwrap_or_else(|| self.platform.cpu_to_node(pin.cpu()));
+        let node = node.unwrap_or_else(|| self.node_of(pin));
         let zone_type = gfp.zone_type();
         let zone = self.zonelists.get(node)?[zone_type as usize].best()?;
         if !self.zones[zone].has_headroom(order, zone_type) {
@@ -324,10 +330,7 @@ impl<P: Platform> PageAllocator<P> {
         let node = match node {
             Some(node) if node < MAX_NODES => node,
             Some(_) => return Err(AllocError::NoZone),
-            None => {
-                let pin = self.pin();
-                self.platform.cpu_to_node(pin.cpu()).min(MAX_NODES - 1)
-            }
+            None => self.node_of(&self.pin()),
         };
         let result = match self.get_page(gfp, order, node, AllocFlags::FIRST, descs) {
             Ok(block) => Ok(block),

@@ -95,7 +95,7 @@ impl<P: Platform> PageAllocator<P> {
     /// An order-0 block that can be had without a descriptor for a split: from this CPU's lists, unmovable first.
     pub(crate) fn pop_page(&self) -> Option<Block> {
         let pin = self.pin();
-        let node = self.platform.cpu_to_node(pin.cpu());
+        let node = self.node_of(&pin);
         for mt in [MigrateType::Unmovable, MigrateType::Reclaimable] {
             for index in self.zonelists[node][ZoneType::Normal as usize].iter() {
                 if let Some(block) = self.pcp(&pin, index).pop(&pin, &self.map, 0, mt) {
@@ -110,7 +110,7 @@ impl<P: Platform> PageAllocator<P> {
     /// The smallest block to be had, whoever it was meant for: for a slab of descriptors when there are no descriptors
     /// (seed 000's new interface to the page allocator). Watermarks do not count: this is what freeing lives on.
     pub(crate) fn take_smallest(&self) -> Result<Smallest, AllocError> {
-        let node = self.platform.cpu_to_node(self.pin().cpu());
+        let node = self.node_of(&self.pin());
         // Kernel zones first, movable memory only when nothing else is left.
         for highest in [ZoneType::Normal, ZoneType::Movable] {
             for attempt in 0..2 {

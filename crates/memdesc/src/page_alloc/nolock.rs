@@ -95,7 +95,7 @@ impl<P: Platform> PageAllocator<P> {
         if self.platform.should_fail(FaultPoint::AllocPages) {
             return Err(AllocError::Injected);
         }
-        let node = node.unwrap_or_else(|| self.platform.cpu_to_node(pin.cpu()));
+        let node = node.unwrap_or_else(|| self.node_of(pin));
         if node >= MAX_NODES {
             return Err(AllocError::NoZone);
         }
