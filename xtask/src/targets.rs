@@ -120,7 +120,8 @@ fn lines(path: &Path) -> Result<usize> {
             in_comment = !line.ends_with("*/");
             return false;
         }
-        !line.is_empty() && !line.starts_with("//") && !(asm && line.starts_with('#'))
+        let is_comment = line.starts_with("//") || asm && line.starts_with('#');
+        !line.is_empty() && !is_comment
     });
     Ok(code.count())
 }

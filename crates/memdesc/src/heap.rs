@@ -52,7 +52,8 @@ const THERE: u32 = 2;
 /// // SAFETY: the layout is not empty; freed once, with the same.
 /// unsafe {
 ///     let array = HEAP.alloc_zeroed(layout);
-///     assert!(!array.is_null() && mm.virt_to_pfn(array) < mm.virt_to_pfn(array.wrapping_add(1 << 12)));
+///     assert_eq!(array.cast::<[u64; 100]>().read(), [0; 100]);
+///     assert!(matches!(mm.lookup(mm.virt_to_pfn(array)).2, memdesc::Memory::Slab(_)));
 ///     HEAP.dealloc(array, layout);
 /// }
 /// # Ok::<(), Box<dyn std::error::Error>>(())
