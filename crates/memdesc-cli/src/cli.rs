@@ -372,10 +372,13 @@ pub(crate) struct Cut {
     /// A recording, as for replay
     pub(crate) recording: PathBuf,
     /// The folder to make: events.txt.zst and the snapshots before it
-    #[arg(long, value_name = "DIR")]
-    pub(crate) out: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "binary")]
+    pub(crate) out: Option<PathBuf>,
+    /// The file to make, of the events alone, in binary: for the image on bare metal, and for replay
+    #[arg(long, value_name = "FILE")]
+    pub(crate) binary: Option<PathBuf>,
     /// So many events from the beginning
-    #[arg(long, value_name = "N", required_unless_present = "seconds")]
+    #[arg(long, value_name = "N", required_unless_present_any = ["seconds", "binary"])]
     pub(crate) events: Option<usize>,
     /// So much time from the beginning
     #[arg(long, value_name = "S")]

@@ -4,11 +4,12 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use memdesc_trace::{Event, Recording, write_recording};
+use memdesc_trace::{Event, Recording, binary, write_recording};
 
 use crate::cli;
 use crate::error::Error;
 use crate::progress;
+use crate::replay::machine;
 
 /// Slow to write, small to keep.
 const LEVEL: i32 = 19;
@@ -36,13 +37,46 @@ pub(crate) fn run(args: &cli::Cut) -> Result<String, Error> {
         ));
     }
 
-    let io_error = |path: &Path| {
-        let path = path.to_path_buf();
-        move |source| Error::Io { path, source }
-    };
-    fs::create_dir_all(&args.out).map_err(io_error(&args.out))?;
-    let file = args.out.join("events.txt.zst");
-    let size = write_events(&file, &recording).map_err(io_error(&file))?;
+    let mut said = String::new();
+    if let Some(file) = &args.binary {
+        said += &binary(file, &mut recording)?;
+    }
+    if let Some(folder) = &args.out {
+        said += &text(args, folder, &recording)?;
+    }
+    Ok(said)
+}
+
+fn io_error(path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {
+    let path = path.to_path_buf();
+    move |source| Error::Io { path, source }
+}
+
+/// Makes one file of the events.
+fn binary(file: &Path, recording: &mut Recording) -> Result<String, Error> {
+    let shape = machine::shape(&recording.events, recording.cpus(), None, None, None)?;
+    let left_out = machine::leave_out_impossible(&mut recording.events, &shape)?;
+    let bytes = binary::write(&recording.events, &recording.caches)?;
+    File::create(file)
+        .and_then(|mut to| to.write_all(&bytes))
+        .map_err(io_error(file))?;
+    let mut said = format!(
+        "{}: {} events, {} bytes\n",
+        file.display(),
+        recording.events.len(),
+        bytes.len()
+    );
+    if left_out > 0 {
+        said += &format!("left out: {left_out} events of pages that cannot be\n");
+    }
+    Ok(said)
+}
+
+/// Makes a folder: the events as text, and the snapshots before them.
+fn text(args: &cli::Cut, folder: &Path, recording: &Recording) -> Result<String, Error> {
+    fs::create_dir_all(folder).map_err(io_error(folder))?;
+    let file = folder.join("events.txt.zst");
+    let size = write_events(&file, recording).map_err(io_error(&file))?;
     let mut said = format!(
         "{}: {} events, {size} bytes\n",
         file.display(),
@@ -51,7 +85,7 @@ pub(crate) fn run(args: &cli::Cut) -> Result<String, Error> {
     // A snapshot of before the first event says nothing of a later moment.
     if args.from_events == 0 {
         for from in snapshots(&args.recording).map_err(io_error(&args.recording))? {
-            let (to, size) = copy(&from, &args.out).map_err(io_error(&from))?;
+            let (to, size) = copy(&from, folder).map_err(io_error(&from))?;
             said += &format!("{}: {size} bytes\n", to.display());
         }
     }

@@ -13,6 +13,13 @@ use crate::handles::MachineError;
 pub(crate) enum Error {
     #[error("{0}")]
     Trace(#[from] TraceError),
+    #[error("{0}")]
+    Binary(#[from] memdesc_trace::binary::BinaryError),
+    #[error("{path}: {source}", path = .path.display())]
+    BinaryFile {
+        path: PathBuf,
+        source: memdesc_trace::binary::BinaryError,
+    },
     #[error("{name}: a machine of {mib} MiB and {cpus} CPUs cannot be made here: {source}")]
     Machine {
         name: String,

@@ -145,14 +145,14 @@ impl Fill {
                     Purpose::Anon | Purpose::File => GFP_HIGHUSER_MOVABLE,
                     _ => GFP_KERNEL,
                 };
-                while machine.alloc(purpose, gfp, order).is_ok() {}
+                while machine.handles().alloc(purpose, gfp, order).is_ok() {}
             }
             Kind::Mix => fill_with_mix(&machine),
             Kind::Mapped => {
                 // Not given back either, as all else here.
                 core::mem::forget(fill_mapped(&machine)?);
             }
-            Kind::Objects(size) => while machine.kmalloc(size, GFP_KERNEL).is_ok() {},
+            Kind::Objects(size) => while machine.handles().kmalloc(size, GFP_KERNEL).is_ok() {},
         }
         let ledger = machine.mm.ledger();
         let (mix, _) = mix::survey(&machine, &ledger);
@@ -185,9 +185,12 @@ fn fill_with_mix(machine: &Machine) {
             here
         });
         let order = order.unwrap_or(0);
-        let large = machine.alloc(Purpose::File, GFP_HIGHUSER_MOVABLE, order);
+        let large = machine
+            .handles()
+            .alloc(Purpose::File, GFP_HIGHUSER_MOVABLE, order);
         if large.is_err()
             && machine
+                .handles()
                 .alloc(Purpose::File, GFP_HIGHUSER_MOVABLE, 0)
                 .is_err()
         {

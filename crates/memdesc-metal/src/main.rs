@@ -3,7 +3,8 @@
 //! An image that a PVH loader starts (`qemu-system-x86_64 -kernel`), that takes over all memory, starts all CPUs, and tests itself on them. It prints to the
 //! first serial port and ends the machine through `isa-debug-exit`. Command line: `memory=fresh` says that the machine's memory is zero where the firmware was not;
 //! `rt` has the locks of the memory manager sleep; `tests=WORD` runs the tests with the word in their names; `crash=stack` runs over the end of a
-//! stack, `crash=thread` has a thread do so on its own, and `crash=double-free` frees an object twice, to see what is reported.
+//! stack, `crash=thread` has a thread do so on its own, and `crash=double-free` frees an object twice, to see what is reported. With a module (`-initrd`) it
+//! replays that instead: a recording of a Linux kernel's allocators. Then `rcu=PERCENT` defers that share of the frees of objects.
 //!
 //! What happens in order is in [`metal_start`]; each step is a room.
 #![no_std]
@@ -20,6 +21,7 @@ mod heap;
 mod ioapic;
 mod log;
 mod memory;
+mod module;
 mod paging;
 mod park;
 mod percpu;
@@ -29,6 +31,7 @@ mod pvh;
 mod ranges;
 mod remote;
 mod sched;
+mod replay;
 mod smp;
 mod tests;
 mod thread;
@@ -68,6 +71,8 @@ extern "C" fn metal_start(start_info: u32) -> ! {
         Err(why) => panic!("the machine's memory cannot be mapped: {why:?}"),
     };
     memory::log_ranges(&ranges);
+    // SAFETY: its memory has not been taken over yet, and what is in use lies below the end of boot memory.
+    let module = unsafe { module::settle(boot, paging::close_boot_memory().0) };
 
     platform::init();
     let before = time::tsc();
@@ -76,6 +81,8 @@ extern "C" fn metal_start(start_info: u32) -> ! {
         Err(why) => panic!("memory cannot be taken over: {why}"),
     };
     let cycles = time::tsc() - before;
+    // Before anybody can be given its memory.
+    let module = module.map(|module| module.hold(mm));
     // From here on this is a thread, which may sleep for locks.
     percpu::this().online.store(true, Ordering::SeqCst);
     apic::start_timer();
@@ -126,6 +133,9 @@ extern "C" fn metal_start(start_info: u32) -> ! {
                 written,
                 cpus: running,
             };
+            if let Some(module) = module {
+                exit(replay::run(&machine, module));
+            }
             exit(tests::run(&mut machine));
         });
     }

@@ -37,6 +37,16 @@ struct MemmapEntry {
     _reserved: u32,
 }
 
+/// `hvm_modlist_entry`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct ModuleEntry {
+    start: u64,
+    size: u64,
+    cmdline: u64,
+    _reserved: u64,
+}
+
 /// What a piece of the memory map is: the types of e820.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Kind {
@@ -74,6 +84,8 @@ pub(crate) struct BootInfo {
     pub(crate) dropped: usize,
     /// Where ACPI's tables start; 0 if that is not known.
     pub(crate) rsdp: u64,
+    /// Where the first module lies that the loader brought (`-initrd` of QEMU): its first byte, and one past its last.
+    pub(crate) module: Option<(u64, u64)>,
     cmdline: ArrayVec<u8, MAX_CMDLINE>,
 }
 
@@ -114,8 +126,16 @@ pub(crate) unsafe fn read(at: u32) -> Option<&'static BootInfo> {
         memory: ArrayVec::new(),
         dropped: 0,
         rsdp: info.rsdp,
+        module: None,
         cmdline: ArrayVec::new(),
     };
+    if info.nr_modules > 0 && info.modlist != 0 {
+        let first: *const ModuleEntry = phys_to_virt(info.modlist).cast();
+        // SAFETY: the loader's promise: there is one at least.
+        let entry = unsafe { first.read_unaligned() };
+        let end = entry.start.saturating_add(entry.size);
+        boot.module = (entry.size > 0).then_some((entry.start, end));
+    }
     let entries: *const MemmapEntry = phys_to_virt(info.memmap).cast();
     for i in 0..info.memmap_entries as usize {
         // SAFETY: the loader's promise: there are so many.

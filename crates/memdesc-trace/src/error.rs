@@ -83,25 +83,3 @@ pub enum TraceError {
         found: String,
     },
 }
-
-/// The longest text of a file that an error quotes.
-const CLIP: usize = 120;
-
-/// The beginning of a line, fit to be printed.
-pub(crate) fn clip(line: &[u8]) -> String {
-    let text = String::from_utf8_lossy(&line[..line.len().min(CLIP)]);
-    let mut text: String = text
-        .chars()
-        .map(|c| {
-            if c.is_control() && c != '\t' {
-                '\u{fffd}'
-            } else {
-                c
-            }
-        })
-        .collect();
-    if line.len() > CLIP {
-        text.push('…');
-    }
-    text
-}

@@ -1,6 +1,8 @@
 //! One event of a recording, in 32 bytes, and the table of caches that events refer to.
 
-use std::fmt;
+use alloc::string::String;
+use alloc::vec::Vec;
+use core::fmt;
 
 use memdesc::gfp::Flags;
 

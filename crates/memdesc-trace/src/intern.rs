@@ -1,10 +1,11 @@
 //! Names seen before are not read again: gfp flag strings and cache names by their bytes.
 
-use std::collections::HashMap;
-use std::hash::BuildHasherDefault;
+use alloc::boxed::Box;
+use alloc::collections::BTreeMap;
+use alloc::string::String;
+use alloc::vec::Vec;
 
 use memdesc::gfp::Flags;
-use rustc_hash::FxHasher;
 
 use crate::event::{Cache, CacheId, CacheTable};
 use crate::scan;
@@ -109,7 +110,7 @@ fn one_flag(name: &[u8]) -> Option<Option<Flags>> {
             .ok()
             .map(|bits| Some(Flags::from_bits(bits)));
     }
-    let text = std::str::from_utf8(name).ok()?;
+    let text = core::str::from_utf8(name).ok()?;
     if let Some(flags) = Flags::from_name(text) {
         return Some(Some(flags));
     }
@@ -123,7 +124,7 @@ fn one_flag(name: &[u8]) -> Option<Option<Flags>> {
 /// Gives caches their ids.
 pub(crate) struct CacheNames {
     recent: Recent<CacheId>,
-    by_name: HashMap<Box<[u8]>, Vec<CacheId>, BuildHasherDefault<FxHasher>>,
+    by_name: BTreeMap<Box<[u8]>, Vec<CacheId>>,
     pub(crate) table: CacheTable,
 }
 
@@ -131,7 +132,7 @@ impl CacheNames {
     pub(crate) fn new() -> Self {
         CacheNames {
             recent: Recent::new(),
-            by_name: HashMap::default(),
+            by_name: BTreeMap::new(),
             table: CacheTable::default(),
         }
     }

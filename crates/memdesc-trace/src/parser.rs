@@ -1,6 +1,8 @@
 //! The push parser: pieces of text of any size in, events out, everything left out counted.
 
-use crate::error::clip;
+use alloc::string::String;
+use alloc::vec::Vec;
+
 use crate::event::{CacheTable, Event};
 use crate::intern::{CacheNames, GfpNames};
 use crate::line::{self, Line, Names};
@@ -42,8 +44,8 @@ pub struct BrokenLine {
     pub text: String,
 }
 
-impl std::fmt::Display for BrokenLine {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl core::fmt::Display for BrokenLine {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         write!(
             f,
             "line {}: expected {}, found {:?}",
@@ -119,7 +121,7 @@ impl Parser {
     /// The text breaks off: what has come of the last line is dropped. Returns how many bytes.
     pub fn break_off(&mut self) -> usize {
         self.too_long = false;
-        std::mem::take(&mut self.partial).len()
+        core::mem::take(&mut self.partial).len()
     }
 
     /// Lines read so far.
@@ -164,8 +166,8 @@ impl Parser {
     }
 
     fn end_partial(&mut self, events: &mut Vec<Event>) {
-        let partial = std::mem::take(&mut self.partial);
-        if std::mem::take(&mut self.too_long) {
+        let partial = core::mem::take(&mut self.partial);
+        if core::mem::take(&mut self.too_long) {
             self.lines += 1;
             self.broken(&partial, "a line below 64 KiB");
         } else {
@@ -207,4 +209,26 @@ impl Parser {
             });
         }
     }
+}
+
+/// The longest text of a file that an error quotes.
+const CLIP: usize = 120;
+
+/// The beginning of a line, fit to be printed.
+pub(crate) fn clip(line: &[u8]) -> String {
+    let text = String::from_utf8_lossy(&line[..line.len().min(CLIP)]);
+    let mut text: String = text
+        .chars()
+        .map(|c| {
+            if c.is_control() && c != '\t' {
+                '\u{fffd}'
+            } else {
+                c
+            }
+        })
+        .collect();
+    if line.len() > CLIP {
+        text.push('…');
+    }
+    text
 }

@@ -9,7 +9,8 @@
 use memdesc_trace::snapshot::kpageflags::{KPF_COMPOUND_HEAD, KPF_COMPOUND_TAIL, PageKind};
 use memdesc_trace::{Event, EventKind};
 
-use super::classify;
+use memdesc_replay::{Corrections, classify};
+
 use crate::handles::Purpose;
 
 /// Which events a page was in last.
@@ -78,8 +79,7 @@ impl LastEvents {
                 list.push((index as u32, shown));
             }
         }
-        list.sort_unstable_by_key(|&(index, _)| index);
-        Corrections { list, next: 0 }
+        Corrections::new(list)
     }
 }
 
@@ -101,31 +101,6 @@ fn shown(flags: &[u64], order: u8) -> Option<Purpose> {
         _ => return None,
     };
     (pages == 1 << order).then_some(purpose)
-}
-
-/// The allocations whose purpose the snapshot knows better, in the order of their events.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Corrections {
-    list: Vec<(u32, Purpose)>,
-    next: usize,
-}
-
-impl Corrections {
-    /// How many there are.
-    pub(crate) fn len(&self) -> usize {
-        self.list.len()
-    }
-
-    /// The purpose of this event's allocation, if it is one of them. Events are asked about in order.
-    #[inline]
-    pub(crate) fn of(&mut self, index: usize) -> Option<Purpose> {
-        let &(event, purpose) = self.list.get(self.next)?;
-        if (event as usize) > index {
-            return None;
-        }
-        self.next += 1;
-        (event as usize == index).then_some(purpose)
-    }
 }
 
 #[cfg(test)]

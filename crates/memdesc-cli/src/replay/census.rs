@@ -8,8 +8,8 @@ use memdesc_trace::snapshot::layout::{Layout, LayoutKind};
 
 use super::ahead::{LastEvent, LastEvents};
 use super::layout::in_ram;
-use super::pages::{Holder, Pages};
 use crate::handles::Machine;
+use memdesc_replay::pages::{Holder, Pages};
 
 /// What both sides have: the rows of the table.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -82,7 +82,7 @@ impl<'m> Deferred<'m> {
 
     pub(super) fn free(&mut self, object: OwnedObject, cache: Option<&Cache<'_>>) {
         let size = cache.map(Cache::object_size);
-        let deferred = self.machine.free_object_later(object, size);
+        let deferred = self.machine.handles().free_object_later(object, size);
         self.backlog.deferred += u64::from(deferred);
     }
 

@@ -3,8 +3,8 @@
 use memdesc::{MigrateType, Pfn};
 use memdesc_trace::snapshot::layout::{Layout, LayoutBlock, LayoutKind};
 
-use super::pages::{Holder, Pages};
 use crate::handles::{Machine, Purpose};
+use memdesc_replay::pages::{Holder, Pages};
 
 const PAGEBLOCK: u32 = memdesc::address::PAGEBLOCK_PAGES;
 
@@ -145,7 +145,7 @@ fn claim_piece(
             _ => memdesc::gfp::GFP_KERNEL,
         };
         claims.elsewhere += 1;
-        machine.alloc(purpose, gfp, order.into())
+        machine.handles().alloc(purpose, gfp, order.into())
     });
     match block {
         Ok(block) => {
@@ -184,7 +184,7 @@ fn reserve(
                 continue;
             }
             pages.mark(pfn, order, Holder::Reserved);
-            match machine.reserve(pfn, order.into()) {
+            match machine.handles().reserve(pfn, order.into()) {
                 Ok(()) => {
                     claims.blocks[5] += 1;
                     claims.pages[5] += 1 << order;

@@ -3,7 +3,7 @@
 use memdesc::MAX_ORDER;
 use memdesc_trace::Snapshot;
 
-use super::pages::{Holder, Pages};
+use memdesc_replay::pages::{Holder, Pages};
 
 const PAGEBLOCK: u32 = memdesc::address::PAGEBLOCK_PAGES;
 

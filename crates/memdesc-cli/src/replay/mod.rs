@@ -2,24 +2,24 @@
 
 mod ahead;
 pub(crate) mod census;
-mod classify;
-pub(crate) mod counts;
 pub(crate) mod deferred;
-mod engine;
+mod hosted;
 pub(crate) mod latency;
 mod layout;
 pub(crate) mod linux;
-mod machine;
+pub(crate) mod machine;
 pub(crate) mod mix;
-mod objects;
-mod pages;
-mod slabs;
 pub(crate) mod source;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use memdesc::{Event as Counter, Fragmentation, Ledger, PageType};
+use memdesc_replay::counts::{PageCounts, SlabCounts, Traffic};
+use memdesc_replay::objects::Objects;
+use memdesc_replay::pages::Pages;
+pub(crate) use memdesc_replay::slabs::Told;
+use memdesc_replay::{Corrections, Engine, classify, has_objects, slabs};
 use memdesc_trace::snapshot::evidence::Evidence;
 use memdesc_trace::{Event, EventKind, Recording, Snapshot};
 
@@ -27,18 +27,14 @@ use crate::error::Error;
 use crate::handles::{Machine, Purpose};
 use crate::progress;
 
-use ahead::{Corrections, LastEvents};
+use ahead::LastEvents;
 use census::{Beside, Census, Side};
-use counts::{PageCounts, SlabCounts, Traffic};
 use deferred::{Backlog, Deferred};
-use engine::{Engine, LoopTime};
+use hosted::{Hosted, LoopTime};
 use latency::Latencies;
 pub(crate) use layout::Claims;
 use linux::LinuxFragmentation;
 use mix::{Mix, Picture};
-use objects::Objects;
-use pages::Pages;
-pub(crate) use slabs::Told;
 use source::Source;
 
 /// How to replay.
@@ -236,18 +232,6 @@ impl Replay {
     }
 }
 
-/// Are there objects among the events?
-fn has_objects(events: &[Event]) -> bool {
-    use EventKind::{CacheAlloc, CacheFree, Kfree, Kmalloc};
-    let is_object = |e: &Event| {
-        matches!(
-            e.kind(),
-            Kmalloc { .. } | Kfree { .. } | CacheAlloc { .. } | CacheFree { .. }
-        )
-    };
-    events.iter().any(is_object)
-}
-
 /// Does everything.
 pub(crate) fn run(options: &Options) -> Result<Replay, Error> {
     let mut source = source::load(options.path.as_deref(), !options.no_snapshot, options.quiet)?;
@@ -341,26 +325,24 @@ pub(crate) fn run(options: &Options) -> Result<Replay, Error> {
     let objects = Objects::new(base, shape.pages);
     times.setup = source.load + start.elapsed();
 
+    let deferred = options
+        .rcu
+        .filter(|_| objects_too)
+        .map(|(percent, grace_ms)| Deferred::new(&machine, percent, grace_ms));
     let mut engine = Engine::new(
-        &machine,
-        &guards,
+        Hosted::new(&machine, &guards, recording.caches.len(), deferred),
         pages,
         objects,
         slabs,
-        recording.caches.len(),
-        options
-            .rcu
-            .filter(|_| objects_too)
-            .map(|(percent, grace_ms)| Deferred::new(&machine, percent, grace_ms)),
     );
     let corrected = corrections.len() as u64;
     engine.corrections = corrections;
     let bar = progress::events(options.quiet, events.len() as u64);
-    times.replay = engine.run(events, &recording.caches, |done| {
+    times.replay = hosted::run(&mut engine, events, &recording.caches, |done| {
         bar.set_position(done as u64)
     });
     bar.finish_and_clear();
-    times.allocator = engine.latencies.total(times.replay.ns_per_tick);
+    times.allocator = engine.backend.latencies.total(times.replay.ns_per_tick);
 
     // The end of the recording.
     let ledger = machine.mm.ledger();
@@ -393,6 +375,7 @@ pub(crate) fn run(options: &Options) -> Result<Replay, Error> {
         (page_counts.from_snapshot + page_counts.allocated).saturating_sub(page_counts.freed);
     let mut slab_counts = engine.slab_counts.clone();
     slab_counts.live = engine.objects.len() as u64;
+    slab_counts.caches = engine.backend.caches_made;
     let linux_derived = claims
         .as_ref()
         .map(|_| linux::of_events(&engine.pages, &shape.ram()));
@@ -404,13 +387,17 @@ pub(crate) fn run(options: &Options) -> Result<Replay, Error> {
     machine.mm.vmstat(|name, value| vmstat.push((name, value)));
 
     let start = Instant::now();
-    let backlog = engine.end_deferred();
+    let backlog = engine.backend.end_deferred();
     let teardown = tear_down(&machine, &mut engine, claims.as_ref());
     times.teardown = start.elapsed();
-    let (latencies, traffic, peak) = engine.into_results();
+    let Engine {
+        backend, traffic, ..
+    } = engine;
+    let Hosted {
+        latencies, peak, ..
+    } = backend;
     let alloc_on_free = machine.mm.event(Counter::AllocOnFree);
     let corruptions = machine.corruptions.get();
-    drop(guards);
     Ok(Replay {
         cpus: shape.cpus,
         ram_bytes: shape.bytes(),
@@ -444,8 +431,12 @@ pub(crate) fn run(options: &Options) -> Result<Replay, Error> {
     })
 }
 
-fn tear_down(machine: &Machine, engine: &mut Engine<'_>, claims: Option<&Claims>) -> Teardown {
-    let (blocks, objects, stuck_caches) = engine.tear_down();
+fn tear_down(
+    machine: &Machine,
+    engine: &mut Engine<Hosted<'_>>,
+    claims: Option<&Claims>,
+) -> Teardown {
+    let (blocks, objects, stuck_caches) = hosted::tear_down(engine);
     // Twice: the first gives back descriptors, the second the slabs that they were in.
     machine.mm.shrink();
     machine.mm.shrink();

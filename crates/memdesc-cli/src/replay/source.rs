@@ -1,11 +1,13 @@
 //! Where a recording comes from: a path, or the one inside the program.
 
-use std::io::Cursor;
+use std::fs::File;
+use std::io::{Cursor, Read};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use memdesc_trace::{Reader, Recording, Snapshot, TraceError};
+use memdesc_trace::{Reader, Recording, Snapshot, TraceError, binary};
 
+use crate::error::Error;
 use crate::progress;
 
 macro_rules! embedded {
@@ -38,15 +40,45 @@ pub(crate) struct Source {
 }
 
 /// Reads a recording, or the embedded one.
-pub(crate) fn load(
-    path: Option<&Path>,
-    snapshots: bool,
-    quiet: bool,
-) -> Result<Source, TraceError> {
-    match path {
-        Some(path) => from_path(path, snapshots, quiet),
-        None => embedded(snapshots, quiet),
-    }
+pub(crate) fn load(path: Option<&Path>, snapshots: bool, quiet: bool) -> Result<Source, Error> {
+    Ok(match path {
+        Some(path) if is_binary(path) => from_binary(path)?,
+        Some(path) => from_path(path, snapshots, quiet)?,
+        None => embedded(snapshots, quiet)?,
+    })
+}
+
+/// Is it a file that begins as a recording in binary does? What cannot be read is not: who reads it then says why.
+fn is_binary(path: &Path) -> bool {
+    let mut magic = [0; binary::MAGIC.len()];
+    let file = path.is_file().then(|| File::open(path).ok()).flatten();
+    file.is_some_and(|mut file| file.read_exact(&mut magic).is_ok() && binary::is_binary(&magic))
+}
+
+/// What `memdesc cut --binary` has written.
+fn from_binary(path: &Path) -> Result<Source, Error> {
+    let start = Instant::now();
+    let bytes = std::fs::read(path).map_err(|source| Error::Io {
+        path: path.into(),
+        source,
+    })?;
+    let read = binary::read(&bytes).map_err(|source| Error::BinaryFile {
+        path: path.into(),
+        source,
+    })?;
+    let recording = Recording {
+        events: read.events,
+        caches: read.caches,
+        bytes: bytes.len() as u64,
+        ..Recording::default()
+    };
+    Ok(Source {
+        name: path.display().to_string(),
+        kernel: None,
+        recording,
+        parse: start.elapsed(),
+        load: Duration::ZERO,
+    })
 }
 
 fn from_path(path: &Path, snapshots: bool, quiet: bool) -> Result<Source, TraceError> {

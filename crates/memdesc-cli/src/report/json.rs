@@ -2,9 +2,9 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::replay::counts::Failures;
 use crate::replay::latency::{Group, Path, Summary};
 use crate::replay::{Claims, Replay, Told};
+use memdesc_replay::counts::Failures;
 
 fn failures(failures: &Failures, unit: &str) -> Value {
     let row = |(&(why, of), &n): (&(&str, u64), &u64)| json!({ "why": why, unit: of, "count": n });

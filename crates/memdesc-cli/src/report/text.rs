@@ -9,9 +9,9 @@ use super::census;
 use super::format::{bytes, n, rate, right};
 use super::picture;
 use crate::handles::Purpose;
-use crate::replay::counts::Failures;
 use crate::replay::latency::{Group, Path, Summary};
 use crate::replay::{Claims, Replay, Told};
+use memdesc_replay::counts::Failures;
 
 /// Samples of broken lines that are shown.
 const SAMPLES: usize = 3;

@@ -3,7 +3,8 @@
 
 use std::path::Path;
 
-use crate::error::{TraceError, clip};
+use crate::error::TraceError;
+use crate::parser::clip;
 
 /// One line of a file of a snapshot.
 #[derive(Clone, Copy)]

@@ -4,14 +4,17 @@
 //! so replaying those of Linux too would count them twice. An object's address, less the base of the direct map, is a
 //! physical address: if it lies in pages that are allocated at that moment, these are a slab (or a large kmalloc).
 
+use alloc::vec;
+use alloc::vec::Vec;
+
 use memdesc::gfp::__GFP_MOVABLE;
 use memdesc_trace::{Event, EventKind};
 
-use super::classify;
-use super::objects::ZERO_SIZE_PTR;
+use crate::classify;
+use crate::objects::ZERO_SIZE_PTR;
 
 /// Where x86-64 maps physical address 0 without KASLR.
-pub(crate) const DEFAULT_BASE: u64 = 0xffff_8880_0000_0000;
+pub const DEFAULT_BASE: u64 = 0xffff_8880_0000_0000;
 /// With KASLR the base is a multiple of this.
 const BASE_ALIGN: u64 = 1 << 30;
 /// Events that a base is judged by.
@@ -21,7 +24,7 @@ const CANDIDATES: u64 = 4096;
 
 /// How slab pages were told.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Told {
+pub enum Told {
     /// By addresses, with this base.
     ByAddress(u64),
     /// By gfp flags: no base fits the addresses (ftrace hashes them unless told not to).
@@ -29,14 +32,16 @@ pub(crate) enum Told {
 }
 
 /// The page allocations that are Linux's slabs, by event.
-pub(crate) struct SlabPages {
+pub struct SlabPages {
     bits: Vec<u64>,
-    pub(crate) told: Told,
+    /// How they were told.
+    pub told: Told,
 }
 
 impl SlabPages {
+    /// Is the allocation by this event one?
     #[inline]
-    pub(crate) fn contains(&self, event: usize) -> bool {
+    pub fn contains(&self, event: usize) -> bool {
         self.bits[event / 64] & 1 << (event % 64) != 0
     }
 
@@ -64,7 +69,7 @@ fn page_of(ptr: u64, base: u64, pages: usize) -> Option<usize> {
 }
 
 /// Finds the slab pages among the events. `pages` is one more than the highest page there is.
-pub(crate) fn find(events: &[Event], pages: usize, base: Option<u64>) -> SlabPages {
+pub fn find(events: &[Event], pages: usize, base: Option<u64>) -> SlabPages {
     let base = base.or_else(|| find_base(events, pages));
     let mut slabs = SlabPages {
         bits: vec![0; events.len() / 64 + 1],

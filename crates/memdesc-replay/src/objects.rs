@@ -1,23 +1,25 @@
 //! Linux's objects: address there, object here.
 
-use rustc_hash::FxHashMap;
+use alloc::vec;
+use alloc::vec::Vec;
 
-use crate::handles::OwnedObject;
+use crate::FxHashMap;
 
 /// Everything up to this address is no object: NULL, and what `kmalloc(0)` gives.
-pub(crate) const ZERO_SIZE_PTR: u64 = 16;
+pub const ZERO_SIZE_PTR: u64 = 16;
 
 /// All objects that are live.
-pub(crate) struct Objects {
-    map: FxHashMap<u64, OwnedObject>,
+pub struct Objects<O> {
+    map: FxHashMap<u64, O>,
     /// Where Linux maps physical address 0, if that is known.
     base: Option<u64>,
     /// How many objects begin in each page of Linux.
     in_page: Vec<u16>,
 }
 
-impl Objects {
-    pub(crate) fn new(base: Option<u64>, pages: usize) -> Objects {
+impl<O> Objects<O> {
+    /// None yet. `pages` is one more than the highest page of Linux; it matters only with a base.
+    pub fn new(base: Option<u64>, pages: usize) -> Objects<O> {
         Objects {
             map: FxHashMap::default(),
             base,
@@ -25,8 +27,14 @@ impl Objects {
         }
     }
 
-    pub(crate) fn len(&self) -> usize {
+    /// How many are live.
+    pub fn len(&self) -> usize {
         self.map.len()
+    }
+
+    /// Are there none?
+    pub fn is_empty(&self) -> bool {
+        self.map.is_empty()
     }
 
     #[inline]
@@ -42,7 +50,7 @@ impl Objects {
 
     /// An object stands for this address. If there was one already, it comes back: its free was not seen.
     #[inline]
-    pub(crate) fn put(&mut self, ptr: u64, object: OwnedObject) -> Option<OwnedObject> {
+    pub fn put(&mut self, ptr: u64, object: O) -> Option<O> {
         let old = self.map.insert(ptr, object);
         if old.is_none() {
             self.count(ptr, 1);
@@ -50,8 +58,9 @@ impl Objects {
         old
     }
 
+    /// The object of this address, which nobody has from here on.
     #[inline]
-    pub(crate) fn take(&mut self, ptr: u64) -> Option<OwnedObject> {
+    pub fn take(&mut self, ptr: u64) -> Option<O> {
         let object = self.map.remove(&ptr)?;
         self.count(ptr, -1);
         Some(object)
@@ -59,14 +68,14 @@ impl Objects {
 
     /// The objects in a page that Linux's slab gave back: they were freed unseen.
     #[inline]
-    pub(crate) fn take_page(&mut self, pfn: u32, found: &mut Vec<OwnedObject>) {
+    pub fn take_page(&mut self, pfn: u32, found: &mut Vec<O>) {
         if let (Some(base), Some(1..)) = (self.base, self.in_page.get(pfn as usize)) {
             self.search_page(base, pfn, found);
         }
     }
 
     #[cold]
-    fn search_page(&mut self, base: u64, pfn: u32, found: &mut Vec<OwnedObject>) {
+    fn search_page(&mut self, base: u64, pfn: u32, found: &mut Vec<O>) {
         let start = base + (u64::from(pfn) << 12);
         for ptr in (start..start + 4096).step_by(8) {
             if self.in_page[pfn as usize] == 0 {
@@ -76,7 +85,8 @@ impl Objects {
         }
     }
 
-    pub(crate) fn drain(&mut self) -> impl Iterator<Item = OwnedObject> + '_ {
+    /// All of them.
+    pub fn drain(&mut self) -> impl Iterator<Item = O> + '_ {
         self.map.drain().map(|(_, object)| object)
     }
 }

@@ -12,19 +12,27 @@
 //! Linux may free a part of a block (it splits huge pages; drivers give back what they do not need of a large
 //! block). Ours is freed when the last part is: `parts` counts what is still out.
 
-use rustc_hash::{FxHashMap, FxHashSet};
+use alloc::vec;
+use alloc::vec::Vec;
+use core::marker::PhantomData;
 
-use crate::handles::{OwnedBlock, Purpose};
+use crate::{FxHashMap, FxHashSet};
+
+use crate::handles::{OwnedBlock, Purpose, Token};
 
 /// Who has a page of Linux.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
-pub(crate) enum Holder {
+pub enum Holder {
+    /// It is free.
     Nobody = 0,
     /// Ours, one for each [`Purpose`].
     Bare = 1,
+    /// Ours: anonymous.
     Anon = 2,
+    /// Ours: file cache.
     File = 3,
+    /// Ours: a page table.
     PageTable = 4,
     /// Ours, bare: a slab of Linux whose objects are not replayed, from before the recording or in one of pages only.
     OldSlab = 5,
@@ -52,14 +60,15 @@ impl Holder {
         Holder::Failed,
     ];
 
+    /// Who has pages for this purpose.
     #[inline]
-    pub(crate) fn of(purpose: Purpose) -> Holder {
+    pub fn of(purpose: Purpose) -> Holder {
         Holder::ALL[purpose as usize + 1]
     }
 
     /// Does a block of ours stand for it?
     #[inline]
-    pub(crate) fn is_ours(self) -> bool {
+    pub fn is_ours(self) -> bool {
         matches!(
             self,
             Holder::Bare | Holder::Anon | Holder::File | Holder::PageTable | Holder::OldSlab
@@ -107,21 +116,37 @@ impl Entry {
 }
 
 /// What a free of Linux meant here.
-#[derive(Debug, Default)]
-pub(crate) struct Freed {
+#[derive(Debug)]
+pub struct Freed<B> {
     /// Blocks of ours that are to be freed now: the first, and if there are more the others. With who had them, and the order.
-    pub(crate) first: Option<(OwnedBlock, Holder, u8)>,
-    pub(crate) more: Vec<(OwnedBlock, Holder, u8)>,
+    pub first: Option<(B, Holder, u8)>,
+    /// The others.
+    pub more: Vec<(B, Holder, u8)>,
     /// Pages by what they were: nobody's, not ours (slabs whose objects are replayed), reserved.
-    pub(crate) unknown: u32,
-    pub(crate) not_ours: u32,
-    pub(crate) reserved: u32,
+    pub unknown: u32,
+    /// Not ours.
+    pub not_ours: u32,
+    /// Reserved.
+    pub reserved: u32,
     /// Pages that are freed with a block that is still out in part.
-    pub(crate) in_part: u32,
+    pub in_part: u32,
 }
 
-impl Freed {
-    fn push(&mut self, block: (OwnedBlock, Holder, u8)) {
+impl<B> Default for Freed<B> {
+    fn default() -> Self {
+        Freed {
+            first: None,
+            more: Vec::new(),
+            unknown: 0,
+            not_ours: 0,
+            reserved: 0,
+            in_part: 0,
+        }
+    }
+}
+
+impl<B> Freed<B> {
+    fn push(&mut self, block: (B, Holder, u8)) {
         if self.first.is_none() {
             self.first = Some(block);
         } else {
@@ -131,27 +156,38 @@ impl Freed {
 }
 
 /// All pages of Linux.
-pub(crate) struct Pages {
+pub struct Pages<B = OwnedBlock> {
     entries: Vec<Entry>,
     /// Blocks of which a part was freed: by our head, how many pages are still out.
     parts: FxHashMap<u32, u32>,
+    /// It holds blocks, as numbers.
+    _blocks: PhantomData<B>,
 }
 
-impl Pages {
-    pub(crate) fn new(pages: usize) -> Pages {
+impl<B: Token> Pages<B> {
+    /// So many, all free.
+    pub fn new(pages: usize) -> Pages<B> {
         Pages {
             // Zeroed by the system, page by page as it is touched.
             entries: vec![Entry::NONE; pages],
             parts: FxHashMap::default(),
+            _blocks: PhantomData,
         }
     }
 
-    pub(crate) fn len(&self) -> usize {
+    /// How many there are.
+    pub fn len(&self) -> usize {
         self.entries.len()
     }
 
+    /// Are there none?
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Who has this page.
     #[inline]
-    pub(crate) fn holder(&self, pfn: u32) -> Holder {
+    pub fn holder(&self, pfn: u32) -> Holder {
         self.entries
             .get(pfn as usize)
             .map_or(Holder::Nobody, |e| e.holder())
@@ -159,22 +195,22 @@ impl Pages {
 
     /// Is a page of this block taken?
     #[inline]
-    pub(crate) fn is_taken(&self, pfn: u32, order: u8) -> bool {
+    pub fn is_taken(&self, pfn: u32, order: u8) -> bool {
         let range = pfn as usize..pfn as usize + (1 << order);
         self.entries[range].iter().any(|&e| e != Entry::NONE)
     }
 
     /// A block of ours stands for these pages from now on.
     #[inline]
-    pub(crate) fn put(&mut self, pfn: u32, order: u8, holder: Holder, block: OwnedBlock) {
+    pub fn put(&mut self, pfn: u32, order: u8, holder: Holder, block: B) {
         debug_assert!(holder.is_ours());
-        let ours = block.into_pfn();
+        let ours = block.into_raw();
         self.fill(pfn, order, holder, ours);
     }
 
     /// These pages are taken, and nothing of ours stands for them.
     #[inline]
-    pub(crate) fn mark(&mut self, pfn: u32, order: u8, holder: Holder) {
+    pub fn mark(&mut self, pfn: u32, order: u8, holder: Holder) {
         debug_assert!(!holder.is_ours());
         self.fill(pfn, order, holder, 0);
     }
@@ -192,14 +228,14 @@ impl Pages {
 
     /// Linux freed this block, or must have.
     #[inline]
-    pub(crate) fn take(&mut self, pfn: u32, order: u8) -> Freed {
+    pub fn take(&mut self, pfn: u32, order: u8) -> Freed<B> {
         let entry = self.entries[pfn as usize];
         let whole = entry.offset() == 0 && entry.order() == order && entry.holder().is_ours();
         if whole && (self.parts.is_empty() || !self.parts.contains_key(&entry.ours())) {
             let start = pfn as usize;
             self.entries[start..start + (1 << order)].fill(Entry::NONE);
             // SAFETY: `put` took this page frame out of its block; with the entries gone this is the only way back.
-            let block = unsafe { OwnedBlock::from_pfn(entry.ours()) };
+            let block = unsafe { B::from_raw(entry.ours()) };
             return Freed {
                 first: Some((block, entry.holder(), order)),
                 ..Freed::default()
@@ -210,10 +246,10 @@ impl Pages {
 
     /// Page by page.
     #[inline(never)]
-    fn take_parts(&mut self, pfn: u32, order: u8) -> Freed {
+    fn take_parts(&mut self, pfn: u32, order: u8) -> Freed<B> {
         let mut freed = Freed::default();
         for page in pfn as usize..pfn as usize + (1 << order) {
-            let entry = std::mem::replace(&mut self.entries[page], Entry::NONE);
+            let entry = core::mem::replace(&mut self.entries[page], Entry::NONE);
             match entry.holder() {
                 Holder::Nobody => freed.unknown += 1,
                 Holder::Slab | Holder::Unseen | Holder::Failed => freed.not_ours += 1,
@@ -234,7 +270,7 @@ impl Pages {
                     if left == 0 {
                         self.parts.remove(&head);
                         // SAFETY: the entry of the block's last page is gone, and `put` put in no more than there are.
-                        let block = unsafe { OwnedBlock::from_pfn(head) };
+                        let block = unsafe { B::from_raw(head) };
                         freed.push((block, holder, entry.order()));
                     } else {
                         freed.in_part += 1;
@@ -246,19 +282,19 @@ impl Pages {
     }
 
     /// The pages around one that were handed out with it and belong to nobody else: the whole block of a page.
-    pub(crate) fn block_of(&self, pfn: u32) -> Option<(u32, u8)> {
+    pub fn block_of(&self, pfn: u32) -> Option<(u32, u8)> {
         let entry = *self.entries.get(pfn as usize)?;
         (entry != Entry::NONE).then(|| (pfn - entry.offset(), entry.order()))
     }
 
     /// The heads of our blocks that stand for pages of this holder, in part at least.
-    pub(crate) fn heads_of(&self, holder: Holder) -> FxHashSet<u32> {
+    pub fn heads_of(&self, holder: Holder) -> FxHashSet<u32> {
         let of = self.entries.iter().filter(|e| e.holder() == holder);
         of.map(|e| e.ours() - e.offset()).collect()
     }
 
     /// Takes everything that is left of ours.
-    pub(crate) fn take_all(&mut self, mut free: impl FnMut(OwnedBlock)) -> u64 {
+    pub fn take_all(&mut self, mut free: impl FnMut(B)) -> u64 {
         let mut blocks = 0;
         for page in 0..self.entries.len() {
             let entry = self.entries[page];
@@ -281,15 +317,15 @@ mod tests {
 
     fn block(pfn: u32) -> OwnedBlock {
         // SAFETY: nothing is ever done with it here.
-        unsafe { OwnedBlock::from_pfn(pfn) }
+        unsafe { OwnedBlock::from_raw(pfn) }
     }
 
-    fn heads(freed: Freed) -> Vec<u32> {
+    fn heads(freed: Freed<OwnedBlock>) -> Vec<u32> {
         freed
             .first
             .into_iter()
             .chain(freed.more)
-            .map(|(b, _, _)| b.into_pfn())
+            .map(|(b, _, _)| b.into_raw())
             .collect()
     }
 
@@ -338,7 +374,7 @@ mod tests {
         assert_eq!(pages.holder(1), Holder::Reserved);
         pages.put(4, 1, Holder::Anon, block(50));
         let mut n = 0;
-        assert_eq!(pages.take_all(|b| n += b.into_pfn()), 1);
+        assert_eq!(pages.take_all(|b| n += b.into_raw()), 1);
         assert_eq!(n, 50);
     }
 }

@@ -23,7 +23,7 @@ use crate::handles::Purpose;
 
 /// What pages asked for like this are for.
 #[inline]
-pub(crate) fn purpose(gfp: Flags, order: u8) -> Purpose {
+pub fn purpose(gfp: Flags, order: u8) -> Purpose {
     if gfp.contains(__GFP_MOVABLE) {
         let readahead = gfp.contains(__GFP_NORETRY) && !gfp.contains(__GFP_NOMEMALLOC);
         if gfp.contains(__GFP_WRITE) || !gfp.contains(__GFP_FS) || readahead {
@@ -57,7 +57,7 @@ const FRAGMENTS_ORDER: u8 = 3;
 
 /// Does it look like a slab (`allocate_slab()` asks like this)? Of the recordings whose addresses tell, this finds all but three of
 /// thirteen thousand, and takes nothing else for one.
-pub(crate) fn looks_like_slab(gfp: Flags, order: u8) -> bool {
+pub fn looks_like_slab(gfp: Flags, order: u8) -> bool {
     let fragments = order >= FRAGMENTS_ORDER
         && gfp.contains(__GFP_HIGH)
         && !gfp.intersects(__GFP_NOMEMALLOC | __GFP_RECLAIMABLE);
