@@ -2,6 +2,7 @@
 
 mod metal;
 mod recordings;
+mod replay_metal;
 mod steps;
 mod targets;
 
@@ -58,6 +59,21 @@ enum Command {
         /// Print the machines' logs.
         #[arg(long, short)]
         verbose: bool,
+        /// Replay a recording on it and nothing else: a folder or a file as for `memdesc replay`, the built-in one without a value.
+        #[arg(long, value_name = "RECORDING")]
+        #[allow(clippy::option_option)]
+        replay: Option<Option<PathBuf>>,
+        /// So many events of it at most.
+        #[arg(
+            long,
+            value_name = "N",
+            default_value_t = 1_000_000,
+            requires = "replay"
+        )]
+        events: usize,
+        /// On machines with so much memory, as QEMU's `-m` has it.
+        #[arg(long, value_name = "SIZE", requires = "replay")]
+        memory: Option<String>,
     },
     /// Replays every recording in a folder and holds it to the numbers.
     Replay {
@@ -85,6 +101,7 @@ fn main() -> ExitCode {
             runner.everything(if quick { 5 } else { 20 });
             runner.targets(false);
             runner.metal(!quick, false);
+            runner.metal_replay(None, usize::MAX, None, false);
             runner.replay_built_in();
             if let Some(folder) = recordings {
                 runner.replay(&folder);
@@ -101,9 +118,19 @@ fn main() -> ExitCode {
             runner.swap_net(2000);
         }
         Command::Targets { verbose } => runner.targets(verbose),
-        Command::Metal { verbose } => {
+        Command::Metal {
+            verbose,
+            replay: Some(recording),
+            events,
+            memory,
+        } => {
+            let memory = memory.as_deref();
+            runner.metal_replay(recording.as_deref(), events, memory, verbose);
+        }
+        Command::Metal { verbose, .. } => {
             runner.targets(verbose);
             runner.metal(true, verbose);
+            runner.metal_replay(None, usize::MAX, None, verbose);
         }
         Command::Replay { recordings } => runner.replay(&recordings),
     }

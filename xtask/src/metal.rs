@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-const QEMU: &str = "qemu-system-x86_64";
+pub(crate) const QEMU: &str = "qemu-system-x86_64";
 const TARGET: &str = "x86_64-unknown-none";
 /// What `isa-debug-exit` makes of the image's two ways to end.
-const SUCCESS: i32 = 33;
-const FAILURE: i32 = 35;
+pub(crate) const SUCCESS: i32 = 33;
+pub(crate) const FAILURE: i32 = 35;
 /// No machine takes that long, on a busy host and emulated.
 const TIMEOUT: Duration = Duration::from_secs(150);
 
@@ -195,7 +195,7 @@ pub(crate) fn set_up_target(target: &str) -> Result<(), Missing> {
 
 /// The image, as it is and with every lock checked.
 pub(crate) struct Images {
-    plain: PathBuf,
+    pub(crate) plain: PathBuf,
     lockdep: PathBuf,
 }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use crate::metal::{self, Missing};
 use crate::recordings;
 use crate::targets;
+use crate::replay_metal;
 
 /// Runs steps and remembers how they ended.
 #[derive(Default)]
@@ -297,6 +298,56 @@ impl Runner {
                     Err(why) => End::Failed(format!("{why:#}")),
                 }
             });
+        }
+    }
+
+    /// A recording on bare metal, beside the same one in a process; and modules that are none.
+    pub(crate) fn metal_replay(
+        &mut self,
+        recording: Option<&Path>,
+        events: usize,
+        memory: Option<&str>,
+        verbose: bool,
+    ) {
+        let mut ready = None;
+        self.step("metal: the recording", || {
+            let images = match metal::build() {
+                Ok(images) => images,
+                Err(Missing::Skip(why)) => return End::Skipped(why),
+                Err(Missing::Failed(why)) => return End::Failed(why),
+            };
+            match replay_metal::prepare(recording, events) {
+                Ok(prepared) => {
+                    println!("{}", prepared.summary());
+                    ready = Some((images, prepared));
+                    End::Passed
+                }
+                Err(why) => End::Failed(format!("{why:#}")),
+            }
+        });
+        let Some((images, prepared)) = ready else {
+            return;
+        };
+        for machine in replay_metal::machines(recording.is_none(), memory) {
+            self.step(
+                &format!("metal replay: {}", machine.name()),
+                || match replay_metal::compare(&images, &prepared, &machine, verbose) {
+                    Ok(summary) => passed(&summary),
+                    Err(why) => End::Failed(format!("{why:#}")),
+                },
+            );
+        }
+        if recording.is_some() {
+            return;
+        }
+        for bad in replay_metal::BAD {
+            self.step(
+                &format!("metal replay: {}", bad.name),
+                || match replay_metal::refuses(&images, &prepared, &bad, verbose) {
+                    Ok(summary) => passed(&summary),
+                    Err(why) => End::Failed(format!("{why:#}")),
+                },
+            );
         }
     }
 

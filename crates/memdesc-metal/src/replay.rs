@@ -10,6 +10,7 @@ use alloc::vec::Vec;
 use core::fmt::Display;
 
 use memdesc::{Ledger, PAGE_SIZE, PageType};
+use memdesc_replay::counts::{PageCounts, SlabCounts};
 use memdesc_replay::handles::{Handles, Purpose};
 use memdesc_replay::slabs::Told;
 use memdesc_replay::{Done, Left, Options, Plan, Run};
@@ -169,15 +170,17 @@ fn replay(machine: &Machine, module: Module) -> Result<Vec<String>, String> {
     });
     let took = time::now() - start;
     let after = tests::ledger(machine);
-    let mut done = all.into_inner();
-    let descriptors = handles.descriptor_bytes();
-    done.peak_descriptor_bytes = done.peak_descriptor_bytes.max(descriptors);
+    let done = all.into_inner();
 
     let start = time::now();
     let left = run.end();
     let down_in = time::now() - start;
     report(&plan, events, &done, [&before, &after], took);
-    let mut wrong = failures(&plan, &done, &after, &left);
+    let planned = Planned {
+        calls: plan.calls() as u64,
+        pages: plan.pages.clone(),
+        objects: plan.objects.clone(),
+    };
     drop((plan, recording));
     // Twice: the first gives back descriptors, the second the slabs that they were in.
     mm.shrink();
@@ -193,6 +196,8 @@ fn replay(machine: &Machine, module: Module) -> Result<Vec<String>, String> {
     says_more("teardown.missing_pages", missing, "did not come back");
     says("teardown.balanced", down.balanced);
     says("purity.allocations_on_free", on_free(machine));
+    // What is said of it takes memory again.
+    let mut wrong = failures(&planned, &done, &after, &left);
     let mut check = |bad: bool, what: String| {
         if bad {
             wrong.push(what);
@@ -302,7 +307,7 @@ fn report(plan: &Plan, events: usize, done: &Done, [before, after]: [&Ledger; 2]
         )
     };
     let fixed = after.metadata_bytes() - after.descriptor_bytes;
-    let peak = fixed + done.peak_descriptor_bytes;
+    let peak = fixed + done.peak_descriptor_bytes.max(after.descriptor_bytes);
     says_more("ledger.ram_bytes", ram, "of this machine");
     says("ledger.memmap_bytes", after.memmap_bytes);
     says("ledger.descriptor_bytes", after.descriptor_bytes);
@@ -337,8 +342,15 @@ fn report(plan: &Plan, events: usize, done: &Done, [before, after]: [&Ledger; 2]
     says_more("waits", done.waited_for_others, "for the slowest CPU");
 }
 
+/// What a plan was, in numbers.
+struct Planned {
+    calls: u64,
+    pages: PageCounts,
+    objects: SlabCounts,
+}
+
 /// What went wrong by the end of the recording, in words.
-fn failures(plan: &Plan, done: &Done, after: &Ledger, left: &Left) -> Vec<String> {
+fn failures(plan: &Planned, done: &Done, after: &Ledger, left: &Left) -> Vec<String> {
     let mut wrong = Vec::new();
     let mut check = |bad: bool, what: String| {
         if bad {
@@ -358,8 +370,8 @@ fn failures(plan: &Plan, done: &Done, after: &Ledger, left: &Left) -> Vec<String
         format!("{objects} object allocations failed where Linux had none fail{first}"),
     );
     check(
-        done.calls != plan.calls() as u64,
-        format!("{} calls of {} were made", done.calls, plan.calls()),
+        done.calls != plan.calls,
+        format!("{} calls of {} were made", done.calls, plan.calls),
     );
     if pages + objects == 0 {
         // What was done is what was planned.
