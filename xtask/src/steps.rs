@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use crate::metal::{self, Missing};
 use crate::recordings;
-use crate::targets;
 use crate::replay_metal;
+use crate::targets;
 
 /// Runs steps and remembers how they ended.
 #[derive(Default)]
