@@ -2,9 +2,10 @@
 //!
 //! An image that a PVH loader starts (`qemu-system-x86_64 -kernel`), that takes over all memory, starts all CPUs, and tests itself on them. It prints to the
 //! first serial port and ends the machine through `isa-debug-exit`. Command line: `memory=fresh` says that the machine's memory is zero where the firmware was not;
-//! `rt` has the locks of the memory manager sleep; `tests=WORD` runs the tests with the word in their names; `crash=stack` runs over the end of a
-//! stack, `crash=thread` has a thread do so on its own, and `crash=double-free` frees an object twice, to see what is reported. With a module (`-initrd`) it
-//! replays that instead: a recording of a Linux kernel's allocators. Then `rcu=PERCENT` defers that share of the frees of objects.
+//! `rt` has the locks of the memory manager sleep; `tests=WORD` runs the tests with the word in their names; `soak=SECONDS` does everything at once for so
+//! long instead (see [`soak`]); `crash=stack` runs over the end of a stack, `crash=thread` has a thread do so on its own, and `crash=double-free` frees an object
+//! twice, to see what is reported. With a module (`-initrd`) it replays that instead: a recording of a Linux kernel's allocators. Then `rcu=PERCENT` defers
+//! that share of the frees of objects.
 //!
 //! What happens in order is in [`metal_start`]; each step is a room.
 #![no_std]
@@ -33,6 +34,7 @@ mod remote;
 mod replay;
 mod sched;
 mod smp;
+mod soak;
 mod tests;
 mod thread;
 mod time;
@@ -133,10 +135,11 @@ extern "C" fn metal_start(start_info: u32) -> ! {
                 written,
                 cpus: running,
             };
-            if let Some(module) = module {
-                exit(replay::run(&machine, module));
-            }
-            exit(tests::run(&mut machine));
+            exit(match (module, boot.value("soak")) {
+                (Some(module), _) => replay::run(&machine, module),
+                (None, Some(seconds)) => soak::run(&mut machine, seconds),
+                (None, None) => tests::run(&mut machine),
+            });
         });
     }
     exit(Exit::Failure)

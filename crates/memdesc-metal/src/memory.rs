@@ -18,7 +18,7 @@ use crate::percpu::{self, PerCpu};
 use crate::platform::{self, Metal};
 use crate::pvh::{BootInfo, Kind};
 use crate::ranges::Ranges;
-use crate::worker;
+use crate::{soak, worker};
 
 static MM: Once<Mm<Metal>> = Once::new();
 
@@ -47,7 +47,7 @@ pub(crate) fn init(boot: &BootInfo, ranges: &[MemRange]) -> Result<&'static Mm<M
     let config = Config {
         memory_is_zeroed: is_zeroed(boot, ranges),
         preempt_rt: boot.has("rt"),
-        ..Config::default()
+        ..soak::config(boot, Config::default())
     };
     let mm = Mm::new(Metal, &config, ranges)?;
     log!(

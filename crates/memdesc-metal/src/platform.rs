@@ -7,14 +7,16 @@ use core::sync::atomic::{AtomicU16, AtomicU32, Ordering, compiler_fence};
 use memdesc::lockdep::{Lockdep, Task};
 use memdesc::rcu::cpus::{CpuRcu, CpuReaders, Cpus};
 use memdesc::rcu::engine::{Engine, Stall};
-use memdesc::{AllocError, Config, Context, MemRange, PageWords, Pfn, Platform, Report};
+use memdesc::{
+    AllocError, Config, Context, MemRange, NotReported, PageWords, Pfn, Platform, Report, Reported,
+};
 use spin::Once;
 use x86_64::instructions::interrupts;
 
 use crate::paging::{DIRECT_MAP, VMALLOC_SIZE, VMALLOC_START, features, phys_to_virt};
 use crate::percpu::{self, MAX_CPUS};
 use crate::thread::{self, Thread};
-use crate::{log, memory, park, remote, sched, time, traps, vmap, worker};
+use crate::{log, memory, park, remote, sched, soak, time, traps, vmap, worker};
 
 /// This machine.
 #[derive(Clone, Copy, Debug)]
@@ -207,6 +209,10 @@ unsafe impl Platform for Metal {
 
     fn current_reserve(&self) -> u16 {
         of_thread(|thread| &thread.reserve)
+    }
+
+    fn report_free_pages(&self, blocks: &[(Pfn, usize)]) -> Result<Reported, NotReported> {
+        soak::report::report(blocks)
     }
 
     fn flush_tlb(&self, asid: u64, start: u64, end: u64) {

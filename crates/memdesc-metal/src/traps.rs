@@ -50,6 +50,10 @@ unsafe extern "C" {
     safe static syscall_entry: u8;
     safe static probe_failed: u8;
     unsafe fn probe_load(address: usize) -> u64;
+    #[link_name = "user_load"]
+    unsafe fn load_word(address: usize, out: *mut u64) -> u64;
+    #[link_name = "user_store"]
+    unsafe fn store_word(address: usize, value: u64) -> u64;
     unsafe fn run_on(top: *mut u8, function: unsafe extern "C" fn(*mut ()), argument: *mut ());
 }
 
@@ -315,9 +319,14 @@ fn doing(frame: &Frame) -> &'static str {
     }
 }
 
-/// Was this the load of [`probe`]? It is told that there is nothing then.
+/// Was this the access of [`probe`], [`user_load`] or [`user_store`]? It is told that there is nothing then.
 fn probed(frame: &mut Frame) -> bool {
-    let is_probe = frame.rip == (probe_load as *const ()).addr() as u64;
+    let accesses = [
+        probe_load as *const (),
+        load_word as *const (),
+        store_word as *const (),
+    ];
+    let is_probe = accesses.iter().any(|at| frame.rip == at.addr() as u64);
     if is_probe {
         frame.rip = (&raw const probe_failed).addr() as u64;
     }
@@ -336,6 +345,19 @@ pub(crate) fn strike_with_users_gs() {
         // SAFETY: whoever takes vector 2 finds its area itself, and leaves everything as it was; nothing else happens between.
         unsafe { core::arch::asm!("swapgs", "int 2", "swapgs") };
     });
+}
+
+/// The word at an address of users, if it can be read (`get_user`). In a thread that may sleep.
+pub(crate) fn user_load(address: usize) -> Option<u64> {
+    let mut word = 0;
+    // SAFETY: the word is only given on; if there is nothing, the fault handler says so, and nothing is stored.
+    (unsafe { load_word(address, &raw mut word) } == 0).then_some(word)
+}
+
+/// Writes a word to an address of users, if that may be (`put_user`). In a thread that may sleep. What is at other addresses is the kernel's, and is not written.
+pub(crate) fn user_store(address: usize, value: u64) -> bool {
+    // SAFETY: memory of users, which nobody here has a reference to; if there is none, the fault handler says so.
+    address < users::TOP as usize && unsafe { store_word(address, value) == 0 }
 }
 
 /// Calls `f` on another stack, from this top down.

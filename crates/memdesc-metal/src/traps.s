@@ -133,6 +133,18 @@ probe_load:
     movb (%rdi), %al
     xorl %eax, %eax
     ret
+# u64 user_load(u64 address, u64 *out) and u64 user_store(u64 address, u64 value): the same, of a word.
+.global user_load
+user_load:
+    movq (%rdi), %rax
+    movq %rax, (%rsi)
+    xorl %eax, %eax
+    ret
+.global user_store
+user_store:
+    movq %rsi, (%rdi)
+    xorl %eax, %eax
+    ret
 .global probe_failed
 probe_failed:
     movl $1, %eax

@@ -3,7 +3,7 @@
 mod cpus;
 pub(crate) mod crash;
 mod memory;
-mod nmi;
+pub(crate) mod nmi;
 mod reserve;
 mod threads;
 mod usermode;
@@ -148,8 +148,8 @@ const TESTS: &[(&str, Test)] = &[
     ("nothing_is_left", memory::nothing_is_left),
 ];
 
-/// Runs them, all or those that the command line names.
-pub(crate) fn run(machine: &mut Machine) -> Exit {
+/// Has the machine settle: what is made once and stays is made, what is kept for later is given back, and what that comes to is noted.
+pub(crate) fn settle(machine: &mut Machine) {
     // The first reserve makes what all later ones hang on, which stays.
     if let Ok(first) = machine.mm.reserve("first", Demand::None) {
         let connected = first.connect(None).and_then(|()| first.disconnect());
@@ -159,6 +159,11 @@ pub(crate) fn run(machine: &mut Machine) -> Exit {
     }
     machine.mm.shrink();
     machine.settled = settled(&ledger(machine));
+}
+
+/// Runs them, all or those that the command line names.
+pub(crate) fn run(machine: &mut Machine) -> Exit {
+    settle(machine);
     let wanted = machine.boot.value("tests").unwrap_or("");
     let (mut passed, mut failed, mut skipped) = (0, 0, 0);
     for (name, test) in TESTS.iter().filter(|(name, _)| name.contains(wanted)) {

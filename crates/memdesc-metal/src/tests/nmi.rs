@@ -6,7 +6,7 @@ use core::ptr::{NonNull, null_mut};
 use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
 use memdesc::gfp::{__GFP_FAST_TRY, Flags, GFP_ATOMIC, GFP_KERNEL};
-use memdesc::{Context, Pfn, Platform};
+use memdesc::{Context, Mm, Pfn, Platform};
 
 use super::{Machine, Outcome, Passed, Random, ledger, on_all};
 use crate::percpu::{self, MAX_CPUS, PerCpu};
@@ -40,12 +40,12 @@ static KEEP: [Kept; MAX_CPUS] = [const {
 }; MAX_CPUS];
 
 /// What handlers got, did not get, and saw wrong.
-static GOT: AtomicU64 = AtomicU64::new(0);
+pub(crate) static GOT: AtomicU64 = AtomicU64::new(0);
 static REFUSED: AtomicU64 = AtomicU64::new(0);
-static WRONG: AtomicU64 = AtomicU64::new(0);
+pub(crate) static WRONG: AtomicU64 = AtomicU64::new(0);
 
 /// The handler: gives back what an earlier one kept, in one of two ways each, and takes something new.
-fn on_nmi() {
+pub(crate) fn on_nmi() {
     let Some(mm) = memory::mm() else {
         return;
     };
@@ -88,6 +88,25 @@ fn on_nmi() {
         }
         Err(_) => {
             REFUSED.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Gives back what handlers kept. There are none any more.
+pub(crate) fn give_back(mm: &Mm<Metal>) {
+    for keep in &KEEP {
+        for object in &keep.objects {
+            if let Some(object) = NonNull::new(object.swap(null_mut(), Ordering::Relaxed)) {
+                // SAFETY: kept by a handler; there are no handlers any more.
+                unsafe { mm.kfree(object) };
+            }
+        }
+        for page in &keep.pages {
+            let page = page.swap(0, Ordering::Relaxed);
+            if page != 0 {
+                // SAFETY: the same.
+                unsafe { mm.free_pages(Pfn(page)) };
+            }
         }
     }
 }
@@ -166,21 +185,7 @@ pub(super) fn nmi_storm(machine: &Machine) -> Outcome {
     time::delay_us(20_000);
     traps::set_on_nmi(None);
     result?;
-    for keep in &KEEP {
-        for object in &keep.objects {
-            if let Some(object) = NonNull::new(object.swap(null_mut(), Ordering::Relaxed)) {
-                // SAFETY: kept by a handler; there are no handlers any more.
-                unsafe { mm.kfree(object) };
-            }
-        }
-        for page in &keep.pages {
-            let page = page.swap(0, Ordering::Relaxed);
-            if page != 0 {
-                // SAFETY: the same.
-                unsafe { mm.free_pages(Pfn(page)) };
-            }
-        }
-    }
+    give_back(mm);
     let after = (sum(|cpu| &cpu.nmis), sum(|cpu| &cpu.nmis_pinned));
     let (nmis, pinned) = (after.0 - before.0, after.1 - before.1);
     let turns = turns.load(Ordering::Relaxed);
