@@ -1,6 +1,7 @@
 //! What a developer of memdesc runs. `cargo xtask test` is all that CI runs, and sets up what it lacks.
 
 mod metal;
+mod qemu;
 mod recordings;
 mod replay_metal;
 mod steps;
@@ -74,6 +75,20 @@ enum Command {
         /// On machines with so much memory, as QEMU's `-m` has it.
         #[arg(long, value_name = "SIZE", requires = "replay")]
         memory: Option<String>,
+        /// Only the machines with this in their names.
+        #[arg(
+            long,
+            value_name = "WORD",
+            default_value = "",
+            hide_default_value = true
+        )]
+        only: String,
+        /// Do everything that memory can be used for at the same time, for so long (90s, 10m, 1h): on a machine with 4 CPUs and 512 MiB, and then on one in which every lock is checked.
+        #[arg(long, value_name = "DURATION")]
+        soak: Option<humantime::Duration>,
+        /// The soak's dice, as it prints them.
+        #[arg(long, requires = "soak")]
+        seed: Option<u64>,
     },
     /// Replays every recording in a folder and holds it to the numbers.
     Replay {
@@ -100,7 +115,7 @@ fn main() -> ExitCode {
             runner.swap_net(if quick { 20 } else { 300 });
             runner.everything(if quick { 5 } else { 20 });
             runner.targets(false);
-            runner.metal(!quick, false);
+            runner.metal(!quick, "", false);
             runner.metal_replay(None, usize::MAX, None, false);
             runner.replay_built_in();
             if let Some(folder) = recordings {
@@ -123,13 +138,21 @@ fn main() -> ExitCode {
             replay: Some(recording),
             events,
             memory,
+            ..
         } => {
             let memory = memory.as_deref();
             runner.metal_replay(recording.as_deref(), events, memory, verbose);
         }
-        Command::Metal { verbose, .. } => {
+        Command::Metal {
+            verbose,
+            soak: Some(how_long),
+            only,
+            seed,
+            ..
+        } => runner.soak(how_long.into(), seed, &only, verbose),
+        Command::Metal { verbose, only, .. } => {
             runner.targets(verbose);
-            runner.metal(true, verbose);
+            runner.metal(true, &only, verbose);
             runner.metal_replay(None, usize::MAX, None, verbose);
         }
         Command::Replay { recordings } => runner.replay(&recordings),

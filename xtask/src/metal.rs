@@ -2,21 +2,24 @@
 //!
 //! QEMU and the target are installed where that may be done; where it may not, the step is skipped, and says what to run.
 
-use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
+
+use crate::qemu::{self, Limits};
 
 pub(crate) const QEMU: &str = "qemu-system-x86_64";
 const TARGET: &str = "x86_64-unknown-none";
 /// What `isa-debug-exit` makes of the image's two ways to end.
 pub(crate) const SUCCESS: i32 = 33;
 pub(crate) const FAILURE: i32 = 35;
-/// No machine takes that long, on a busy host and emulated.
-const TIMEOUT: Duration = Duration::from_secs(150);
+/// No machine takes that long, on a busy host and emulated, nor is silent for so long.
+pub(crate) const LIMITS: Limits = Limits {
+    total: Duration::from_secs(150),
+    silence: Duration::from_secs(60),
+};
 
 /// Why nothing could be booted.
 pub(crate) enum Missing {
@@ -31,12 +34,17 @@ pub(crate) struct Machine {
     pub(crate) name: String,
     cpus: u32,
     memory: &'static str,
-    cmdline: &'static str,
+    cmdline: String,
     more: &'static [&'static str],
     /// It runs the image in which every lock is checked.
     lockdep: bool,
     /// It ends as a failure, with all of these in its log; empty: it ends well.
     crashes: &'static [&'static str],
+    /// It does not end, and `crashes` is what is found out about it.
+    hangs: bool,
+    /// What is in the line that sums it up.
+    says: &'static str,
+    limits: Limits,
 }
 
 impl Machine {
@@ -45,13 +53,47 @@ impl Machine {
             name: format!("{cpus} CPU{}, {memory}", if cpus == 1 { "" } else { "s" }),
             cpus,
             memory,
-            cmdline: "",
+            cmdline: String::new(),
             more: &["-cpu", "max"],
             lockdep: false,
             crashes: &[],
+            hangs: false,
+            says: "passed, ",
+            limits: LIMITS,
+        }
+    }
+
+    /// This machine soaks for so long, with these dice or any.
+    fn soaks(self, how_long: Duration, seed: Option<u64>) -> Machine {
+        let seconds = how_long.as_secs().max(1);
+        let seed = seed.map(|seed| format!(" seed={seed}"));
+        Machine {
+            name: format!("{}: a soak of {seconds} s", self.name),
+            cmdline: format!("soak={seconds}{}", seed.unwrap_or_default()),
+            says: "the ledger balances",
+            limits: Limits {
+                total: LIMITS.total + how_long,
+                ..LIMITS
+            },
+            ..self
         }
     }
 }
+
+/// The machines for a soak: one as it is, and one in which every lock is checked.
+pub(crate) fn soaks(how_long: Duration, seed: Option<u64>) -> [Machine; 2] {
+    [false, true].map(|lockdep| {
+        let mut machine = Machine::new(4, "512M");
+        if lockdep {
+            machine.name += ", every lock checked";
+        }
+        machine.lockdep = lockdep;
+        machine.soaks(how_long, seed)
+    })
+}
+
+/// How long a soak is that is one check of many.
+const SHORT_SOAK: Duration = Duration::from_secs(25);
 
 /// The machines; all of them, or those that show the most in a short time.
 pub(crate) fn machines(all: bool) -> Vec<Machine> {
@@ -63,7 +105,7 @@ pub(crate) fn machines(all: bool) -> Vec<Machine> {
     }
     machines.push(Machine {
         name: "2 CPUs, 64G, fresh".into(),
-        cmdline: "memory=fresh words=count",
+        cmdline: "memory=fresh words=count".into(),
         // The host need not have so much: the pages that are not touched are nowhere.
         more: &[
             "-cpu",
@@ -103,7 +145,7 @@ pub(crate) fn machines(all: bool) -> Vec<Machine> {
     });
     machines.push(Machine {
         name: "2 CPUs, 64M, locks sleep".into(),
-        cmdline: "rt",
+        cmdline: "rt".into(),
         ..Machine::new(2, "64M")
     });
     if all {
@@ -111,31 +153,50 @@ pub(crate) fn machines(all: bool) -> Vec<Machine> {
         machines.push(Machine::new(8, "64M"));
         machines.push(Machine {
             name: "4 CPUs, 64M, locks sleep, every lock checked".into(),
-            cmdline: "rt",
+            cmdline: "rt".into(),
             lockdep: true,
             ..Machine::new(4, "64M")
         });
+        machines.extend(soaks(SHORT_SOAK, None));
+    } else {
+        machines.push(Machine::new(4, "512M").soaks(SHORT_SOAK, None));
     }
     machines.push(Machine {
+        name: "a CPU hangs".into(),
+        cmdline: "crash=hang".into(),
+        // The others' stacks too.
+        crashes: &["CPU 1: at 0x", "in hang (", "run_job", "CPU 0: called from"],
+        hangs: true,
+        says: "in hang (",
+        limits: Limits {
+            silence: Duration::from_secs(5),
+            ..LIMITS
+        },
+        ..Machine::new(2, "64M")
+    });
+    machines.push(Machine {
         name: "a stack overflows".into(),
-        cmdline: "crash=stack",
+        cmdline: "crash=stack".into(),
         crashes: &["double fault", "guard page before", "kernel stack of 4711"],
+        says: "guard page before",
         ..Machine::new(2, "64M")
     });
     machines.push(Machine {
         name: "a thread's stack overflows".into(),
-        cmdline: "crash=thread",
+        cmdline: "crash=thread".into(),
         crashes: &[
             "double fault",
             "(deep) ran over the end of its own stack",
             "guard page before",
         ],
+        says: "(deep) ran over the end of its own stack",
         ..Machine::new(2, "64M")
     });
     machines.push(Machine {
         name: "an object is freed twice".into(),
-        cmdline: "crash=double-free",
+        cmdline: "crash=double-free".into(),
         crashes: &["freed twice", "kmalloc-128", "crash.rs"],
+        says: "kmalloc-128",
         ..Machine::new(2, "64M")
     });
     machines
@@ -233,103 +294,57 @@ fn cargo(target: &str, args: &[&str]) -> Result<PathBuf, Missing> {
     }
 }
 
-/// How a machine ended; without a status if it did not in time, and was stopped.
-pub(crate) struct Ended {
-    pub(crate) status: Option<ExitStatus>,
-    /// What it wrote to its serial port.
-    pub(crate) log: String,
-    /// What QEMU said.
-    pub(crate) errors: String,
-}
-
-/// Runs QEMU until the machine ends.
-pub(crate) fn run_machine(qemu: &mut Command) -> Result<Ended> {
-    let start = Instant::now();
-    let mut child = qemu
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .context("cannot run QEMU")?;
-    let reader = |mut pipe: Box<dyn Read + Send>| {
-        thread::spawn(move || {
-            let mut bytes = Vec::new();
-            // What came before an error is what there is.
-            let _ = pipe.read_to_end(&mut bytes);
-            String::from_utf8_lossy(&bytes).replace('\r', "")
-        })
-    };
-    let log = reader(Box::new(child.stdout.take().context("no output")?));
-    let errors = reader(Box::new(child.stderr.take().context("no output")?));
-    let status = loop {
-        if let Some(status) = child.try_wait()? {
-            break Some(status);
-        }
-        if start.elapsed() > TIMEOUT {
-            child.kill()?;
-            child.wait()?;
-            break None;
-        }
-        thread::sleep(Duration::from_millis(20));
-    };
-    Ok(Ended {
-        status,
-        log: log.join().unwrap_or_default(),
-        errors: errors.join().unwrap_or_default(),
-    })
-}
-
-/// Boots a machine and waits for its end: the line that sums its tests up, and what is worth saying besides.
-pub(crate) fn boot(images: &Images, machine: &Machine, verbose: bool) -> Result<String> {
-    let start = Instant::now();
-    let mut qemu = Command::new(QEMU);
-    qemu.args([
-        "-accel", "tcg", "-display", "none", "-monitor", "none", "-serial", "stdio",
-    ])
-    .args([
-        "-no-reboot",
-        "-device",
-        "isa-debug-exit,iobase=0xf4,iosize=0x04",
-    ])
-    .args(["-smp", &machine.cpus.to_string(), "-m", machine.memory])
-    .args(machine.more)
-    .args(["-append", machine.cmdline, "-kernel"])
-    .arg(if machine.lockdep {
+/// Boots a machine and waits for its end: the line that sums it up, and what is worth saying besides. `on_line` sees each of its lines as it comes.
+pub(crate) fn boot(
+    images: &Images,
+    machine: &Machine,
+    mut on_line: impl FnMut(&str),
+) -> Result<String> {
+    let image = if machine.lockdep {
         &images.lockdep
     } else {
         &images.plain
-    });
-    let Ended {
-        status,
-        log,
-        errors,
-    } = run_machine(&mut qemu)?;
+    };
+    let mut command = Command::new(QEMU);
+    command
+        .args([
+            "-accel", "tcg", "-display", "none", "-monitor", "none", "-serial", "stdio",
+        ])
+        .args([
+            "-no-reboot",
+            "-device",
+            "isa-debug-exit,iobase=0xf4,iosize=0x04",
+        ])
+        .args(["-smp", &machine.cpus.to_string(), "-m", machine.memory])
+        .args(machine.more)
+        .args(["-append", &machine.cmdline, "-kernel"])
+        .arg(image);
+    let ended = qemu::run(command, image, machine.limits, &mut on_line)?;
+    let (log, errors) = (&ended.log, &ended.errors);
     let is_wrong =
         |what: &str| -> Result<String> { bail!("{}: {what}\n{log}{errors}", machine.name) };
-    let Some(status) = status else {
-        return is_wrong(&format!("no end after {} s", TIMEOUT.as_secs()));
+    let places = match (&ended.hung, machine.hangs) {
+        (Some(places), true) => places,
+        (None, true) => return is_wrong("it did not hang"),
+        (Some(places), false) => return is_wrong(places),
+        (None, false) => "",
     };
-    if verbose {
-        print!("{log}");
-    }
     let wanted = if machine.crashes.is_empty() {
         SUCCESS
     } else {
         FAILURE
     };
-    if status.code() != Some(wanted) {
-        return is_wrong(&format!("ended with {status}, not {wanted}"));
+    if !machine.hangs && ended.code != Some(wanted) {
+        let code = ended.code.unwrap_or(-1);
+        return is_wrong(&format!("ended with {code}, not {wanted}"));
     }
-    if let Some(lacks) = machine.crashes.iter().find(|text| !log.contains(**text)) {
-        return is_wrong(&format!("its report does not say {lacks:?}"));
+    let said = |text: &str| log.contains(text) || places.contains(text);
+    if let Some(lacks) = machine.crashes.iter().find(|text| !said(text)) {
+        return is_wrong(&format!("its report does not say {lacks:?}\n{places}"));
     }
-    let said = if machine.crashes.is_empty() {
-        "passed, "
-    } else {
-        machine.crashes[1]
-    };
     let line = |text: &str| {
-        let line = log.lines().find(|line| line.contains(text))?;
+        let mut lines = log.lines().chain(places.lines());
+        let line = lines.find(|line| line.contains(text))?;
         Some(
             line.split_once("] ")
                 .map_or(line, |(_, rest)| rest)
@@ -338,17 +353,18 @@ pub(crate) fn boot(images: &Images, machine: &Machine, verbose: bool) -> Result<
         )
     };
     ensure!(
-        line(said).is_some(),
-        "{}: no line with {said:?}\n{log}",
-        machine.name
+        line(machine.says).is_some(),
+        "{}: no line with {:?}\n{log}",
+        machine.name,
+        machine.says
     );
     let parts = [
         line("taken over in"),
         line("words written, for"),
-        line(said),
+        line(machine.says),
     ];
     let parts: Vec<String> = parts.into_iter().flatten().collect();
-    let took = start.elapsed().as_secs_f64();
+    let took = ended.took.as_secs_f64();
     Ok(format!(
         "{}: {} ({took:.1} s)",
         machine.name,

@@ -5,19 +5,16 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::process::Command;
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use crate::metal::{FAILURE, Images, QEMU, SUCCESS};
+use crate::metal::{FAILURE, Images, LIMITS, QEMU, SUCCESS};
+use crate::qemu;
 
-/// No machine takes that long, on a busy host and emulated.
-const TIMEOUT: Duration = Duration::from_secs(150);
 /// The recording that `memdesc replay` replays if it is not told which.
 const BUILT_IN: &str = "crates/memdesc-cli/recordings/build";
 
@@ -126,8 +123,8 @@ pub(crate) fn machines(built_in: bool, memory: Option<&str>) -> Vec<Machine> {
 
 /// Boots the image with a module: how it ended, and its log.
 fn boot(images: &Images, machine: &Machine, module: &Path) -> Result<(Option<i32>, String)> {
-    let start = Instant::now();
-    let mut child = Command::new(QEMU)
+    let mut command = Command::new(QEMU);
+    command
         .args([
             "-accel", "tcg", "-display", "none", "-monitor", "none", "-serial", "stdio",
         ])
@@ -147,30 +144,15 @@ fn boot(images: &Images, machine: &Machine, module: &Path) -> Result<(Option<i32
         .args(["-append", machine.cmdline, "-kernel"])
         .arg(&images.plain)
         .arg("-initrd")
-        .arg(module)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .context("cannot run QEMU")?;
-    let mut pipe = child.stdout.take().context("no output")?;
-    let log = thread::spawn(move || {
-        let mut bytes = Vec::new();
-        // What came before an error is what there is.
-        let _ = pipe.read_to_end(&mut bytes);
-        String::from_utf8_lossy(&bytes).replace('\r', "")
-    });
-    let status = loop {
-        if let Some(status) = child.try_wait()? {
-            break status.code();
-        }
-        if start.elapsed() > TIMEOUT {
-            child.kill()?;
-            child.wait()?;
-            break None;
-        }
-        thread::sleep(Duration::from_millis(20));
-    };
-    Ok((status, log.join().unwrap_or_default()))
+        .arg(module);
+    let ended = qemu::run(command, &images.plain, LIMITS, &mut |_| ())?;
+    let (log, errors) = (ended.log, ended.errors);
+    ensure!(
+        ended.hung.is_none(),
+        "{}\n{log}{errors}",
+        ended.hung.unwrap_or_default()
+    );
+    Ok((ended.code, log))
 }
 
 /// A line of a report: a name, and its value.

@@ -1,5 +1,6 @@
 //! The steps of a check: run them all, say at the end what failed and what could not be run.
 
+use std::io::IsTerminal;
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
@@ -277,8 +278,39 @@ impl Runner {
         }
     }
 
-    /// The image on bare metal, on several machines; `all` of them, and with their logs if `verbose`.
-    pub(crate) fn metal(&mut self, all: bool, verbose: bool) {
+    /// The image on bare metal, on several machines; `all` of them, or those with this in their names, and with their logs if `verbose`.
+    pub(crate) fn metal(&mut self, all: bool, only: &str, verbose: bool) {
+        if let Some(images) = self.images() {
+            for machine in metal::machines(all)
+                .iter()
+                .filter(|m| m.name.contains(only))
+            {
+                self.boot(&images, machine, verbose);
+            }
+        }
+    }
+
+    /// Everything that memory can be used for at the same time, for so long. The machines' lines are shown as they come, unless nobody looks.
+    pub(crate) fn soak(
+        &mut self,
+        how_long: Duration,
+        seed: Option<u64>,
+        only: &str,
+        verbose: bool,
+    ) {
+        let shown = verbose || std::io::stdout().is_terminal();
+        if let Some(images) = self.images() {
+            for machine in metal::soaks(how_long, seed)
+                .iter()
+                .filter(|m| m.name.contains(only))
+            {
+                self.boot(&images, machine, shown);
+            }
+        }
+    }
+
+    /// The image, as it is and with every lock checked.
+    fn images(&mut self) -> Option<metal::Images> {
         let mut images = None;
         self.step("metal: the images", || match metal::build() {
             Ok(built) => {
@@ -288,17 +320,21 @@ impl Runner {
             Err(Missing::Skip(why)) => End::Skipped(why),
             Err(Missing::Failed(why)) => End::Failed(why),
         });
-        let Some(images) = images else {
-            return;
+        images
+    }
+
+    fn boot(&mut self, images: &metal::Images, machine: &metal::Machine, shown: bool) {
+        let show = |line: &str| {
+            if shown {
+                println!("{line}");
+            }
         };
-        for machine in metal::machines(all) {
-            self.step(&format!("metal: {}", machine.name), || {
-                match metal::boot(&images, &machine, verbose) {
-                    Ok(summary) => passed(&summary),
-                    Err(why) => End::Failed(format!("{why:#}")),
-                }
-            });
-        }
+        self.step(&format!("metal: {}", machine.name), || {
+            match metal::boot(images, machine, show) {
+                Ok(summary) => passed(&summary),
+                Err(why) => End::Failed(format!("{why:#}")),
+            }
+        });
     }
 
     /// A recording on bare metal, beside the same one in a process; and modules that are none.

@@ -9,7 +9,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::metal::{self, Ended, Missing};
+use crate::metal::{self, Missing};
+use crate::qemu::{self, Ended};
 
 /// A machine that the minimal kernel runs on.
 pub(crate) struct Target {
@@ -221,15 +222,22 @@ pub(crate) fn boot(
         .args(target.args)
         .arg("-kernel")
         .arg(kernel);
+    let mut show = |line: &str| {
+        if verbose {
+            println!("{line}");
+        }
+    };
     let Ended {
-        status,
+        code,
         log,
         errors,
-    } = metal::run_machine(&mut qemu)?;
-    if verbose {
-        print!("{log}");
+        hung,
+        ..
+    } = qemu::run(qemu, kernel, metal::LIMITS, &mut show)?;
+    if let Some(why) = hung {
+        bail!("{why}\n{log}{errors}");
     }
-    let Some(code) = status.and_then(|status| status.code()) else {
+    let Some(code) = code else {
         bail!("it did not end by itself\n{log}{errors}");
     };
     let (well, panics) = target.ends;

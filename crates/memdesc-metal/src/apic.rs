@@ -29,6 +29,7 @@ const SPURIOUS: usize = 0xf0;
 const ICR_LOW: usize = 0x300;
 const ICR_HIGH: usize = 0x310;
 const LVT_TIMER: usize = 0x320;
+const LVT_LINT1: usize = 0x360;
 const TIMER_INITIAL: usize = 0x380;
 const TIMER_CURRENT: usize = 0x390;
 const TIMER_DIVIDE: usize = 0x3e0;
@@ -69,8 +70,9 @@ pub(crate) fn init() -> Result<(), MapError> {
     Ok(())
 }
 
-/// Turns the calling CPU's on.
+/// Turns the calling CPU's on. NMIs from outside come in on the second pin, as firmware has it.
 pub(crate) fn enable() {
+    write(LVT_LINT1, NMI);
     write(SPURIOUS, ENABLED | u32::from(SPURIOUS_VECTOR));
 }
 

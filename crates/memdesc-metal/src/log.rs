@@ -69,6 +69,20 @@ pub(crate) fn line(what: fmt::Arguments<'_>) {
     });
 }
 
+/// Writes a line of a machine that hangs, in an NMI: whoever holds the port's lock for long will not give it back.
+pub(crate) fn insist(what: fmt::Arguments<'_>) {
+    for _ in 0..10_000_000 {
+        if !SERIAL.is_locked() {
+            break;
+        }
+        core::hint::spin_loop();
+    }
+    if SERIAL.is_locked() {
+        take_over();
+    }
+    line(what);
+}
+
 /// The machine is ending: whoever held the port's lock will not give it back.
 pub(crate) fn take_over() {
     // SAFETY: all other CPUs have been stopped, or are about to die with us: a garbled line is the worst.

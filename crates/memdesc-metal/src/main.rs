@@ -3,8 +3,8 @@
 //! An image that a PVH loader starts (`qemu-system-x86_64 -kernel`), that takes over all memory, starts all CPUs, and tests itself on them. It prints to the
 //! first serial port and ends the machine through `isa-debug-exit`. Command line: `memory=fresh` says that the machine's memory is zero where the firmware was not;
 //! `rt` has the locks of the memory manager sleep; `tests=WORD` runs the tests with the word in their names; `soak=SECONDS` does everything at once for so
-//! long instead (see [`soak`]); `crash=stack` runs over the end of a stack, `crash=thread` has a thread do so on its own, and `crash=double-free` frees an object
-//! twice, to see what is reported. With a module (`-initrd`) it replays that instead: a recording of a Linux kernel's allocators. Then `rcu=PERCENT` defers
+//! long instead (see [`soak`]); `crash=stack` runs over the end of a stack, `crash=thread` has a thread do so on its own, `crash=double-free` frees an object
+//! twice, and `crash=hang` has a CPU hang, to see what is reported. With a module (`-initrd`) it replays that instead: a recording of a Linux kernel's allocators. Then `rcu=PERCENT` defers
 //! that share of the frees of objects.
 //!
 //! What happens in order is in [`metal_start`]; each step is a room.
@@ -41,6 +41,7 @@ mod time;
 mod traps;
 mod users;
 mod vmap;
+mod whereabouts;
 mod worker;
 
 use core::panic::PanicInfo;

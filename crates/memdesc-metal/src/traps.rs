@@ -13,7 +13,7 @@ use x86_64::structures::idt::InterruptDescriptorTable;
 
 use crate::exit::{Exit, exit};
 use crate::percpu::{self, Irq, Nmi, PerCpu};
-use crate::{apic, gdt, log, memory, process, remote, sched, thread, users};
+use crate::{apic, gdt, log, memory, process, remote, sched, thread, users, whereabouts};
 
 // In one piece, since they know each other's places.
 global_asm!(
@@ -224,7 +224,7 @@ extern "C" fn trap(frame: &mut Frame) {
     const RESCHEDULE: u64 = apic::RESCHEDULE_VECTOR as u64;
     const SPURIOUS: u64 = apic::SPURIOUS_VECTOR as u64;
     match frame.vector {
-        2 => return nmi(),
+        2 => return nmi(frame),
         14 => page_fault(frame),
         TIMER => {
             let _irq = Irq::enter();
@@ -263,13 +263,14 @@ extern "C" fn trap(frame: &mut Frame) {
     }
 }
 
-fn nmi() {
+fn nmi(frame: &Frame) {
     let _nmi = Nmi::enter();
     if STOPPING.load(Ordering::SeqCst) != 0 {
         loop {
             x86_64::instructions::hlt();
         }
     }
+    whereabouts::say_if_asked(frame.rip, frame.rbp);
     call_hook(&ON_NMI);
 }
 

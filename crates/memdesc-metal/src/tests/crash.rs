@@ -4,7 +4,7 @@ use memdesc::Mm;
 use memdesc::gfp::GFP_KERNEL;
 
 use crate::platform::Metal;
-use crate::{thread, traps};
+use crate::{percpu, smp, thread, traps};
 
 /// Whose stack it is that overflows.
 const OWNER: u64 = 4711;
@@ -15,6 +15,7 @@ pub(crate) fn crash(mm: &'static Mm<Metal>, what: &str) -> ! {
         "stack" => overflow(mm),
         "thread" => overflow_in_thread(),
         "double-free" => double_free(mm),
+        "hang" => smp::on_all_cpus(&hang),
         _ => {}
     }
     panic!("crash={what} did not end the machine");
@@ -56,6 +57,16 @@ fn double_free(mm: &'static Mm<Metal>) {
         unsafe {
             mm.kfree(object);
             mm.kfree(object);
+        }
+    }
+}
+
+/// The last CPU does nothing any more, not even serve the others; they wait for it.
+fn hang(cpu: usize) {
+    if cpu == percpu::nr_cpus() - 1 {
+        x86_64::instructions::interrupts::disable();
+        loop {
+            core::hint::spin_loop();
         }
     }
 }
