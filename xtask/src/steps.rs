@@ -132,15 +132,16 @@ impl Runner {
             if all {
                 command.arg("--tests");
             } else {
-                command.args(["--test", "smoke", "--test", "buddy_state_machine"]);
+                command.args(["--test", "buddy_state_machine"]);
             }
             command.args(["--target-dir", "target/miri"]);
             let mut commands = vec![command];
             if !all {
-                // The few tests of address spaces that are done in seconds.
+                // The way of pages and objects once, and the few tests of address spaces that are done in seconds.
                 let mut some = cargo(&["+nightly", "miri", "test", "-p", "memdesc"]);
-                some.args(["--test", "mmap", "--target-dir", "target/miri", "--"]);
-                some.args(["only_folios", "private_data", "a_folio_moves"]);
+                some.args(["--test", "mmap", "--test", "selftest"]);
+                some.args(["--target-dir", "target/miri", "--", "only_folios"]);
+                some.args(["private_data_comes", "a_folio_moves", "go_round"]);
                 commands.push(some);
             }
             for mut command in commands {

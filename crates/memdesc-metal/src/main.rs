@@ -215,6 +215,7 @@ fn take_stock(boot: &pvh::BootInfo) -> Result<(acpi::Topology, Ranges), paging::
 fn panic(info: &PanicInfo<'_>) -> ! {
     traps::stop_others();
     log::take_over();
+    tests::suite::panicked();
     let (id, name) = thread::on_cpu(percpu::this().cpu());
     log!(
         "PANIC on CPU {} in thread {id} ({name}): {info}",

@@ -224,7 +224,8 @@ unsafe impl Platform for Metal {
         let start = core::ptr::with_exposed_provenance_mut::<u8>(VMALLOC_START as usize);
         NonNull::new(core::ptr::slice_from_raw_parts_mut(
             start,
-            VMALLOC_SIZE as usize,
+            // The upper half is for memory managers of tests.
+            VMALLOC_SIZE as usize / 2,
         ))
     }
 

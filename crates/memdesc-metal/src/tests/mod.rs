@@ -5,6 +5,7 @@ pub(crate) mod crash;
 mod memory;
 pub(crate) mod nmi;
 mod reserve;
+pub(crate) mod suite;
 mod threads;
 mod usermode;
 mod users;
@@ -189,6 +190,10 @@ pub(crate) fn run(machine: &mut Machine) -> Exit {
             }
         }
     }
+    let core = suite::run(machine, wanted);
+    passed += core.passed;
+    skipped += core.skipped;
+    failed += core.failed;
     log!("{passed} passed, {failed} failed, {skipped} skipped");
     if failed == 0 && passed > 0 {
         Exit::Success

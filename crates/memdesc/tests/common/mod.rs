@@ -1,39 +1,20 @@
 //! What the integration tests share: machines to run on, a random number generator, looks at a machine from outside.
-#![allow(dead_code, missing_docs, unreachable_pub, unused_macros)]
+#![allow(
+    dead_code,
+    missing_docs,
+    unreachable_pub,
+    unused_imports,
+    unused_macros
+)]
 
-use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use memdesc::*;
 use memdesc_host::Host;
-
-/// A small random number generator: the same numbers everywhere.
-#[derive(Clone, Debug)]
-pub struct Rng(pub u64);
-
-impl Rng {
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut x = self.0;
-        x = (x ^ x >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        x = (x ^ x >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        x ^ x >> 31
-    }
-
-    /// A number below `n`.
-    pub fn below(&mut self, n: usize) -> usize {
-        (self.next() >> 11) as usize % n.max(1)
-    }
-
-    pub fn one_in(&mut self, n: usize) -> bool {
-        self.below(n) == 0
-    }
-}
-
-/// Fewer under Miri, which is a thousand times slower.
-pub fn scaled(native: usize, miri: usize) -> usize {
-    if cfg!(miri) { miri } else { native }
-}
+pub use memdesc_selftest::{
+    Rng, bytes, cache_free, descriptors, fill, free, kfree, ledger, page, scaled, slabinfo, users,
+    vmstat, zones,
+};
 
 /// Runs a test on so many values, the same ones every time; the smallest that fails is shown.
 pub fn for_cases<S: proptest::strategy::Strategy>(
@@ -261,44 +242,6 @@ pub fn machines() -> Vec<Machine> {
     vec![zones, nodes, movable, unaligned, holes, adjacent]
 }
 
-/// Frees pages that the test has.
-#[track_caller]
-pub fn free<P: Platform>(mm: &Mm<P>, pfn: Pfn) {
-    // SAFETY: tests call this for heads of allocations that they made and do not use any more, or to see a wrong free reported.
-    unsafe { mm.free_pages(pfn) };
-}
-
-/// Frees an object that the test has.
-#[track_caller]
-pub fn kfree<P: Platform>(mm: &Mm<P>, ptr: NonNull<u8>) {
-    // SAFETY: as in `free`.
-    unsafe { mm.kfree(ptr) };
-}
-
-/// Frees an object to its cache.
-#[track_caller]
-pub fn cache_free<P: Platform>(mm: &Mm<P>, cache: &Cache<'_>, ptr: NonNull<u8>) {
-    // SAFETY: as in `free`.
-    unsafe { mm.kmem_cache_free(cache, ptr) };
-}
-
-/// Fills memory that the test has.
-pub fn fill(ptr: NonNull<u8>, len: usize, byte: u8) {
-    // SAFETY: tests call this for live memory of at least this length.
-    unsafe { ptr.write_bytes(byte, len) };
-}
-
-/// Memory that the test has, as bytes.
-pub fn bytes<'a>(ptr: NonNull<u8>, len: usize) -> &'a [u8] {
-    // SAFETY: tests call this for live, initialised memory of at least this length, and drop the slice before they free it.
-    unsafe { std::slice::from_raw_parts(ptr.as_ptr(), len) }
-}
-
-/// The bytes of a page that the test has.
-pub fn page<P: Platform>(mm: &Mm<P>, pfn: Pfn) -> NonNull<u8> {
-    NonNull::new(mm.page_address(pfn)).unwrap()
-}
-
 /// What a child process of ours dies of when it touches this address; 0 if it lives. Pages hold afterwards what they held.
 #[cfg(not(miri))]
 pub fn touch(at: *mut u8, write: bool) -> i32 {
@@ -327,96 +270,6 @@ pub fn touch(at: *mut u8, write: bool) -> i32 {
             0
         }
     }
-}
-
-pub fn zones<P: Platform>(mm: &Mm<P>) -> Vec<ZoneView> {
-    let mut zones = Vec::new();
-    mm.zoneinfo(|z| zones.push(z));
-    zones
-}
-
-/// One number of the vmstat view.
-pub fn vmstat<P: Platform>(mm: &Mm<P>, name: &str) -> u64 {
-    let mut found = None;
-    mm.vmstat(|n, v| {
-        if n == name {
-            found = Some(v);
-        }
-    });
-    found.unwrap_or_else(|| panic!("no counter {name}"))
-}
-
-/// One cache's row of the slabinfo view: (active, total, slabs).
-pub fn slabinfo<P: Platform>(mm: &Mm<P>, name: &str) -> (u64, u64, u64) {
-    let mut found = None;
-    mm.slabinfo(|c| {
-        if c.name == name {
-            found = Some((c.active_objs, c.num_objs, c.num_slabs));
-        }
-    });
-    found.unwrap_or_else(|| panic!("no cache {name}"))
-}
-
-/// Every descriptor of a block that is in use is some block's, but for so many that are kept for later.
-#[track_caller]
-pub fn descriptors<P: Platform>(mm: &Mm<P>, kept: u64) {
-    let of_blocks = [
-        "kmem_cache_buddy",
-        "kmem_cache_slab",
-        "folio_file",
-        "folio_anon",
-        "ptdesc",
-    ];
-    let mut active = 0;
-    mm.slabinfo(|cache| {
-        if of_blocks.contains(&cache.name) {
-            active += cache.active_objs;
-        }
-    });
-    let described: u64 = mm.census().iter().map(|(_, of)| of.descriptors).sum();
-    assert_eq!(
-        described + kept,
-        active,
-        "descriptors of blocks, and in use"
-    );
-}
-
-/// The ledger, which must balance, and agree with the zones' own view.
-#[track_caller]
-pub fn ledger<P: Platform>(mm: &Mm<P>) -> Ledger {
-    let ledger = mm.ledger();
-    assert!(ledger.balanced, "{ledger:#?}");
-    assert_eq!(ledger.walk.lost, 0);
-    let sum = ledger.free
-        + ledger.untouched
-        + ledger.pcp
-        + ledger.metadata
-        + ledger.by_type.iter().sum::<u64>();
-    assert_eq!(sum, ledger.given, "{ledger:#?}");
-    let zones = zones(mm);
-    assert_eq!(
-        zones.iter().map(|z| z.free).sum::<u64>(),
-        ledger.free + ledger.untouched
-    );
-    for zone in &zones {
-        let blocks: u64 = zone
-            .free_blocks
-            .iter()
-            .enumerate()
-            .map(|(o, row)| row.iter().sum::<u64>() << o)
-            .sum();
-        assert_eq!(blocks, zone.free, "{zone:?}");
-        assert!(
-            zone.free <= zone.managed && zone.managed <= zone.present,
-            "{zone:?}"
-        );
-    }
-    ledger
-}
-
-/// All that users have.
-pub fn users(ledger: &Ledger) -> u64 {
-    ledger.by_type.iter().sum()
 }
 
 /// Everything was freed: gives back what is kept for later, and checks that all memory came back and merged.
