@@ -15,6 +15,8 @@ use crate::percpu::PerCpu;
 pub(crate) const TIMER_VECTOR: u8 = 0x20;
 /// Another CPU wants something.
 pub(crate) const CALL_VECTOR: u8 = 0x21;
+/// A PCI device has something to say.
+pub(crate) const DEVICE_VECTOR: u8 = 0x22;
 /// An interrupt that was none.
 pub(crate) const SPURIOUS_VECTOR: u8 = 0xff;
 /// Ticks in a second.

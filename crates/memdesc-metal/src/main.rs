@@ -2,7 +2,8 @@
 //!
 //! An image that a PVH loader starts (`qemu-system-x86_64 -kernel`), that takes over all memory, starts all CPUs, and tests itself on them. It prints to the
 //! first serial port and ends the machine through `isa-debug-exit`. Command line: `memory=fresh` says that the machine's memory is zero where the firmware was not;
-//! `tests=WORD` runs the tests with the word in their names; `crash=stack` runs over the end of a
+//! `balloon` goes through what a hypervisor's balloon does, step by step with who looks at it from outside (`cargo xtask metal`); `init_on_free=1` and `page_poison=1` fill
+//! free pages; `tests=WORD` runs the tests with the word in their names; `crash=stack` runs over the end of a
 //! stack and `crash=double-free` frees an object twice, to see what is reported.
 //!
 //! What happens in order is in [`metal_start`]; each step is a room.
@@ -13,6 +14,7 @@ extern crate alloc;
 
 mod acpi;
 mod apic;
+mod balloon;
 mod boot;
 mod exit;
 mod gdt;
@@ -21,6 +23,7 @@ mod ioapic;
 mod log;
 mod memory;
 mod paging;
+mod pci;
 mod percpu;
 mod platform;
 mod pvh;
@@ -31,6 +34,7 @@ mod tests;
 mod time;
 mod traps;
 mod users;
+mod virtio;
 mod vmap;
 
 use core::panic::PanicInfo;
@@ -93,6 +97,10 @@ extern "C" fn metal_start(start_info: u32) -> ! {
     };
     log!("smp: {running} of {} CPUs run", percpu::nr_cpus());
 
+    if let Err(why) = balloon::start(mm) {
+        log!("virtio-balloon: cannot be used: {why}");
+    }
+
     // The first CPU too runs on a stack with guards from here on.
     let stack = match mm.alloc_kernel_stack(smp::STACK_PAGES, 0) {
         Ok(stack) => stack,
@@ -112,6 +120,9 @@ extern "C" fn metal_start(start_info: u32) -> ! {
                 written,
                 cpus: running,
             };
+            if boot.has("balloon") {
+                exit(tests::balloon::run(&mut machine));
+            }
             exit(tests::run(&mut machine));
         });
     }

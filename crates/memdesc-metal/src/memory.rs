@@ -14,10 +14,10 @@ use crate::apic::HZ;
 use crate::boot::image;
 use crate::log;
 use crate::paging::{DIRECT_MAP, VMALLOC_SIZE, VMALLOC_START};
-use crate::percpu;
 use crate::platform::{self, Metal};
 use crate::pvh::{BootInfo, Kind};
 use crate::ranges::Ranges;
+use crate::{balloon, percpu};
 
 static MM: Once<Mm<Metal>> = Once::new();
 
@@ -43,8 +43,13 @@ fn is_zeroed(boot: &BootInfo, ranges: &[MemRange]) -> bool {
 ///
 /// The memory manager's.
 pub(crate) fn init(boot: &BootInfo, ranges: &[MemRange]) -> Result<&'static Mm<Metal>, InitError> {
+    let is_on = |name| boot.value(name) == Some("1");
     let config = Config {
         memory_is_zeroed: is_zeroed(boot, ranges),
+        init_on_free: is_on("init_on_free"),
+        page_poison: is_on("page_poison"),
+        // Where there is somebody to report to.
+        page_reporting: balloon::find().is_some(),
         ..Config::default()
     };
     let mm = Mm::new(Metal, &config, ranges)?;
@@ -57,6 +62,18 @@ pub(crate) fn init(boot: &BootInfo, ranges: &[MemRange]) -> Result<&'static Mm<M
         }
     );
     Ok(MM.call_once(|| mm))
+}
+
+/// What free pages are filled with, if they are: four bytes of it (`virtio_balloon_config.poison_val`).
+pub(crate) fn free_pattern() -> Option<u32> {
+    const PAGE_POISON: u32 = 0xaaaa_aaaa;
+    let boot = crate::pvh::info()?;
+    let is_on = |name| boot.value(name) == Some("1");
+    match (is_on("init_on_free"), is_on("page_poison")) {
+        (true, _) => Some(0),
+        (_, true) => Some(PAGE_POISON),
+        _ => None,
+    }
 }
 
 static KICKED: AtomicBool = AtomicBool::new(false);
@@ -81,6 +98,7 @@ pub(crate) fn work() {
     let Some(mm) = mm() else {
         return;
     };
+    balloon::work();
     let me = percpu::this();
     let ticks = me.ticks.load(Ordering::Relaxed);
     if ticks - me.ticks_worked.load(Ordering::Relaxed) >= HZ {

@@ -210,6 +210,29 @@ pub(crate) fn map_device(index: u64, phys: u64) -> Result<*mut u8, MapError> {
     Ok(core::ptr::with_exposed_provenance_mut(addr as usize))
 }
 
+/// Pages of devices that [`map_registers`] has handed out; those before are [`map_device`]'s.
+static REGISTER_PAGES: AtomicU64 = AtomicU64::new(16);
+/// What one table maps.
+const DEVICE_PAGES: u64 = 512;
+
+/// Maps a device's registers, at any time; where they are. `start` is the address of a page.
+pub(crate) fn map_registers(start: u64, pages: u64) -> Result<*mut u8, MapError> {
+    let take = |taken: u64| {
+        let end = taken.checked_add(pages)?;
+        (end <= DEVICE_PAGES).then_some(end)
+    };
+    let first = REGISTER_PAGES
+        .fetch_update(Ordering::Relaxed, Ordering::Relaxed, take)
+        .map_err(|_| MapError::NoMemory)?;
+    for i in 0..pages {
+        // The table has been there since the first device was mapped.
+        map_device(first + i, start + i * SIZE_4K)?;
+    }
+    Ok(core::ptr::with_exposed_provenance_mut(
+        (DEVICES + first * SIZE_4K) as usize,
+    ))
+}
+
 /// Maps the image: text to be executed, constants to be read, the rest to be written.
 pub(crate) fn map_image() -> Result<(), MapError> {
     let image = image();

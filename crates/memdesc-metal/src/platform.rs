@@ -7,13 +7,16 @@ use core::sync::atomic::{Ordering, compiler_fence};
 use memdesc::lockdep::{Lockdep, Task};
 use memdesc::rcu::cpus::{CpuRcu, CpuReaders, Cpus};
 use memdesc::rcu::engine::{Engine, Stall};
-use memdesc::{AllocError, Config, Context, MemRange, PageWords, Pfn, Platform, Report};
+use memdesc::{
+    AllocError, BalloonOp, Config, Context, MemRange, NotReported, PageWords, Pfn, Platform,
+    Report, Reported,
+};
 use spin::Once;
 use x86_64::instructions::interrupts;
 
 use crate::paging::{DIRECT_MAP, VMALLOC_SIZE, VMALLOC_START, features, phys_to_virt};
 use crate::percpu::{self, MAX_CPUS};
-use crate::{log, memory, remote, time, traps, vmap};
+use crate::{balloon, log, memory, remote, time, traps, vmap};
 
 /// This machine.
 #[derive(Clone, Copy, Debug)]
@@ -176,6 +179,14 @@ unsafe impl Platform for Metal {
 
     fn vunmap(&self, start: usize, end: usize) {
         vmap::unmap(start, end);
+    }
+
+    fn report_free_pages(&self, blocks: &[(Pfn, usize)]) -> Result<Reported, NotReported> {
+        balloon::report(blocks)
+    }
+
+    fn balloon_pages(&self, blocks: &[(Pfn, usize)], op: BalloonOp) {
+        balloon::give_or_take(blocks, op);
     }
 
     fn flush_tlb_kernel_range(&self, start: usize, end: usize) {

@@ -83,6 +83,11 @@ impl BootInfo {
         core::str::from_utf8(&self.cmdline).unwrap_or("")
     }
 
+    /// Is this word in the command line?
+    pub(crate) fn has(&self, word: &str) -> bool {
+        self.cmdline().split_whitespace().any(|w| w == word)
+    }
+
     /// The value of `name=value` in the command line.
     pub(crate) fn value(&self, name: &str) -> Option<&str> {
         self.cmdline()
@@ -92,6 +97,11 @@ impl BootInfo {
 }
 
 static INFO: Once<BootInfo> = Once::new();
+
+/// What the loader said, once it has been read.
+pub(crate) fn info() -> Option<&'static BootInfo> {
+    INFO.get()
+}
 
 /// Copies what the loader says; `None` if it is no PVH loader.
 ///

@@ -142,6 +142,7 @@ pub(crate) fn stop_others() {
 extern "C" fn trap(frame: &mut Frame) {
     const TIMER: u64 = apic::TIMER_VECTOR as u64;
     const CALL: u64 = apic::CALL_VECTOR as u64;
+    const DEVICE: u64 = apic::DEVICE_VECTOR as u64;
     const SPURIOUS: u64 = apic::SPURIOUS_VECTOR as u64;
     match frame.vector {
         2 => nmi(),
@@ -156,6 +157,11 @@ extern "C" fn trap(frame: &mut Frame) {
             apic::end_of_interrupt();
             remote::serve();
             call_hook(&ON_CALL);
+        }
+        DEVICE => {
+            let _irq = Irq::enter();
+            crate::balloon::interrupt();
+            apic::end_of_interrupt();
         }
         SPURIOUS => {}
         13 => {

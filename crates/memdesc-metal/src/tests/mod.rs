@@ -1,5 +1,6 @@
 //! The self-tests: each a function that says what is wrong, run one after the other, a line each.
 
+pub(crate) mod balloon;
 mod cpus;
 pub(crate) mod crash;
 mod memory;
