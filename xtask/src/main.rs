@@ -1,5 +1,6 @@
 //! What a developer of memdesc runs. `cargo xtask test` is all that CI runs, and sets up what it lacks.
 
+mod balloon;
 mod metal;
 mod recordings;
 mod steps;
@@ -51,6 +52,9 @@ enum Command {
         /// Print the machines' logs.
         #[arg(long, short)]
         verbose: bool,
+        /// Only the machines with this in their names.
+        #[arg(long, default_value = "")]
+        only: String,
     },
     /// Replays every recording in a folder and holds it to the numbers.
     Replay {
@@ -76,7 +80,7 @@ fn main() -> ExitCode {
             runner.scenarios(if quick { 5 } else { 60 });
             runner.swap_net(if quick { 20 } else { 300 });
             runner.everything(if quick { 5 } else { 20 });
-            runner.metal(!quick, false);
+            runner.metal(!quick, false, "");
             runner.replay_built_in();
             if let Some(folder) = recordings {
                 runner.replay(&folder);
@@ -92,7 +96,7 @@ fn main() -> ExitCode {
             runner.everything(seconds);
             runner.swap_net(2000);
         }
-        Command::Metal { verbose } => runner.metal(true, verbose),
+        Command::Metal { verbose, only } => runner.metal(true, verbose, &only),
         Command::Replay { recordings } => runner.replay(&recordings),
     }
     runner.finish()

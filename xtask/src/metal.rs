@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-const QEMU: &str = "qemu-system-x86_64";
+pub(crate) const QEMU: &str = "qemu-system-x86_64";
 const TARGET: &str = "x86_64-unknown-none";
 /// What `isa-debug-exit` makes of the image's two ways to end.
-const SUCCESS: i32 = 33;
+pub(crate) const SUCCESS: i32 = 33;
 const FAILURE: i32 = 35;
 /// No machine takes that long, on a busy host and emulated.
 const TIMEOUT: Duration = Duration::from_secs(150);
@@ -178,6 +178,13 @@ fn set_up_target() -> Result<(), Missing> {
 pub(crate) struct Images {
     plain: PathBuf,
     lockdep: PathBuf,
+}
+
+impl Images {
+    /// The image as it is.
+    pub(crate) fn plain(&self) -> &Path {
+        &self.plain
+    }
 }
 
 /// Builds the images.

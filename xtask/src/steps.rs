@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::balloon;
 use crate::metal::{self, Missing};
 use crate::recordings;
 
@@ -239,8 +240,8 @@ impl Runner {
         }
     }
 
-    /// The image on bare metal, on several machines; `all` of them, and with their logs if `verbose`.
-    pub(crate) fn metal(&mut self, all: bool, verbose: bool) {
+    /// The image on bare metal, on several machines; `all` of them, and with their logs if `verbose`; those with this in their names only.
+    pub(crate) fn metal(&mut self, all: bool, verbose: bool, only: &str) {
         let mut images = None;
         self.step("metal: the images", || match metal::build() {
             Ok(built) => {
@@ -253,9 +254,18 @@ impl Runner {
         let Some(images) = images else {
             return;
         };
-        for machine in metal::machines(all) {
+        for guest in balloon::GUESTS.iter().filter(|g| g.name.contains(only)) {
+            self.step(&format!("metal: {}", guest.name), || {
+                match balloon::run(&images, guest, verbose) {
+                    Ok(summary) => passed(&summary),
+                    Err(why) => End::Failed(format!("{why:#}")),
+                }
+            });
+        }
+        let machines = metal::machines(all);
+        for machine in machines.iter().filter(|m| m.name.contains(only)) {
             self.step(&format!("metal: {}", machine.name), || {
-                match metal::boot(&images, &machine, verbose) {
+                match metal::boot(&images, machine, verbose) {
                     Ok(summary) => passed(&summary),
                     Err(why) => End::Failed(format!("{why:#}")),
                 }

@@ -62,7 +62,7 @@ fn say(step: &str, facts: &str) -> Result<(), String> {
 
 /// So much memory: most of it in blocks of 2 MiB, some by pages.
 fn take(mm: &Mm<Metal>, mib: usize, singles: usize, gfp: Flags) -> Result<Blocks, String> {
-    let large = (mib - singles) * PAGES_OF_MIB >> PAGEBLOCK_ORDER;
+    let large = ((mib - singles) * PAGES_OF_MIB) >> PAGEBLOCK_ORDER;
     let small = singles * PAGES_OF_MIB;
     // The list first: its memory shall not be wanting when memory is out.
     let mut blocks = Vec::with_capacity(large + small);
