@@ -29,8 +29,8 @@ const MORE: u64 = 128;
 const LESS: u64 = 256;
 /// And what it cannot.
 const TOO_LITTLE: u64 = 8;
-/// QEMU's own memory grows and shrinks by that much meanwhile, and free blocks that are too small to be reported stay.
-const SLACK: u64 = 48;
+/// QEMU's own memory grows and shrinks by that much meanwhile (its bound on translated code is this), and free blocks that are too small to be reported stay.
+const SLACK: u64 = 32;
 /// No step takes that long on a busy host.
 const STEP: Duration = Duration::from_secs(60);
 
