@@ -66,7 +66,9 @@ fn take(mm: &Mm<Metal>, mib: usize, singles: usize, gfp: Flags) -> Result<Blocks
     let large = ((mib - singles) * PAGES_OF_MIB) >> PAGEBLOCK_ORDER;
     let small = singles * PAGES_OF_MIB;
     // The list first: its memory shall not be wanting when memory is out.
-    let mut blocks = Vec::with_capacity(large + small);
+    let mut blocks = Vec::new();
+    let list = blocks.try_reserve_exact(large + small);
+    list.map_err(|why| format!("a list of {} blocks: {why}", large + small))?;
     let orders = [(PAGEBLOCK_ORDER, large), (0, small)];
     for (order, n) in orders {
         for i in 0..n {
@@ -154,7 +156,13 @@ fn steps(machine: &Machine) -> Result<(), String> {
     let before = settled(&ledger(machine));
     let mut managed = 0;
     mm.zoneinfo(|zone| managed += zone.managed);
-    let stays = take(mm, STAYS, SINGLES / 2, GFP_HIGHUSER_MOVABLE)?;
+    // Between what stays there is room for what comes and goes.
+    let (stays, goes): (Vec<_>, Vec<_>) = take(mm, 2 * STAYS, 0, GFP_HIGHUSER_MOVABLE)?
+        .into_iter()
+        .partition(|(pfn, _)| pfn.0 >> PAGEBLOCK_ORDER & 1 == 0);
+    give(mm, goes);
+    let first = mm.page_report();
+    first.map_err(|why| format!("{why}"))?;
     fill(machine, &stays, 1)?;
     say("ready", &format!(": {managed} pages managed, {free} free"))?;
 
