@@ -42,10 +42,11 @@ use core::sync::atomic::Ordering;
 
 use crate::boot::KERNEL_BASE;
 use crate::exit::{Exit, exit};
-use crate::ranges::{LOW_END, Ranges};
+use crate::ranges::Ranges;
 
 /// Where `boot.s` comes out: 64 bits, interrupts off, the first GiB mapped.
 #[unsafe(no_mangle)]
+#[unsafe(link_section = ".init.text")]
 extern "C" fn metal_start(start_info: u32) -> ! {
     percpu::init(0);
     time::start();
@@ -62,7 +63,7 @@ extern "C" fn metal_start(start_info: u32) -> ! {
     log!("Command line: {}", boot.cmdline());
     memory::log_firmware_map(boot);
 
-    let (topology, ranges) = match take_stock(boot) {
+    let (topology, ranges, tables_end) = match take_stock(boot) {
         Ok(found) => found,
         Err(why) => panic!("the machine's memory cannot be mapped: {why:?}"),
     };
@@ -70,7 +71,7 @@ extern "C" fn metal_start(start_info: u32) -> ! {
 
     platform::init();
     let before = time::tsc();
-    let mm = match memory::init(boot, &ranges) {
+    let mm = match memory::init(boot, &ranges, tables_end) {
         Ok(mm) => mm,
         Err(why) => panic!("memory cannot be taken over: {why}"),
     };
@@ -106,9 +107,15 @@ extern "C" fn metal_start(start_info: u32) -> ! {
         Ok(stack) => stack,
         Err(why) => panic!("no stack for the first CPU: {why}"),
     };
-    // SAFETY: just made, and never given back.
+    // SAFETY: just made, and never given back. All that is needed from here on goes with the closure: nobody comes back to the stack that this is on.
     unsafe {
-        traps::call_on_stack(stack.top(), || {
+        traps::call_on_stack(stack.top(), move || {
+            if running == percpu::nr_cpus() {
+                // SAFETY: all CPUs have left what they came up in, and this one its first stack, to which it does not come back.
+                memory::free_init(mm);
+            } else {
+                log!("A CPU may still come up: what it would come up in is kept");
+            }
             if let Some(what) = boot.value("crash") {
                 tests::crash::crash(mm, what);
             }
@@ -129,8 +136,9 @@ extern "C" fn metal_start(start_info: u32) -> ! {
     exit(Exit::Failure)
 }
 
-/// The machine as it is: page tables for all of its memory, its CPUs, and the memory that is to be taken over.
-fn take_stock(boot: &pvh::BootInfo) -> Result<(acpi::Topology, Ranges), paging::MapError> {
+/// The machine as it is: page tables for all of its memory, its CPUs, the memory that is to be taken over, and where the page tables behind the image end.
+#[unsafe(link_section = ".init.text")]
+fn take_stock(boot: &pvh::BootInfo) -> Result<(acpi::Topology, Ranges, u64), paging::MapError> {
     let image = boot::image();
     let (start, end) = (image.start - KERNEL_BASE, image.end - KERNEL_BASE);
     let home = boot
@@ -142,7 +150,7 @@ fn take_stock(boot: &pvh::BootInfo) -> Result<(acpi::Topology, Ranges), paging::
     };
     paging::init_boot_memory(home.end);
     paging::map_image()?;
-    for entry in boot.memory.iter().filter(|e| e.kind == pvh::Kind::Ram) {
+    for entry in boot.memory.iter().filter(|e| e.kind.is_memory()) {
         paging::map_direct(entry.start, entry.end)?;
     }
     apic::init()?;
@@ -189,9 +197,8 @@ fn take_stock(boot: &pvh::BootInfo) -> Result<(acpi::Topology, Ranges), paging::
             "pages of 2 MiB"
         }
     );
-    let taken = [(0, LOW_END), (start, end)];
-    let ranges = ranges::usable(&boot.memory, &taken, &topology.memory);
-    Ok((topology, ranges))
+    let ranges = ranges::usable(&boot.memory, &topology.memory);
+    Ok((topology, ranges, end))
 }
 
 #[panic_handler]

@@ -108,6 +108,7 @@ pub(crate) fn info() -> Option<&'static BootInfo> {
 /// # Safety
 ///
 /// `at` is what the loader left in EBX, and what it leads to is still there and mapped: the first GiB of physical memory.
+#[unsafe(link_section = ".init.text")]
 pub(crate) unsafe fn read(at: u32) -> Option<&'static BootInfo> {
     let at: *const StartInfo = phys_to_virt(u64::from(at)).cast();
     // SAFETY: the caller's promise; the structure is aligned to nothing in particular.

@@ -281,15 +281,6 @@ fn frames(range: &MemRange) -> (u32, u32) {
     (start as u32, (end as u32).max(start as u32))
 }
 
-impl ReservedRange {
-    /// Page frames that any of it lies in.
-    pub(crate) fn frames(&self) -> (u32, u32) {
-        let end = self.end.0.div_ceil(PAGE_SIZE as u64);
-        let limit = |frame: u64| frame.min(u64::from(MAX_PFN)) as u32;
-        (limit(self.start.0 >> PAGE_SHIFT), limit(end))
-    }
-}
-
 /// Where the next reserved range starts after this.
 fn next_reserved(reserved: &[ReservedRange], after: u32) -> u32 {
     let starts = reserved.iter().map(|r| r.frames().0);

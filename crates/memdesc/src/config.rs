@@ -1,6 +1,6 @@
 //! What a user of the memory manager decides before it comes up.
 
-use crate::address::PhysAddr;
+use crate::address::{MAX_PFN, PAGE_SHIFT, PAGE_SIZE, PhysAddr};
 use crate::inline::Reserved;
 
 /// At most so many NUMA nodes.
@@ -31,6 +31,15 @@ pub struct ReservedRange {
     pub end: PhysAddr,
     /// What it is.
     pub what: Reserved,
+}
+
+impl ReservedRange {
+    /// Page frames that any of it lies in.
+    pub(crate) fn frames(&self) -> (u32, u32) {
+        let end = self.end.0.div_ceil(PAGE_SIZE as u64);
+        let limit = |frame: u64| frame.min(u64::from(MAX_PFN)) as u32;
+        (limit(self.start.0 >> PAGE_SHIFT), limit(end))
+    }
 }
 
 /// The knobs. [`Config::default`] is Linux's choice wherever Linux has one.
