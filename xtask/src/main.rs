@@ -1,5 +1,6 @@
 //! What a developer of memdesc runs. `cargo xtask test` is all that CI runs, and sets up what it lacks.
 
+mod balloon;
 mod metal;
 mod qemu;
 mod recordings;

@@ -260,6 +260,13 @@ pub(crate) struct Images {
     lockdep: PathBuf,
 }
 
+impl Images {
+    /// The image as it is.
+    pub(crate) fn plain(&self) -> &Path {
+        &self.plain
+    }
+}
+
 /// Builds the images.
 pub(crate) fn build() -> Result<Images, Missing> {
     set_up_qemu(QEMU, "qemu-system-x86")?;

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::balloon;
 use crate::metal::{self, Missing};
 use crate::recordings;
 use crate::replay_metal;
@@ -281,13 +282,22 @@ impl Runner {
 
     /// The image on bare metal, on several machines; `all` of them, or those with this in their names, and with their logs if `verbose`.
     pub(crate) fn metal(&mut self, all: bool, only: &str, verbose: bool) {
-        if let Some(images) = self.images() {
-            for machine in metal::machines(all)
-                .iter()
-                .filter(|m| m.name.contains(only))
-            {
-                self.boot(&images, machine, verbose);
-            }
+        let Some(images) = self.images() else {
+            return;
+        };
+        for guest in balloon::GUESTS.iter().filter(|g| g.name.contains(only)) {
+            self.step(&format!("metal: {}", guest.name), || {
+                match balloon::run(&images, guest, verbose) {
+                    Ok(summary) => passed(&summary),
+                    Err(why) => End::Failed(format!("{why:#}")),
+                }
+            });
+        }
+        for machine in metal::machines(all)
+            .iter()
+            .filter(|m| m.name.contains(only))
+        {
+            self.boot(&images, machine, verbose);
         }
     }
 

@@ -110,6 +110,7 @@ unsafe fn table(at: u64) -> Result<(&'static [u8], &'static [u8]), Unreadable> {
 }
 
 /// Reads the tables; empty without any. While boot memory is open.
+#[unsafe(link_section = ".init.text")]
 pub(crate) fn read(rsdp: u64) -> Topology {
     let mut found = Topology::default();
     if rsdp == 0 {
@@ -126,6 +127,7 @@ pub(crate) fn read(rsdp: u64) -> Topology {
 /// # Safety
 ///
 /// The tables start there.
+#[unsafe(link_section = ".init.text")]
 unsafe fn read_all(rsdp: u64, found: &mut Topology) -> Result<(), Unreadable> {
     // SAFETY: the caller's promise, and the table's of where the others are; so for all below.
     let root = unsafe { bytes(rsdp, 36)? };
@@ -173,6 +175,7 @@ fn for_each_entry(mut bytes: &[u8], mut visit: impl FnMut(u8, &[u8])) {
 }
 
 /// The entries of a MADT (5.2.12): the CPUs.
+#[unsafe(link_section = ".init.text")]
 fn read_madt(bytes: &[u8], found: &mut Topology) {
     for_each_entry(bytes, |kind, entry| {
         let (apic_id, flags) = match (kind, entry.len()) {
@@ -193,6 +196,7 @@ fn read_madt(bytes: &[u8], found: &mut Topology) {
 }
 
 /// The entries of an SRAT (5.2.16): whose node is which.
+#[unsafe(link_section = ".init.text")]
 fn read_srat(bytes: &[u8], found: &mut Topology) {
     for_each_entry(bytes, |kind, entry| match (kind, entry.len()) {
         // A CPU, its number in 8 bits.

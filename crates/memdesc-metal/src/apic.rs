@@ -17,6 +17,8 @@ pub(crate) const TIMER_VECTOR: u8 = 0x20;
 pub(crate) const CALL_VECTOR: u8 = 0x21;
 /// Another CPU has a thread for this one.
 pub(crate) const RESCHEDULE_VECTOR: u8 = 0x22;
+/// A PCI device has something to say.
+pub(crate) const DEVICE_VECTOR: u8 = 0x23;
 /// An interrupt that was none.
 pub(crate) const SPURIOUS_VECTOR: u8 = 0xff;
 /// Ticks in a second.

@@ -14,6 +14,8 @@ unsafe extern "C" {
     safe static __image_start: u8;
     safe static __text_end: u8;
     safe static __rodata_end: u8;
+    safe static __init_start: u8;
+    safe static __init_text_end: u8;
     safe static __image_end: u8;
     safe static ap_trampoline: u8;
     safe static ap_trampoline_end: u8;
@@ -33,6 +35,10 @@ pub(crate) struct Image {
     pub(crate) text_end: u64,
     /// Where data starts.
     pub(crate) rodata_end: u64,
+    /// Where what is used once starts: text, then data.
+    pub(crate) init_start: u64,
+    /// Where its data starts.
+    pub(crate) init_text_end: u64,
     /// One past the last byte.
     pub(crate) end: u64,
 }
@@ -44,6 +50,8 @@ pub(crate) fn image() -> Image {
         start: at(&__image_start),
         text_end: at(&__text_end),
         rodata_end: at(&__rodata_end),
+        init_start: at(&__init_start),
+        init_text_end: at(&__init_text_end),
         end: at(&__image_end),
     }
 }

@@ -14,7 +14,7 @@
     .asciz "Xen"
     .quad pvh_start - KERNEL_BASE
 
-.section .boot.text, "ax"
+.section .init.text, "ax"
 .code32
 .global pvh_start
 pvh_start:
@@ -90,7 +90,7 @@ ap_protected:
     movl $(ap_long_mode - KERNEL_BASE), %edi
     jmp to_long_mode
 
-.section .rodata.trampoline, "a"
+.section .init.data, "aw"
 .code16
 .global ap_trampoline
 ap_trampoline:
@@ -110,7 +110,7 @@ ap_gdt_pointer:
 .global ap_trampoline_end
 ap_trampoline_end:
 
-.section .data.boot, "aw"
+.section .init.data, "aw"
     .balign 8
 boot_gdt:
     .quad 0
@@ -153,7 +153,7 @@ boot_pd:
     .set at, at + 1
     .endr
 
-.section .bss.boot, "aw", @nobits
+.section .init.bss, "aw", @nobits
     .balign 4096
     .skip 65536
 boot_stack_top:

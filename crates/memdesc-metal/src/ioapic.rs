@@ -1,5 +1,5 @@
-//! The interrupt controller of devices, for one purpose: to make the interval timer's interrupt an NMI, as Linux's first NMI watchdog did. A machine with one CPU
-//! has nobody else who could strike it in the middle of something.
+//! The interrupt controller of devices, for two purposes: to make the interval timer's interrupt an NMI, as Linux's first NMI watchdog did, since a machine with one
+//! CPU has nobody else who could strike it in the middle of something; and for the interrupt of a PCI device.
 //!
 //! Registers: Intel 82093AA; the interval timer is on pin 2, where the firmware's tables put interrupt 0.
 
@@ -55,6 +55,19 @@ pub(crate) fn strike(cpu: &PerCpu, hz: u32) -> bool {
     let register = REDIRECTION + 2 * TIMER_PIN;
     write(register + 1, cpu.apic_id.load(Ordering::Relaxed) << 24);
     write(register, NMI);
+    true
+}
+
+/// Has a device's interrupt on this input, one that is held until the device has been asked why, come to a CPU as this vector. Is there a controller?
+pub(crate) fn route(input: u32, vector: u8, cpu: &PerCpu) -> bool {
+    const LEVEL: u32 = 1 << 15;
+    if REGISTERS.load(Ordering::Relaxed).is_null() {
+        return false;
+    }
+    let register = REDIRECTION + 2 * input;
+    write(register + 1, cpu.apic_id.load(Ordering::Relaxed) << 24);
+    // Active when high, which the tables of QEMU's firmware say of the inputs that PCI has.
+    write(register, u32::from(vector) | LEVEL);
     true
 }
 

@@ -83,6 +83,14 @@ pub(crate) fn insist(what: fmt::Arguments<'_>) {
     line(what);
 }
 
+/// A byte that came in, if one did. In a thread.
+pub(crate) fn receive() -> Option<u8> {
+    interrupts::without_interrupts(|| {
+        let mut serial = SERIAL.try_lock()?;
+        serial.0.as_mut()?.try_receive_byte().ok()
+    })
+}
+
 /// The machine is ending: whoever held the port's lock will not give it back.
 pub(crate) fn take_over() {
     // SAFETY: all other CPUs have been stopped, or are about to die with us: a garbled line is the worst.

@@ -2,10 +2,11 @@
 //!
 //! An image that a PVH loader starts (`qemu-system-x86_64 -kernel`), that takes over all memory, starts all CPUs, and tests itself on them. It prints to the
 //! first serial port and ends the machine through `isa-debug-exit`. Command line: `memory=fresh` says that the machine's memory is zero where the firmware was not;
-//! `rt` has the locks of the memory manager sleep; `tests=WORD` runs the tests with the word in their names; `soak=SECONDS` does everything at once for so
-//! long instead (see [`soak`]); `crash=stack` runs over the end of a stack, `crash=thread` has a thread do so on its own, `crash=double-free` frees an object
-//! twice, and `crash=hang` has a CPU hang, to see what is reported. With a module (`-initrd`) it replays that instead: a recording of a Linux kernel's allocators. Then `rcu=PERCENT` defers
-//! that share of the frees of objects.
+//! `rt` has the locks of the memory manager sleep; `init_on_free=1` and `page_poison=1` fill free pages; `tests=WORD` runs the tests with the word in their
+//! names; `soak=SECONDS` does everything at once for so long instead (see [`soak`]); `balloon` goes through what a hypervisor's balloon does, step by step with who
+//! looks at it from outside (`cargo xtask metal`); `crash=stack` runs over the end of a stack, `crash=thread` has a thread do so on its own, `crash=double-free`
+//! frees an object twice, and `crash=hang` has a CPU hang, to see what is reported. With a module (`-initrd`) it replays that instead: a recording of a Linux
+//! kernel's allocators. Then `rcu=PERCENT` defers that share of the frees of objects.
 //!
 //! What happens in order is in [`metal_start`]; each step is a room.
 #![no_std]
@@ -15,6 +16,7 @@ extern crate alloc;
 
 mod acpi;
 mod apic;
+mod balloon;
 mod boot;
 mod exit;
 mod gdt;
@@ -25,6 +27,7 @@ mod memory;
 mod module;
 mod paging;
 mod park;
+mod pci;
 mod percpu;
 mod platform;
 mod process;
@@ -40,6 +43,7 @@ mod thread;
 mod time;
 mod traps;
 mod users;
+mod virtio;
 mod vmap;
 mod whereabouts;
 mod worker;
@@ -49,10 +53,11 @@ use core::sync::atomic::Ordering;
 
 use crate::boot::KERNEL_BASE;
 use crate::exit::{Exit, exit};
-use crate::ranges::{LOW_END, Ranges};
+use crate::ranges::Ranges;
 
 /// Where `boot.s` comes out: 64 bits, interrupts off, the first GiB mapped.
 #[unsafe(no_mangle)]
+#[unsafe(link_section = ".init.text")]
 extern "C" fn metal_start(start_info: u32) -> ! {
     percpu::init(0);
     time::start();
@@ -69,17 +74,17 @@ extern "C" fn metal_start(start_info: u32) -> ! {
     log!("Command line: {}", boot.cmdline());
     memory::log_firmware_map(boot);
 
-    let (topology, ranges) = match take_stock(boot) {
+    let (topology, ranges, tables_end) = match take_stock(boot) {
         Ok(found) => found,
         Err(why) => panic!("the machine's memory cannot be mapped: {why:?}"),
     };
     memory::log_ranges(&ranges);
     // SAFETY: its memory has not been taken over yet, and what is in use lies below the end of boot memory.
-    let module = unsafe { module::settle(boot, paging::close_boot_memory().0) };
+    let module = unsafe { module::settle(boot, tables_end) };
 
     platform::init();
     let before = time::tsc();
-    let mm = match memory::init(boot, &ranges) {
+    let mm = match memory::init(boot, &ranges, tables_end) {
         Ok(mm) => mm,
         Err(why) => panic!("memory cannot be taken over: {why}"),
     };
@@ -113,6 +118,10 @@ extern "C" fn metal_start(start_info: u32) -> ! {
     };
     log!("smp: {running} of {} CPUs run", percpu::nr_cpus());
 
+    if let Err(why) = balloon::start(mm) {
+        log!("virtio-balloon: cannot be used: {why}");
+    }
+
     if let Err(why) = worker::start(mm) {
         panic!("no memory for workers: {why}");
     }
@@ -122,9 +131,15 @@ extern "C" fn metal_start(start_info: u32) -> ! {
         Ok(stack) => stack,
         Err(why) => panic!("no stack for the first CPU: {why}"),
     };
-    // SAFETY: just made, and never given back.
+    // SAFETY: just made, and never given back. All that is needed from here on goes with the closure: nobody comes back to the stack that this is on.
     unsafe {
-        traps::call_on_stack(stack.top(), || {
+        traps::call_on_stack(stack.top(), move || {
+            if running == percpu::nr_cpus() {
+                // SAFETY: all CPUs have left what they came up in, and this one its first stack, to which it does not come back.
+                memory::free_init(mm);
+            } else {
+                log!("A CPU may still come up: what it would come up in is kept");
+            }
             if let Some(what) = boot.value("crash") {
                 tests::crash::crash(mm, what);
             }
@@ -139,6 +154,7 @@ extern "C" fn metal_start(start_info: u32) -> ! {
             exit(match (module, boot.value("soak")) {
                 (Some(module), _) => replay::run(&machine, module),
                 (None, Some(seconds)) => soak::run(&mut machine, seconds),
+                (None, None) if boot.has("balloon") => tests::balloon::run(&mut machine),
                 (None, None) => tests::run(&mut machine),
             });
         });
@@ -146,8 +162,9 @@ extern "C" fn metal_start(start_info: u32) -> ! {
     exit(Exit::Failure)
 }
 
-/// The machine as it is: page tables for all of its memory, its CPUs, and the memory that is to be taken over.
-fn take_stock(boot: &pvh::BootInfo) -> Result<(acpi::Topology, Ranges), paging::MapError> {
+/// The machine as it is: page tables for all of its memory, its CPUs, the memory that is to be taken over, and where the page tables behind the image end.
+#[unsafe(link_section = ".init.text")]
+fn take_stock(boot: &pvh::BootInfo) -> Result<(acpi::Topology, Ranges, u64), paging::MapError> {
     let image = boot::image();
     let (start, end) = (image.start - KERNEL_BASE, image.end - KERNEL_BASE);
     let home = boot
@@ -159,7 +176,7 @@ fn take_stock(boot: &pvh::BootInfo) -> Result<(acpi::Topology, Ranges), paging::
     };
     paging::init_boot_memory(home.end);
     paging::map_image()?;
-    for entry in boot.memory.iter().filter(|e| e.kind == pvh::Kind::Ram) {
+    for entry in boot.memory.iter().filter(|e| e.kind.is_memory()) {
         paging::map_direct(entry.start, entry.end)?;
     }
     apic::init()?;
@@ -206,9 +223,8 @@ fn take_stock(boot: &pvh::BootInfo) -> Result<(acpi::Topology, Ranges), paging::
             "pages of 2 MiB"
         }
     );
-    let taken = [(0, LOW_END), (start, end)];
-    let ranges = ranges::usable(&boot.memory, &taken, &topology.memory);
-    Ok((topology, ranges))
+    let ranges = ranges::usable(&boot.memory, &topology.memory);
+    Ok((topology, ranges, end))
 }
 
 #[panic_handler]

@@ -3,22 +3,23 @@
 use core::fmt;
 use core::sync::atomic::{AtomicBool, Ordering};
 
+use arrayvec::ArrayVec;
 use memdesc::rcu::Rcu;
 use memdesc::{
-    AddressInfo, Config, InitError, MAX_ORDER, MemRange, Mm, PAGE_SIZE, Pfn, PhysAddr,
-    TAIL_WORDS_ORDER,
+    AddressInfo, Config, InitError, MAX_ORDER, MemRange, Mm, PAGE_SIZE, Pfn, PhysAddr, Reserved,
+    ReservedRange, TAIL_WORDS_ORDER,
 };
 use spin::Once;
 
 use crate::apic::HZ;
-use crate::boot::image;
+use crate::boot::{AP_BASE, KERNEL_BASE, image};
 use crate::log;
-use crate::paging::{DIRECT_MAP, VMALLOC_SIZE, VMALLOC_START};
+use crate::paging::{self, DIRECT_MAP, VMALLOC_SIZE, VMALLOC_START};
 use crate::percpu::{self, PerCpu};
 use crate::platform::{self, Metal};
 use crate::pvh::{BootInfo, Kind};
 use crate::ranges::Ranges;
-use crate::{soak, worker};
+use crate::{balloon, soak, worker};
 
 static MM: Once<Mm<Metal>> = Once::new();
 
@@ -38,16 +39,98 @@ fn is_zeroed(boot: &BootInfo, ranges: &[MemRange]) -> bool {
     boot.value("memory") == Some("fresh") && longest.is_some_and(|r| r.start.0 >= FIRMWARE_END)
 }
 
-/// Takes over memory.
+/// What is in use when memory is taken over.
+static IN_USE: Once<ArrayVec<ReservedRange, 8>> = Once::new();
+
+/// What is in use when memory is taken over: the page that other CPUs start in, the image by its pieces, and the page tables behind it, up to here.
+#[unsafe(link_section = ".init.text")]
+fn in_use(tables_end: u64) -> &'static [ReservedRange] {
+    let image = image();
+    let phys = |virt: u64| virt - KERNEL_BASE;
+    let pieces = [
+        (AP_BASE, AP_BASE + PAGE_SIZE as u64, Reserved::Other),
+        (
+            phys(image.start),
+            phys(image.text_end),
+            Reserved::KernelText,
+        ),
+        (
+            phys(image.text_end),
+            phys(image.init_start),
+            Reserved::KernelData,
+        ),
+        (phys(image.init_start), phys(image.end), Reserved::Other),
+        (phys(image.end), tables_end, Reserved::KernelData),
+    ];
+    let ranges = pieces.into_iter().filter(|(start, end, _)| start < end);
+    let ranges = ranges.map(|(start, end, what)| ReservedRange {
+        start: PhysAddr(start),
+        end: PhysAddr(end),
+        what,
+    });
+    IN_USE.call_once(|| ranges.collect())
+}
+
+/// Gives back what was only used to come up (`free_initmem`): the page that CPUs start in, and the pieces of the image that are used once, which are mapped in
+/// the direct map only from here on.
+///
+/// # Safety
+///
+/// No CPU will start any more, nor is any in what is given back, or on the stack in it.
+pub(crate) unsafe fn free_init(mm: &Mm<Metal>) {
+    let image = image();
+    if let Err(why) = paging::unmap_image(image.init_start, image.end) {
+        log!("initmem: {why:?}");
+        return;
+    }
+    let pieces = [
+        ("SMP trampoline", AP_BASE, AP_BASE + PAGE_SIZE as u64),
+        (
+            "unused kernel image (initmem)",
+            image.init_start - KERNEL_BASE,
+            image.end - KERNEL_BASE,
+        ),
+    ];
+    for (what, start, end) in pieces {
+        let pages = ((end - start) / PAGE_SIZE as u64) as u32;
+        let first = Pfn((start / PAGE_SIZE as u64) as u32);
+        // SAFETY: the caller's promise.
+        match unsafe { mm.free_reserved(first, pages) } {
+            Ok(pages) => log!(
+                "Freeing {what} memory: {}K",
+                pages as usize * PAGE_SIZE / 1024
+            ),
+            Err(why) => log!("{what} memory is kept: {why}"),
+        }
+    }
+}
+
+/// Takes over memory, of which that up to `tables_end` behind the image is in use.
 ///
 /// # Errors
 ///
 /// The memory manager's.
-pub(crate) fn init(boot: &BootInfo, ranges: &[MemRange]) -> Result<&'static Mm<Metal>, InitError> {
+#[unsafe(link_section = ".init.text")]
+pub(crate) fn init(
+    boot: &BootInfo,
+    ranges: &[MemRange],
+    tables_end: u64,
+) -> Result<&'static Mm<Metal>, InitError> {
+    let is_on = |name| boot.value(name) == Some("1");
     let config = Config {
         memory_is_zeroed: is_zeroed(boot, ranges),
         preempt_rt: boot.has("rt"),
-        ..soak::config(boot, Config::default())
+        init_on_free: is_on("init_on_free"),
+        page_poison: is_on("page_poison"),
+        reserved: in_use(tables_end),
+        ..soak::config(
+            boot,
+            Config {
+                // Where there is somebody to report to.
+                page_reporting: balloon::find().is_some(),
+                ..Config::default()
+            },
+        )
     };
     let mm = Mm::new(Metal, &config, ranges)?;
     log!(
@@ -59,6 +142,18 @@ pub(crate) fn init(boot: &BootInfo, ranges: &[MemRange]) -> Result<&'static Mm<M
         }
     );
     Ok(MM.call_once(|| mm))
+}
+
+/// What free pages are filled with, if they are: four bytes of it (`virtio_balloon_config.poison_val`).
+pub(crate) fn free_pattern() -> Option<u32> {
+    const PAGE_POISON: u32 = 0xaaaa_aaaa;
+    let boot = crate::pvh::info()?;
+    let is_on = |name| boot.value(name) == Some("1");
+    match (is_on("init_on_free"), is_on("page_poison")) {
+        (true, _) => Some(0),
+        (_, true) => Some(PAGE_POISON),
+        _ => None,
+    }
 }
 
 static KICKED: AtomicBool = AtomicBool::new(false);
@@ -94,6 +189,7 @@ pub(crate) fn work() {
     let Some(mm) = mm() else {
         return;
     };
+    balloon::work();
     let me = percpu::this();
     if is_due(me) {
         me.ticks_worked
@@ -124,7 +220,8 @@ pub(crate) fn explain(address: usize) -> impl fmt::Display {
                 }
                 a if a >= image.start && a < image.text_end => "the image's text",
                 a if a >= image.text_end && a < image.rodata_end => "the image's constants",
-                a if a >= image.rodata_end && a < image.end => "the image's data",
+                a if a >= image.rodata_end && a < image.init_start => "the image's data",
+                a if a >= image.init_start && a < image.end => "what the image used to come up",
                 _ => "nobody's address",
             })
         }
@@ -168,6 +265,7 @@ pub(crate) fn words_written(ranges: &[MemRange]) -> (u64, u64) {
 }
 
 /// `BIOS-e820` as Linux prints it.
+#[unsafe(link_section = ".init.text")]
 pub(crate) fn log_firmware_map(boot: &BootInfo) {
     log!("BIOS-provided physical RAM map:");
     for entry in &boot.memory {
@@ -188,6 +286,7 @@ pub(crate) fn log_firmware_map(boot: &BootInfo) {
 }
 
 /// What the memory manager was given.
+#[unsafe(link_section = ".init.text")]
 pub(crate) fn log_ranges(ranges: &Ranges) {
     log!("Early memory node ranges");
     for range in ranges {
@@ -221,12 +320,13 @@ pub(crate) fn log_memory(mm: &Mm<Metal>) {
     let image = image();
     let hundredths = ledger.metadata_bytes() * 10_000 / (ledger.given * PAGE_SIZE as u64);
     log!(
-        "Memory: {}K/{}K available ({}K kernel code, {}K constants, {}K data; {}K metadata, {}.{:02} % of memory: {}K memory map, {}K other)",
+        "Memory: {}K/{}K available ({}K kernel code, {}K constants, {}K data, {}K init; {}K metadata, {}.{:02} % of memory: {}K memory map, {}K other)",
         kib(free),
         kib(ledger.given),
         (image.text_end - image.start) / 1024,
         (image.rodata_end - image.text_end) / 1024,
-        (image.end - image.rodata_end) / 1024,
+        (image.init_start - image.rodata_end) / 1024,
+        (image.end - image.init_start) / 1024,
         ledger.metadata_bytes() / 1024,
         hundredths / 100,
         hundredths % 100,

@@ -97,6 +97,7 @@ impl BootMemory {
 }
 
 /// Boot memory is what lies behind the image, up to here.
+#[unsafe(link_section = ".init.text")]
 pub(crate) fn init_boot_memory(end: u64) {
     let mut memory = BOOT_MEMORY.lock();
     memory.next = image().end - KERNEL_BASE;
@@ -105,6 +106,7 @@ pub(crate) fn init_boot_memory(end: u64) {
 }
 
 /// No more is taken: where what was taken ends, and how many tables it is.
+#[unsafe(link_section = ".init.text")]
 pub(crate) fn close_boot_memory() -> (u64, u64) {
     let mut memory = BOOT_MEMORY.lock();
     memory.end = memory.next;
@@ -153,6 +155,7 @@ fn entry(
 }
 
 /// Maps this physical memory into the direct map, in whole pages, each as large as fits. What is there already stays. Before boot memory is closed.
+#[unsafe(link_section = ".init.text")]
 pub(crate) fn map_direct(start: u64, end: u64) -> Result<(), MapError> {
     let gib_pages = features().gib_pages;
     let mut memory = BOOT_MEMORY.lock();
@@ -210,13 +213,38 @@ pub(crate) fn map_device(index: u64, phys: u64) -> Result<*mut u8, MapError> {
     Ok(core::ptr::with_exposed_provenance_mut(addr as usize))
 }
 
+/// Pages of devices that [`map_registers`] has handed out; those before are [`map_device`]'s.
+static REGISTER_PAGES: AtomicU64 = AtomicU64::new(16);
+/// What one table maps.
+const DEVICE_PAGES: u64 = 512;
+
+/// Maps a device's registers, at any time; where they are. `start` is the address of a page.
+pub(crate) fn map_registers(start: u64, pages: u64) -> Result<*mut u8, MapError> {
+    let take = |taken: u64| {
+        let end = taken.checked_add(pages)?;
+        (end <= DEVICE_PAGES).then_some(end)
+    };
+    let first = REGISTER_PAGES
+        .fetch_update(Ordering::Relaxed, Ordering::Relaxed, take)
+        .map_err(|_| MapError::NoMemory)?;
+    for i in 0..pages {
+        // The table has been there since the first device was mapped.
+        map_device(first + i, start + i * SIZE_4K)?;
+    }
+    Ok(core::ptr::with_exposed_provenance_mut(
+        (DEVICES + first * SIZE_4K) as usize,
+    ))
+}
+
 /// Maps the image: text to be executed, constants to be read, the rest to be written.
+#[unsafe(link_section = ".init.text")]
 pub(crate) fn map_image() -> Result<(), MapError> {
     let image = image();
     let mut memory = BOOT_MEMORY.lock();
     let mut at = image.start;
     while at < image.end {
-        let flags = if at < image.text_end {
+        let is_text = at < image.text_end || (image.init_start..image.init_text_end).contains(&at);
+        let flags = if is_text {
             Flags::PRESENT
         } else if at < image.rodata_end {
             Flags::PRESENT | Flags::NO_EXECUTE
@@ -229,6 +257,20 @@ pub(crate) fn map_image() -> Result<(), MapError> {
         }
         at += SIZE_4K;
     }
+    Ok(())
+}
+
+/// Maps these pages of the image no more, on no CPU.
+pub(crate) fn unmap_image(start: u64, end: u64) -> Result<(), MapError> {
+    let mut at = start;
+    while at < end {
+        // Its tables are there since `map_image`.
+        if let Some(entry) = entry(&mut BOOT_MEMORY.lock(), at, 1)? {
+            entry.store(0, Ordering::Release);
+        }
+        at += SIZE_4K;
+    }
+    crate::remote::flush(start, end);
     Ok(())
 }
 

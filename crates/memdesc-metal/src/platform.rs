@@ -8,7 +8,8 @@ use memdesc::lockdep::{Lockdep, Task};
 use memdesc::rcu::cpus::{CpuRcu, CpuReaders, Cpus};
 use memdesc::rcu::engine::{Engine, Stall};
 use memdesc::{
-    AllocError, Config, Context, MemRange, NotReported, PageWords, Pfn, Platform, Report, Reported,
+    AllocError, BalloonOp, Config, Context, MemRange, NotReported, PageWords, Pfn, Platform,
+    Report, Reported,
 };
 use spin::Once;
 use x86_64::instructions::interrupts;
@@ -16,7 +17,7 @@ use x86_64::instructions::interrupts;
 use crate::paging::{DIRECT_MAP, VMALLOC_SIZE, VMALLOC_START, features, phys_to_virt};
 use crate::percpu::{self, MAX_CPUS};
 use crate::thread::{self, Thread};
-use crate::{log, memory, park, remote, sched, soak, time, traps, vmap, worker};
+use crate::{balloon, log, memory, park, remote, sched, soak, time, traps, vmap, worker};
 
 /// This machine.
 #[derive(Clone, Copy, Debug)]
@@ -211,10 +212,6 @@ unsafe impl Platform for Metal {
         of_thread(|thread| &thread.reserve)
     }
 
-    fn report_free_pages(&self, blocks: &[(Pfn, usize)]) -> Result<Reported, NotReported> {
-        soak::report::report(blocks)
-    }
-
     fn flush_tlb(&self, asid: u64, start: u64, end: u64) {
         // No CPU keeps address spaces apart by number: what it remembers is of the one that it runs.
         remote::flush_space(asid, start, end);
@@ -235,6 +232,18 @@ unsafe impl Platform for Metal {
 
     fn vunmap(&self, start: usize, end: usize) {
         vmap::unmap(start, end);
+    }
+
+    fn report_free_pages(&self, blocks: &[(Pfn, usize)]) -> Result<Reported, NotReported> {
+        if balloon::balloon().is_some() {
+            balloon::report(blocks)
+        } else {
+            soak::report::report(blocks)
+        }
+    }
+
+    fn balloon_pages(&self, blocks: &[(Pfn, usize)], op: BalloonOp) {
+        balloon::give_or_take(blocks, op);
     }
 
     fn flush_tlb_kernel_range(&self, start: usize, end: usize) {

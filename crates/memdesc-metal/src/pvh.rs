@@ -110,11 +110,17 @@ impl BootInfo {
 
 static INFO: Once<BootInfo> = Once::new();
 
+/// What the loader said, once it has been read.
+pub(crate) fn info() -> Option<&'static BootInfo> {
+    INFO.get()
+}
+
 /// Copies what the loader says; `None` if it is no PVH loader.
 ///
 /// # Safety
 ///
 /// `at` is what the loader left in EBX, and what it leads to is still there and mapped: the first GiB of physical memory.
+#[unsafe(link_section = ".init.text")]
 pub(crate) unsafe fn read(at: u32) -> Option<&'static BootInfo> {
     let at: *const StartInfo = phys_to_virt(u64::from(at)).cast();
     // SAFETY: the caller's promise; the structure is aligned to nothing in particular.

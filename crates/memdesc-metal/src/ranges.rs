@@ -1,4 +1,4 @@
-//! From the firmware's memory map to what the memory manager is given: memory, without the first MiB, the image and its first tables, each piece with its node.
+//! From the firmware's memory map to what the memory manager is given: all of memory, each piece with its node. What is in use there is said beside it (`memory::init`).
 
 use arrayvec::ArrayVec;
 use memdesc::{MemRange, PhysAddr};
@@ -12,13 +12,17 @@ const MAX_RANGES: usize = 2 * MAX_ENTRIES;
 /// The list.
 pub(crate) type Ranges = ArrayVec<MemRange, MAX_RANGES>;
 
-/// Kept out: the trampoline of other CPUs, the firmware's data and ROMs.
-pub(crate) const LOW_END: u64 = 1 << 20;
-
 const PAGE: u64 = 4096;
 
-/// The memory in the firmware's map, in whole pages, without what lies in `taken`. Sorted; where the firmware's ranges overlap, memory loses.
-pub(crate) fn usable(memory: &[Entry], taken: &[(u64, u64)], nodes: &[Affinity]) -> Ranges {
+impl Kind {
+    /// May it be used as memory? ACPI's tables too, once they have been read.
+    pub(crate) fn is_memory(self) -> bool {
+        matches!(self, Kind::Ram | Kind::Acpi)
+    }
+}
+
+/// The memory in the firmware's map, in whole pages. Sorted; where the firmware's ranges overlap, memory loses. When ACPI's tables have been read.
+pub(crate) fn usable(memory: &[Entry], nodes: &[Affinity]) -> Ranges {
     let mut borders: ArrayVec<u64, { 4 * MAX_ENTRIES }> = ArrayVec::new();
     let mut border = |at: u64| {
         // Too many cut nothing: the piece is looked at as a whole, and is no memory if any of it is not.
@@ -28,10 +32,6 @@ pub(crate) fn usable(memory: &[Entry], taken: &[(u64, u64)], nodes: &[Affinity])
         let (start, end) = pages(entry);
         border(start);
         border(end);
-    }
-    for &(start, end) in taken {
-        border(start & !(PAGE - 1));
-        border(end.next_multiple_of(PAGE));
     }
     for affinity in nodes {
         border(affinity.start & !(PAGE - 1));
@@ -45,11 +45,11 @@ pub(crate) fn usable(memory: &[Entry], taken: &[(u64, u64)], nodes: &[Affinity])
         let covers = |(s, e): (u64, u64)| s <= start && end <= e;
         let ram = memory
             .iter()
-            .any(|e| e.kind == Kind::Ram && covers(pages(e)));
+            .any(|e| e.kind.is_memory() && covers(pages(e)));
         let other = memory
             .iter()
-            .any(|e| e.kind != Kind::Ram && is_in(pages(e)));
-        if start == end || !ram || other || taken.iter().any(|&t| is_in(t)) {
+            .any(|e| !e.kind.is_memory() && is_in(pages(e)));
+        if start == end || !ram || other {
             continue;
         }
         let node = nodes
@@ -75,7 +75,7 @@ pub(crate) fn usable(memory: &[Entry], taken: &[(u64, u64)], nodes: &[Affinity])
 
 /// An entry in whole pages: memory rounded inwards, all else outwards.
 fn pages(entry: &Entry) -> (u64, u64) {
-    if entry.kind == Kind::Ram {
+    if entry.kind.is_memory() {
         let start = entry.start.next_multiple_of(PAGE);
         (start, (entry.end & !(PAGE - 1)).max(start))
     } else {

@@ -222,6 +222,7 @@ extern "C" fn trap(frame: &mut Frame) {
     const TIMER: u64 = apic::TIMER_VECTOR as u64;
     const CALL: u64 = apic::CALL_VECTOR as u64;
     const RESCHEDULE: u64 = apic::RESCHEDULE_VECTOR as u64;
+    const DEVICE: u64 = apic::DEVICE_VECTOR as u64;
     const SPURIOUS: u64 = apic::SPURIOUS_VECTOR as u64;
     match frame.vector {
         2 => return nmi(frame),
@@ -241,6 +242,11 @@ extern "C" fn trap(frame: &mut Frame) {
         // Who is to run is seen below.
         RESCHEDULE => apic::end_of_interrupt(),
         SYSCALL => process::syscall(frame),
+        DEVICE => {
+            let _irq = Irq::enter();
+            crate::balloon::interrupt();
+            apic::end_of_interrupt();
+        }
         SPURIOUS => {}
         8 | 18 => fatal(frame, None),
         _ if frame.is_user() => {

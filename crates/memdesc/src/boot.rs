@@ -7,7 +7,7 @@
 use core::ptr::NonNull;
 
 use crate::address::{MAX_PFN, PAGE_SHIFT, PAGE_SIZE, Pfn, PhysAddr};
-use crate::config::{Config, MAX_CPUS, MAX_NODES, MAX_SHRINKERS, MemRange};
+use crate::config::{Config, MAX_CPUS, MAX_NODES, MAX_SHRINKERS, MemRange, ReservedRange};
 use crate::desc::{Folio, FolioPrivate, PtDesc, Slab, VmArea, ZsDesc};
 use crate::device::DeviceCost;
 use crate::error::InitError;
@@ -68,6 +68,9 @@ pub(crate) struct BootLayout {
     pub(crate) pages: u64,
     /// Where it starts.
     pub(crate) start: Pfn,
+    /// What was in use when the memory was taken over, and how many pages it is.
+    pub(crate) reserved: &'static [ReservedRange],
+    pub(crate) reserved_pages: u64,
 }
 
 /// A piece of the memory map: pages of one zone.
@@ -142,13 +145,14 @@ impl<P: Platform> Mm<P> {
             return Err(InitError::BadDirectMap(direct_map));
         }
         check(ranges)?;
+        check_reserved(config.reserved, ranges)?;
         if config.preempt_rt {
             platform.with_lockdep(&mut |lockdep, _| lockdep.set_preempt_rt());
         }
         if let Some(range) = ranges.iter().find(|range| !platform.maps(range)) {
             return Err(InitError::NotMapped(range.start));
         }
-        let (home_start, home_end) = longest_run(ranges);
+        let (home_start, home_end) = longest_run(ranges, config.reserved);
 
         let services = Services::new(config, &platform);
         // The first pass counts; the second knows where to put things. The count does not depend on the place.
@@ -183,11 +187,25 @@ impl<P: Platform> Mm<P> {
         parts.layout.start = Pfn(start);
 
         if let Some(first) = parts.map.region(Pfn(0)) {
-            debug_assert_eq!(first.untouched().0, 1);
+            debug_assert!(first.untouched().0 >= 1);
             parts
                 .map
                 .set(Pfn(0), 1, PageType::Reserved, Reserved::MemMap as u64);
             parts.layout.kept = 1;
+        }
+        parts.layout.reserved = config.reserved;
+        for region in parts.map.regions() {
+            for range in config.reserved {
+                let (start, end) = range.frames();
+                let (start, end) = (start.max(region.start).max(1), end.min(region.end));
+                if start < end {
+                    let facts = range.what as u64;
+                    parts
+                        .map
+                        .set(Pfn(start), end - start, PageType::Reserved, facts);
+                    parts.layout.reserved_pages += u64::from(end - start);
+                }
+            }
         }
         // The boot memory itself is the first thing handed out.
         let facts = Reserved::MemMap as u64;
@@ -267,9 +285,21 @@ fn frames(range: &MemRange) -> (u32, u32) {
     (start as u32, (end as u32).max(start as u32))
 }
 
-/// The longest run of page frames without a hole. Ranges in it may touch: boot memory at its end is at the end of a region
+/// Where the next reserved range starts after this.
+fn next_reserved(reserved: &[ReservedRange], after: u32) -> u32 {
+    let starts = reserved.iter().map(|r| r.frames().0);
+    starts.filter(|&s| s > after).min().unwrap_or(MAX_PFN)
+}
+
+/// Where the reserved range ends that this is in; here, if it is in none.
+fn reserved_until(reserved: &[ReservedRange], at: u32) -> u32 {
+    let mut frames = reserved.iter().map(ReservedRange::frames);
+    frames.find(|&(s, e)| s <= at && at < e).map_or(at, |r| r.1)
+}
+
+/// The longest run of page frames without a hole, or anything reserved. Ranges in it may touch: boot memory at its end is at the end of a region
 /// however ranges are made into regions.
-fn longest_run(ranges: &[MemRange]) -> (u32, u32) {
+fn longest_run(ranges: &[MemRange], reserved: &[ReservedRange]) -> (u32, u32) {
     let runs = ranges.iter().map(|range| {
         let (start, mut end) = frames(range);
         while let Some(next) = ranges.iter().find(|r| frames(r).0 == end) {
@@ -277,7 +307,15 @@ fn longest_run(ranges: &[MemRange]) -> (u32, u32) {
         }
         (start, end)
     });
-    runs.max_by_key(|(start, end)| end - start)
+    // Each cut at what is reserved in it.
+    let gaps = runs.flat_map(|(start, end)| {
+        let ends = reserved.iter().map(|r| r.frames().1);
+        core::iter::once(start)
+            .chain(ends)
+            .filter(move |&at| start <= at && at < end && reserved_until(reserved, at) == at)
+            .map(move |at| (at, next_reserved(reserved, at).min(end)))
+    });
+    gaps.max_by_key(|(start, end)| end - start)
         .unwrap_or((0, 0))
 }
 
@@ -306,8 +344,30 @@ fn check(ranges: &[MemRange]) -> Result<(), InitError> {
     Ok(())
 }
 
-/// Visits the ranges cut at the borders of zones, by address. Adjacent ranges of one zone come as one piece, so that blocks
-/// merge across them.
+fn check_reserved(reserved: &[ReservedRange], ranges: &[MemRange]) -> Result<(), InitError> {
+    for (i, range) in reserved.iter().enumerate() {
+        let (start, end) = range.frames();
+        let bad = InitError::BadReserved(range.start);
+        if start >= end {
+            return Err(bad);
+        }
+        let mut at = start;
+        while at < end {
+            let home = ranges.iter().map(frames).find(|&(s, e)| s <= at && at < e);
+            at = home.ok_or(bad)?.1;
+        }
+        for other in &reserved[..i] {
+            let (s, e) = other.frames();
+            if start < e && s < end {
+                return Err(InitError::Overlap(range.start.max(other.start)));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Visits the ranges cut at the borders of zones and where something reserved starts, by address. Adjacent ranges of one zone come as one piece, so that
+/// blocks merge across them.
 fn for_pieces(config: &Config, ranges: &[MemRange], mut visit: impl FnMut(Piece)) {
     let limit = |phys: PhysAddr| (phys.0 >> PAGE_SHIFT).min(u64::from(MAX_PFN)) as u32;
     let movable = config.movable_from.map_or(MAX_PFN, limit);
@@ -335,14 +395,21 @@ fn for_pieces(config: &Config, ranges: &[MemRange], mut visit: impl FnMut(Piece)
         let (mut start, end) = frames(range);
         while start < end {
             let (kind, border) = zone_of(start);
+            let cut = next_reserved(config.reserved, start);
+            let is_cut = next_reserved(config.reserved, start.saturating_sub(1)) == start;
             let piece = Piece {
                 start,
-                end: end.min(border),
+                end: end.min(border).min(cut),
                 node: range.node,
                 kind,
             };
             match &mut pending {
-                Some(p) if p.end == piece.start && p.node == piece.node && p.kind == kind => {
+                Some(p)
+                    if p.end == piece.start
+                        && p.node == piece.node
+                        && p.kind == kind
+                        && !is_cut =>
+                {
                     p.end = piece.end;
                 }
                 _ => {
@@ -430,9 +497,9 @@ fn lay_out<P: Platform>(
                         .untouched_end
                         .store(boot.start.max(piece.start), Ordering::Relaxed);
                 }
-                if piece.start == 0 {
-                    region.untouched_start.store(1, Ordering::Relaxed);
-                }
+                // What is reserved starts a piece, or goes through it.
+                let free = reserved_until(config.reserved, piece.start).min(piece.end);
+                region.untouched_start.store(free.max(1), Ordering::Relaxed);
                 region_ptr.add(i).write(region);
             }
         }

@@ -1,6 +1,7 @@
 //! What a user of the memory manager decides before it comes up.
 
-use crate::address::PhysAddr;
+use crate::address::{MAX_PFN, PAGE_SHIFT, PAGE_SIZE, PhysAddr};
+use crate::inline::Reserved;
 
 /// At most so many NUMA nodes.
 pub const MAX_NODES: usize = 8;
@@ -21,6 +22,26 @@ pub struct MemRange {
     pub node: u8,
 }
 
+/// Memory of the ranges that is in use when it is taken over (`memblock_reserve`): the kernel's own, what the firmware and the loader left.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ReservedRange {
+    /// The first byte. Rounded down to a page.
+    pub start: PhysAddr,
+    /// One past the last byte. Rounded up to a page.
+    pub end: PhysAddr,
+    /// What it is.
+    pub what: Reserved,
+}
+
+impl ReservedRange {
+    /// Page frames that any of it lies in.
+    pub(crate) fn frames(&self) -> (u32, u32) {
+        let end = self.end.0.div_ceil(PAGE_SIZE as u64);
+        let limit = |frame: u64| frame.min(u64::from(MAX_PFN)) as u32;
+        (limit(self.start.0 >> PAGE_SHIFT), limit(end))
+    }
+}
+
 /// The knobs. [`Config::default`] is Linux's choice wherever Linux has one.
 #[derive(Clone, Copy, Debug)]
 pub struct Config {
@@ -30,6 +51,9 @@ pub struct Config {
     pub dma32_limit: PhysAddr,
     /// Memory from here on is ZONE_MOVABLE (`kernelcore=`); none by default.
     pub movable_from: Option<PhysAddr>,
+    /// What of the ranges is in use already. Nobody is handed it, nor is it touched, until it is [given back](crate::Mm::free_reserved); blocks
+    /// do not merge across its start.
+    pub reserved: &'static [ReservedRange],
     /// `vm.min_free_kbytes`; computed from the size of memory as Linux does when `None`.
     pub min_free_kbytes: Option<u64>,
     /// `vm.watermark_scale_factor`, in 1/10000 of a zone.
@@ -91,6 +115,7 @@ impl Default for Config {
             dma_limit: PhysAddr(16 << 20),
             dma32_limit: PhysAddr(4 << 30),
             movable_from: None,
+            reserved: &[],
             min_free_kbytes: None,
             watermark_scale_factor: 10,
             lowmem_reserve_ratio: [256, 256, 32],

@@ -86,6 +86,8 @@ pub enum InitError {
     EmptyRange(PhysAddr),
     /// Two ranges overlap, at this address.
     Overlap(PhysAddr),
+    /// What is reserved here is empty, or is not in the ranges as a whole.
+    BadReserved(PhysAddr),
     /// A range reaches past [`MAX_PFN`](crate::address::MAX_PFN): 16 TiB.
     TooHigh(PhysAddr),
     /// The platform does not map this range.
@@ -110,6 +112,9 @@ impl fmt::Display for InitError {
             InitError::NoMemory => f.write_str("no range of RAM was given"),
             InitError::EmptyRange(at) => write!(f, "the range at {at:?} is empty"),
             InitError::Overlap(at) => write!(f, "two ranges overlap at {at:?}"),
+            InitError::BadReserved(at) => {
+                write!(f, "what is reserved at {at:?} is empty or no memory")
+            }
             InitError::TooHigh(at) => write!(f, "the range at {at:?} reaches past 16 TiB"),
             InitError::NotMapped(at) => write!(f, "the platform does not map the range at {at:?}"),
             InitError::TooManyNodes(n) => write!(f, "node {n}: at most 8 nodes are supported"),

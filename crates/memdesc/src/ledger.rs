@@ -143,8 +143,8 @@ impl<P: Platform> Mm<P> {
                 ledger.pcp += u64::from(self.pages.pcp_view(cpu, index).count);
             }
         }
-        ledger.by_type[PageType::Reserved as usize] =
-            ledger.by_type[PageType::Reserved as usize].wrapping_add(boot);
+        ledger.by_type[PageType::Reserved as usize] = ledger.by_type[PageType::Reserved as usize]
+            .wrapping_add(boot + self.boot.reserved_pages);
         let types = ledger
             .by_type
             .iter()
@@ -299,7 +299,7 @@ impl<P: Platform> Mm<P> {
                     kind: zone.kind,
                     free_blocks,
                     present: zone.present,
-                    managed: zone.managed,
+                    managed: zone.managed + zone.given_back.load(Ordering::Relaxed),
                     free: lists.nr_listed + lists.nr_untouched,
                     watermarks: [
                         zone.marks.min,

@@ -177,7 +177,7 @@ pub use {
     balloon::Balloon,
     census::{Census, CensusKind, CensusStep, KindCensus},
     compaction::Obstacle,
-    config::{Config, MemRange},
+    config::{Config, MemRange, ReservedRange},
     desc::{Folio, FolioFlags, Held, PtDesc, Slab, VmArea, VmAreaKind, ZsDesc},
     device::{DeviceError, DevicePages},
     error::{AllocError, InitError},

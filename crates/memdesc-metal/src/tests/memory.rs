@@ -9,11 +9,15 @@ use alloc::vec::Vec;
 
 use memdesc::gfp::{__GFP_NORETRY, __GFP_NOWARN, Flags, GFP_KERNEL};
 use memdesc::rcu::Rcu;
-use memdesc::{CacheFlags, Event, MAX_ORDER, Mm, PAGE_SIZE, PAGEBLOCK_ORDER, Pfn};
+use memdesc::{
+    CacheFlags, CensusKind, Event, MAX_ORDER, Memory, Mm, PAGE_SIZE, PAGEBLOCK_ORDER, Pfn,
+};
 
 use super::{Machine, Outcome, Passed, ledger, settled};
-use crate::check;
+use crate::boot::{KERNEL_BASE, image};
 use crate::platform::Metal;
+use crate::pvh::{Entry, Kind};
+use crate::{check, percpu, ranges, traps};
 
 /// Pages that are free, wherever they are kept.
 pub(super) fn free_pages(machine: &Machine) -> u64 {
@@ -26,8 +30,9 @@ pub(super) fn words_written_at_boot(machine: &Machine) -> Outcome {
     let Some((words, blocks)) = machine.written else {
         return Ok(Passed::Skipped("not counted: words=count does"));
     };
+    // Besides, what was in use is cut into blocks: some twenty words for each end of its five pieces.
     check!(
-        words > 0 && words <= blocks + 64,
+        words > 0 && words <= blocks + 128,
         "{words} words for {blocks} largest blocks"
     );
     Ok(Passed::Says(format!(
@@ -293,4 +298,77 @@ pub(super) fn nothing_is_left(machine: &Machine) -> Outcome {
         "{free} pages of {given} are free, {} B of metadata",
         ledger.metadata_bytes()
     )))
+}
+
+/// What the firmware calls memory is the memory manager's, to the page: what it ever handed out or may, the kernel's text and data by name, and what it keeps its own books in.
+pub(super) fn all_memory_is_accounted_for(machine: &Machine) -> Outcome {
+    let mm = machine.mm;
+    let page = PAGE_SIZE as u64;
+    let firmware = machine.boot.memory.iter().filter(|e| e.kind.is_memory());
+    let (mut bytes, mut cut) = (0, 0);
+    for entry in firmware {
+        let (start, end) = (entry.start.next_multiple_of(page), entry.end & !(page - 1));
+        bytes += entry.end - entry.start;
+        cut += start - entry.start + entry.end - end;
+    }
+    let given = ledger(machine).given;
+    check!(
+        bytes == given * page + cut,
+        "{bytes} B of memory, of which {cut} B are no whole pages; {given} pages were given"
+    );
+    let (mut managed, mut present) = (0, 0);
+    mm.zoneinfo(|zone| {
+        managed += zone.managed;
+        present += zone.present;
+    });
+    let census = mm.census();
+    let of = |kind: CensusKind| census.of(kind).pages;
+    let (text, data) = (of(CensusKind::KernelText), of(CensusKind::KernelData));
+    let (books, other) = (of(CensusKind::MemMap), of(CensusKind::Kernel));
+    check!(
+        present == given && given == managed + text + data + books + other,
+        "{given} pages given, {present} present; {managed} managed, {text} text, {data} data, {books} of books, {other} kept"
+    );
+    let image = image();
+    check!(text == (image.text_end - image.start) / page);
+    check!(data > (image.init_start - image.text_end) / page);
+    // Where a CPU did not start, it may still want them.
+    let init = (image.end - image.init_start) / page + 1;
+    let all_run = machine.cpus == percpu::nr_cpus();
+    check!(
+        other == if all_run { 0 } else { init },
+        "{other} pages are kept of {init} that were used to come up"
+    );
+    // They are memory like any other, and are not where the image was any more.
+    let first = ((image.init_start - KERNEL_BASE) / page) as u32;
+    let reserved = |pfn: u32| matches!(mm.lookup(Pfn(pfn)).2, Memory::Reserved(_));
+    let kept = (first..first + init as u32 - 1).filter(|pfn| reserved(*pfn));
+    check!(kept.count() == if all_run { 0 } else { init as usize - 1 });
+    check!(traps::probe(image.init_start as usize) != all_run);
+    Ok(Passed::Says(format!(
+        "{bytes} B of memory: {managed} pages managed, {text} text, {data} data, {books} of books, {cut} B no whole pages"
+    )))
+}
+
+/// ACPI's tables are memory once they have been read; what overlaps with something else is none.
+pub(super) fn memory_of_the_firmware(_machine: &Machine) -> Outcome {
+    let entry = |start, end, kind| Entry { start, end, kind };
+    let map = [
+        entry(0x1000, 0x5800, Kind::Ram),
+        entry(0x10_0000, 0x20_0000, Kind::Ram),
+        entry(0x20_0000, 0x21_0000, Kind::Acpi),
+        entry(0x21_0000, 0x22_0000, Kind::Nvs),
+        entry(0x30_0000, 0x40_0000, Kind::Ram),
+        entry(0x38_0800, 0x38_0900, Kind::Reserved),
+    ];
+    let found = ranges::usable(&map, &[]);
+    let found: Vec<_> = found.iter().map(|r| (r.start.0, r.end.0)).collect();
+    let wanted = [
+        (0x1000, 0x5000),
+        (0x10_0000, 0x21_0000),
+        (0x30_0000, 0x38_0000),
+        (0x38_1000, 0x40_0000),
+    ];
+    check!(found == wanted, "{found:x?}");
+    Ok(Passed::Ok)
 }

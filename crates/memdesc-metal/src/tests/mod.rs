@@ -1,5 +1,6 @@
 //! The self-tests: each a function that says what is wrong, run one after the other, a line each.
 
+pub(crate) mod balloon;
 mod cpus;
 pub(crate) mod crash;
 mod memory;
@@ -69,6 +70,11 @@ macro_rules! check {
 const TESTS: &[(&str, Test)] = &[
     ("words_written_at_boot", memory::words_written_at_boot),
     ("the_ledger_balances", memory::the_ledger_balances),
+    (
+        "all_memory_is_accounted_for",
+        memory::all_memory_is_accounted_for,
+    ),
+    ("memory_of_the_firmware", memory::memory_of_the_firmware),
     ("pages_of_every_order", memory::pages_of_every_order),
     ("objects_of_every_size", memory::objects_of_every_size),
     ("a_cache_lives_and_dies", memory::a_cache_lives_and_dies),

@@ -77,6 +77,8 @@ pub(crate) struct Zone {
     pub(crate) present: u64,
     /// Pages that were ever in the allocator.
     pub(crate) managed: u64,
+    /// And those that were reserved, and came later. The watermarks do not know of them.
+    pub(crate) given_back: AtomicU64,
     pub(crate) marks: Watermarks,
     /// Pages kept from requests that could have been served from a zone this much higher.
     pub(crate) lowmem_reserve: [u64; ZoneType::COUNT],
@@ -115,6 +117,7 @@ impl Zone {
             index,
             present,
             managed,
+            given_back: AtomicU64::new(0),
             marks: Watermarks {
                 min: 0,
                 low: 0,
