@@ -155,8 +155,9 @@ fork_failed:
     movq %rax, %rdi
     jmp exit
 child_failed:
-    # What the child found is what is said.
+    # What the child found is what is said, so that it is no right answer.
     movq %rax, %rdi
+    btsq $40, %rdi
     jmp exit
 
 # A tree of processes, %rdi levels of children below this one: each has a number, finds its parent's in all %rdx pages, writes its own, forks two children, and finds its

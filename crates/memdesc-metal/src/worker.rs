@@ -143,16 +143,17 @@ fn kswapd(mm: &'static Mm<Metal>) -> u64 {
             continue;
         }
         seen = wanted;
+        let mut freed = 0;
         at_work(|| {
             let order = ORDER.swap(0, Ordering::Relaxed);
-            let freed = mm.kswapd();
+            freed = mm.kswapd();
             RECLAIMS.fetch_add(1, Ordering::Relaxed);
             RECLAIMED.fetch_add(freed as u64, Ordering::Relaxed);
             if (1..=PAGEBLOCK_ORDER).contains(&order) {
                 mm.compact(order);
             }
         });
-        // Not again at once, if it did not help.
-        sched::sleep_ms(10);
+        // Not again at once: each run empties the lists of all CPUs, and if there was nothing to be had there will not be so soon.
+        sched::sleep_ms(if freed > 0 { 10 } else { 100 });
     }
 }

@@ -5,6 +5,7 @@ mod cpus;
 pub(crate) mod crash;
 mod memory;
 pub(crate) mod nmi;
+mod pressure;
 mod reserve;
 pub(crate) mod suite;
 mod threads;
@@ -125,9 +126,9 @@ const TESTS: &[(&str, Test)] = &[
     ("threads_come_and_go", threads::threads_come_and_go),
     (
         "a_reserve_is_its_threads",
-        threads::a_reserve_is_its_threads,
+        pressure::a_reserve_is_its_threads,
     ),
-    ("kswapd_reclaims", threads::kswapd_reclaims),
+    ("kswapd_reclaims", pressure::kswapd_reclaims),
     (
         "users_are_paged_on_demand",
         usermode::users_are_paged_on_demand,
@@ -145,6 +146,11 @@ const TESTS: &[(&str, Test)] = &[
         usermode::the_kernel_keeps_to_its_own,
     ),
     ("nmis_strike_users", usermode::nmis_strike_users),
+    ("groups_limit_processes", pressure::groups_limit_processes),
+    (
+        "forks_fail_when_memory_is_gone",
+        pressure::forks_fail_when_memory_is_gone,
+    ),
     (
         "a_reserve_is_there_when_memory_is_gone",
         reserve::a_reserve_is_there_when_memory_is_gone,
@@ -164,6 +170,8 @@ pub(crate) fn settle(machine: &mut Machine) {
             log!("a reserve of nothing could not be made");
         }
     }
+    // So does the first group.
+    drop(machine.mm.memcg_create(None, "first", u64::MAX));
     machine.mm.shrink();
     machine.settled = settled(&ledger(machine));
 }

@@ -3,26 +3,25 @@
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
-use core::ptr::{NonNull, null_mut};
+use core::ptr::null_mut;
 use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
 use memdesc::filemap::{FileError, Mapping, MappingOps};
-use memdesc::gfp::{__GFP_NORETRY, __GFP_NOWARN, GFP_ATOMIC, GFP_KERNEL};
+use memdesc::gfp::GFP_KERNEL;
 use memdesc::mmap::{Map, VmFlags};
-use memdesc::{AddressInfo, Demand, Event, PAGE_SIZE, PAGEBLOCK_ORDER, Platform};
+use memdesc::{AddressInfo, PAGE_SIZE, Platform};
 use spin::Mutex;
 
-use super::memory::{give_all_pages, take_all_pages};
 use super::{Machine, Outcome, Passed, Random, here, ledger, quiet, settled};
 use crate::platform::Metal;
 use crate::thread::{self, JoinHandle, State};
 use crate::traps::{self, probe};
 use crate::users::{Space, with_space};
-use crate::{apic, check, park, percpu, sched, smp, time, worker};
+use crate::{apic, check, park, percpu, sched, time};
 
 const PAGE: u64 = PAGE_SIZE as u64;
 /// Nothing here takes so long, on a busy host.
-const TOO_LONG_NS: u64 = 20_000_000_000;
+pub(super) const TOO_LONG_NS: u64 = 20_000_000_000;
 
 /// Runs `f` in so many threads at once, with each one's number, on the CPUs that `bound` says; the first of what went wrong.
 pub(super) fn in_threads(
@@ -182,7 +181,7 @@ pub(super) fn sleepers_wake_in_time(machine: &Machine) -> Outcome {
 }
 
 /// A file of zeros.
-struct Zeros;
+pub(super) struct Zeros;
 
 impl MappingOps for Zeros {
     fn read_folio(&self, _index: u64, pages: &mut [u8]) -> Result<(), FileError> {
@@ -194,7 +193,7 @@ impl MappingOps for Zeros {
     }
 }
 
-static ZEROS: Zeros = Zeros;
+pub(super) static ZEROS: Zeros = Zeros;
 
 /// Who waits for a folio's lock sleeps, so that his CPU is free, until it is given back; and so does who waits for an address space's.
 pub(super) fn locks_put_threads_to_sleep(machine: &Machine) -> Outcome {
@@ -239,6 +238,19 @@ pub(super) fn locks_put_threads_to_sleep(machine: &Machine) -> Outcome {
     check!(woken >= SLEEPERS as u64, "{woken} were woken");
     drop(folio);
     drop(file);
+
+    // A word that has changed already is not slept on.
+    let word: &'static AtomicU32 = &WORD;
+    let value = word.load(Ordering::Acquire);
+    let late = thread::spawn("late", move || {
+        Platform::park(&Metal, word, value.wrapping_add(1));
+        0
+    });
+    let late = late.map_err(|why| why.to_string())?;
+    let came_back = wait("who came too late to sleep", || late.is_done());
+    park::unpark_all(word);
+    late.join();
+    came_back?;
 
     // One address space: faults of many threads, which read-lock it, between areas that come and go.
     let space = Space::new(mm, 1).map_err(|why| why.to_string())?;
@@ -289,7 +301,7 @@ pub(super) fn locks_put_threads_to_sleep(machine: &Machine) -> Outcome {
     )))
 }
 
-/// What the thread of the next test sleeps on.
+/// What threads of these tests sleep on.
 static WORD: AtomicU32 = AtomicU32::new(0);
 
 /// An NMI wakes who sleeps on a word: not itself, but soon.
@@ -474,159 +486,5 @@ pub(super) fn threads_come_and_go(machine: &Machine) -> Outcome {
     Ok(Passed::Says(format!(
         "{THREADS} threads, {} in all",
         thread::spawned()
-    )))
-}
-
-/// When memory is gone, the thread that has a reserve gets what it was promised, and another one does not.
-pub(super) fn a_reserve_is_its_threads(machine: &Machine) -> Outcome {
-    const COUNT: usize = 32;
-    const SIZE: usize = 1500;
-    /// What slabs have left, of other CPUs too, comes first.
-    const TRIES: usize = 200;
-    let mm = machine.mm;
-    let demand = Demand::KmallocObjects {
-        size: SIZE,
-        count: COUNT,
-    };
-    let reserve = mm
-        .reserve("threads", demand)
-        .map_err(|why| why.to_string())?;
-    reserve.connect(None).map_err(|why| why.to_string())?;
-    let id = reserve.id();
-    // 0: wait; 1: try; 2: give back.
-    let stage = &AtomicU32::new(0);
-    let got: [AtomicU64; 2] = [const { AtomicU64::new(u64::MAX) }; 2];
-    let mut handles = Vec::with_capacity(2);
-    for (i, got) in got.iter().enumerate() {
-        let run = move || {
-            let at = |wanted: u32| {
-                while stage.load(Ordering::Acquire) < wanted {
-                    park::park(stage, wanted - 1);
-                }
-            };
-            if i == 1 {
-                thread::current().reserve.store(id, Ordering::Relaxed);
-            }
-            at(1);
-            let mut objects = [None; TRIES];
-            for object in &mut objects {
-                // The other runs between.
-                sched::yield_now();
-                *object = mm.kmalloc(SIZE, GFP_ATOMIC | __GFP_NOWARN).ok();
-            }
-            thread::current().reserve.store(0, Ordering::Relaxed);
-            let from_reserve = |object: &&Option<NonNull<u8>>| {
-                object.is_some_and(|object| mm.is_from_reserve(object.as_ptr()))
-            };
-            got.store(
-                objects.iter().filter(from_reserve).count() as u64,
-                Ordering::Release,
-            );
-            at(2);
-            for object in objects.into_iter().flatten() {
-                // SAFETY: ours, and freed once.
-                unsafe { mm.kfree(object) };
-            }
-            0
-        };
-        // SAFETY: joined below.
-        let handle = unsafe { thread::spawn_unchecked("reserve", None, run) };
-        handles.push(handle.map_err(|why| why.to_string())?);
-    }
-    let mut plain = Vec::with_capacity(4096);
-    let mut large = Vec::with_capacity((ledger(machine).given >> PAGEBLOCK_ORDER) as usize + 1);
-    while let Ok(pfn) = mm.alloc_pages(GFP_KERNEL | __GFP_NORETRY | __GFP_NOWARN, PAGEBLOCK_ORDER) {
-        large.push(pfn);
-    }
-    let small = take_all_pages(mm, GFP_KERNEL).0;
-    let last = take_all_pages(mm, GFP_ATOMIC).0;
-    while plain.len() < plain.capacity()
-        && let Ok(object) = mm.kmalloc(SIZE, GFP_ATOMIC | __GFP_NOWARN)
-    {
-        plain.push(object);
-    }
-    let step = |to: u32| {
-        stage.store(to, Ordering::Release);
-        park::unpark_all(stage);
-    };
-    step(1);
-    smp::wait_until(|| {
-        got.iter()
-            .all(|got| got.load(Ordering::Acquire) != u64::MAX)
-    });
-    step(2);
-    handles.into_iter().map(JoinHandle::join).for_each(drop);
-    for object in plain {
-        // SAFETY: ours, and freed once.
-        unsafe { mm.kfree(object) };
-    }
-    give_all_pages(mm, last);
-    give_all_pages(mm, small);
-    for pfn in large {
-        // SAFETY: the same.
-        unsafe { mm.free_pages(pfn) };
-    }
-    reserve.disconnect().map_err(|why| why.to_string())?;
-    check!(reserve.destroy().is_ok());
-    let got: Vec<u64> = got.iter().map(|got| got.load(Ordering::Acquire)).collect();
-    check!(
-        got[0] == 0,
-        "a thread without a reserve got {} objects of one",
-        got[0]
-    );
-    check!(
-        got[1] == COUNT as u64,
-        "the thread with the reserve got {} objects of it",
-        got[1]
-    );
-    check!(ledger(machine).balanced);
-    Ok(Passed::Says(format!(
-        "{} of {COUNT} objects from the reserve",
-        got[1]
-    )))
-}
-
-/// When memory runs low because of what is cached of files, kswapd makes room in the background.
-pub(super) fn kswapd_reclaims(machine: &Machine) -> Outcome {
-    let mm = machine.mm;
-    let before = [&worker::RECLAIMS, &worker::RECLAIMED].map(|n| n.load(Ordering::Relaxed));
-    let wakes = mm.event(Event::SlowPath);
-    let file = Mapping::new(mm, &ZEROS, 1 << 30).map_err(|why| why.to_string())?;
-    // Most of memory is taken, so that the cache need not be large.
-    let mut large = Vec::with_capacity((ledger(machine).given >> PAGEBLOCK_ORDER) as usize + 1);
-    while let Ok(pfn) = mm.alloc_pages(GFP_KERNEL | __GFP_NORETRY | __GFP_NOWARN, PAGEBLOCK_ORDER) {
-        large.push(pfn);
-    }
-    for pfn in large.drain(large.len().saturating_sub(4)..) {
-        // SAFETY: ours, and freed once.
-        unsafe { mm.free_pages(pfn) };
-    }
-    let done = || worker::RECLAIMED.load(Ordering::Relaxed) > before[1];
-    let (mut index, mut result) = (0, Ok(()));
-    let until = time::now() + TOO_LONG_NS;
-    while !done() && result.is_ok() && time::now() < until {
-        result = file.get(index).map(drop).map_err(|why| why.to_string());
-        index += 1;
-        if index.is_multiple_of(256) {
-            sched::yield_now();
-        }
-    }
-    let pages = file.nrpages();
-    drop(file);
-    for pfn in large {
-        // SAFETY: the same.
-        unsafe { mm.free_pages(pfn) };
-    }
-    result?;
-    let wakes = mm.event(Event::SlowPath) - wakes;
-    check!(
-        done(),
-        "kswapd made nothing free: {index} pages were read, {pages} are cached, {wakes} times memory was low"
-    );
-    let reclaims = worker::RECLAIMS.load(Ordering::Relaxed) - before[0];
-    let freed = worker::RECLAIMED.load(Ordering::Relaxed) - before[1];
-    check!(ledger(machine).balanced);
-    Ok(Passed::Says(format!(
-        "{index} pages read, {reclaims} runs made {freed} free"
     )))
 }

@@ -11,15 +11,15 @@ use memdesc::mmap::{Map, VmFlags};
 use super::{Machine, Outcome, Passed, ledger, on_all, quiet, settled};
 use crate::platform::Metal;
 use crate::process::{self, KILLED, Program};
-use crate::thread::JoinHandle;
+use crate::thread::{self, JoinHandle};
 use crate::users::Space;
 use crate::{apic, check, memory, percpu, sched, smp, time, traps, users};
 
 unsafe extern "C" {
     safe static user_hello: u8;
-    safe static user_demand: u8;
+    pub(super) safe static user_demand: u8;
     safe static user_cow: u8;
-    safe static user_tree: u8;
+    pub(super) safe static user_tree: u8;
     safe static user_spin: u8;
     safe static user_forever: u8;
     safe static user_map: u8;
@@ -28,7 +28,7 @@ unsafe extern "C" {
 }
 
 /// Runs these at once; what they said.
-fn run_all(
+pub(super) fn run_all(
     file: &Mapping<'static, Metal>,
     machine: &Machine,
     programs: &[Program],
@@ -45,7 +45,7 @@ fn run_all(
     result.map(|()| said)
 }
 
-fn program(entry: &'static u8, arguments: [u64; 2], pages: u64) -> Program {
+pub(super) fn program(entry: &'static u8, arguments: [u64; 2], pages: u64) -> Program {
     Program {
         entry,
         arguments,
@@ -53,13 +53,14 @@ fn program(entry: &'static u8, arguments: [u64; 2], pages: u64) -> Program {
     }
 }
 
-fn text_file(machine: &Machine) -> Result<Mapping<'static, Metal>, String> {
+pub(super) fn text_file(machine: &Machine) -> Result<Mapping<'static, Metal>, String> {
     process::text_file(machine.mm).map_err(|why| why.to_string())
 }
 
 /// All are gone, and so is what they had.
-fn nothing_is_left(machine: &Machine, before: u64) -> Result<(), String> {
-    smp::wait_until(|| process::alive() == 0);
+pub(super) fn nothing_is_left(machine: &Machine, before: u64) -> Result<(), String> {
+    // What is left are the workers.
+    smp::wait_until(|| process::alive() == 0 && thread::alive() == machine.cpus as u64 + 1);
     let after = rest(machine);
     check!(
         after == before,
@@ -69,7 +70,7 @@ fn nothing_is_left(machine: &Machine, before: u64) -> Result<(), String> {
     Ok(())
 }
 
-fn rest(machine: &Machine) -> u64 {
+pub(super) fn rest(machine: &Machine) -> u64 {
     quiet(machine);
     let ledger = ledger(machine);
     if ledger.balanced { settled(&ledger) } else { 0 }
