@@ -228,7 +228,7 @@ pub(super) fn groups_limit_processes(machine: &Machine) -> Outcome {
 pub(super) fn forks_fail_when_memory_is_gone(machine: &Machine) -> Outcome {
     /// Pages that are left, and those that each process of the tree writes to.
     const LEFT: usize = 900;
-    const PAGES: u64 = 120;
+    const PAGES: u64 = 300;
     let mm = machine.mm;
     let before = rest(machine);
     let file = text_file(machine)?;
