@@ -101,8 +101,8 @@ unsafe impl Cpus for Metal {
 }
 
 // SAFETY:
-// 1. The direct map is where it is, and maps all memory that is given to the memory manager before it is; the image, which the memory manager is not
-//    given, is the only memory that anybody else touches.
+// 1. The direct map is where it is, and maps all memory that is given to the memory manager before it is; what it is told to be in use, the image and the
+//    page that CPUs start in, is the only memory that anybody else touches.
 // 2. As for `Cpus` above: between two pins a thread may be moved, in one it is not. Interrupts and NMIs run on the CPU that they strike, and are over before it goes on.
 // 3. As for `Cpus` above.
 // 4. The range is one entry of the root, into which nothing else is mapped; `vmap` makes and removes its translations, and a flush reaches

@@ -26,7 +26,7 @@ static TRAP_STACKS: Mutex<[u64; gdt::TRAP_STACKS]> = Mutex::new([0; gdt::TRAP_ST
 /// No memory for stacks.
 pub(crate) fn start(mm: &'static Mm<Metal>, topology: &Topology) -> Result<usize, AllocError> {
     let code = boot::trampoline();
-    // SAFETY: a page of the first MiB, which is kept out of the memory manager, mapped, and nobody's.
+    // SAFETY: a page of the first MiB, which the memory manager keeps for this until all CPUs run, mapped, and nobody's.
     unsafe { phys_to_virt(AP_BASE).copy_from_nonoverlapping(code.as_ptr(), code.len()) };
     boot::ap_start_cr3.store(paging::root(), Ordering::Relaxed);
     let me = percpu::this().apic_id.load(Ordering::Relaxed);

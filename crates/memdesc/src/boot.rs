@@ -7,7 +7,7 @@
 use core::ptr::NonNull;
 
 use crate::address::{MAX_PFN, PAGE_SHIFT, PAGE_SIZE, Pfn, PhysAddr};
-use crate::config::{Config, MAX_CPUS, MAX_NODES, MAX_SHRINKERS, MemRange, ReservedRange};
+use crate::config::{Config, MAX_CPUS, MAX_NODES, MAX_SHRINKERS, MemRange};
 use crate::desc::{Folio, FolioPrivate, PtDesc, Slab, VmArea, ZsDesc};
 use crate::device::DeviceCost;
 use crate::error::InitError;
@@ -37,6 +37,7 @@ use crate::rcu::prepaid::Prepaid;
 use crate::report::depot::{self, Cell, Depot};
 use crate::report::entry::Entry;
 use crate::report::history::{History, SetInfo, WAYS};
+use crate::reserved::{ReservedRange, check_reserved, next_reserved, reserved_until};
 use crate::slab::cache::{Geometry, Role};
 use crate::slab::init::init_flags;
 use crate::slab::kfence::{self, Countdown, Pool, Slot};
@@ -275,7 +276,7 @@ impl<P: Platform> Mm<P> {
 }
 
 /// Page frames that lie wholly in a range.
-fn frames(range: &MemRange) -> (u32, u32) {
+pub(crate) fn frames(range: &MemRange) -> (u32, u32) {
     let start = range
         .start
         .0
@@ -283,18 +284,6 @@ fn frames(range: &MemRange) -> (u32, u32) {
         .min(u64::from(MAX_PFN));
     let end = (range.end.0 >> PAGE_SHIFT).min(u64::from(MAX_PFN));
     (start as u32, (end as u32).max(start as u32))
-}
-
-/// Where the next reserved range starts after this.
-fn next_reserved(reserved: &[ReservedRange], after: u32) -> u32 {
-    let starts = reserved.iter().map(|r| r.frames().0);
-    starts.filter(|&s| s > after).min().unwrap_or(MAX_PFN)
-}
-
-/// Where the reserved range ends that this is in; here, if it is in none.
-fn reserved_until(reserved: &[ReservedRange], at: u32) -> u32 {
-    let mut frames = reserved.iter().map(ReservedRange::frames);
-    frames.find(|&(s, e)| s <= at && at < e).map_or(at, |r| r.1)
 }
 
 /// The longest run of page frames without a hole, or anything reserved. Ranges in it may touch: boot memory at its end is at the end of a region
@@ -336,28 +325,6 @@ fn check(ranges: &[MemRange]) -> Result<(), InitError> {
         }
         for other in &ranges[..i] {
             let (s, e) = frames(other);
-            if start < e && s < end {
-                return Err(InitError::Overlap(range.start.max(other.start)));
-            }
-        }
-    }
-    Ok(())
-}
-
-fn check_reserved(reserved: &[ReservedRange], ranges: &[MemRange]) -> Result<(), InitError> {
-    for (i, range) in reserved.iter().enumerate() {
-        let (start, end) = range.frames();
-        let bad = InitError::BadReserved(range.start);
-        if start >= end {
-            return Err(bad);
-        }
-        let mut at = start;
-        while at < end {
-            let home = ranges.iter().map(frames).find(|&(s, e)| s <= at && at < e);
-            at = home.ok_or(bad)?.1;
-        }
-        for other in &reserved[..i] {
-            let (s, e) = other.frames();
             if start < e && s < end {
                 return Err(InitError::Overlap(range.start.max(other.start)));
             }

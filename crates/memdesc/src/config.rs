@@ -1,7 +1,7 @@
 //! What a user of the memory manager decides before it comes up.
 
-use crate::address::{MAX_PFN, PAGE_SHIFT, PAGE_SIZE, PhysAddr};
-use crate::inline::Reserved;
+use crate::address::PhysAddr;
+use crate::reserved::ReservedRange;
 
 /// At most so many NUMA nodes.
 pub const MAX_NODES: usize = 8;
@@ -20,26 +20,6 @@ pub struct MemRange {
     pub end: PhysAddr,
     /// The NUMA node.
     pub node: u8,
-}
-
-/// Memory of the ranges that is in use when it is taken over (`memblock_reserve`): the kernel's own, what the firmware and the loader left.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct ReservedRange {
-    /// The first byte. Rounded down to a page.
-    pub start: PhysAddr,
-    /// One past the last byte. Rounded up to a page.
-    pub end: PhysAddr,
-    /// What it is.
-    pub what: Reserved,
-}
-
-impl ReservedRange {
-    /// Page frames that any of it lies in.
-    pub(crate) fn frames(&self) -> (u32, u32) {
-        let end = self.end.0.div_ceil(PAGE_SIZE as u64);
-        let limit = |frame: u64| frame.min(u64::from(MAX_PFN)) as u32;
-        (limit(self.start.0 >> PAGE_SHIFT), limit(end))
-    }
 }
 
 /// The knobs. [`Config::default`] is Linux's choice wherever Linux has one.

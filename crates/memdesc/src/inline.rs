@@ -10,14 +10,10 @@
 
 use crate::address::{MAX_ORDER, Pfn, PhysAddr};
 use crate::compaction::Obstacle;
-use crate::config::ReservedRange;
-use crate::error::AllocError;
 use crate::memmap::heads::blocks;
 use crate::memmap::{DescClass, PageType, Word};
 use crate::mm::Mm;
-use crate::page_alloc::alloc::Descriptors;
 use crate::platform::Platform;
-use crate::sync::atomic::Ordering;
 
 const WHAT_BITS: u32 = 7;
 const WHAT_MASK: u64 = (1 << WHAT_BITS) - 1;
@@ -245,87 +241,6 @@ impl<P: Platform> Mm<P> {
             at += 1 << order;
         }
         Ok(())
-    }
-
-    /// Gives memory back that was [in use when it was taken over](crate::Config::reserved), all of one such range or a part (`free_reserved_area`): free from here on.
-    /// Says how many pages; the page of address 0 stays what it is.
-    ///
-    /// # Safety
-    ///
-    /// Nobody uses the memory any more.
-    ///
-    /// # Context
-    ///
-    /// As [`alloc_pages`](Self::alloc_pages) with `GFP_KERNEL`.
-    ///
-    /// # Errors
-    ///
-    /// [`AllocError::Busy`] if it is not reserved, or not any more, or if the blocks that it is in reach out of it: they are as large as their range and its alignment
-    /// let them be. No memory for descriptors. Nothing has changed then.
-    ///
-    /// # Examples
-    ///
-    /// ```
-    /// use memdesc::{Config, Memory, Mm, Pfn, Reserved, ReservedRange};
-    /// use memdesc_host::Host;
-    ///
-    /// const INIT: ReservedRange = ReservedRange {
-    ///     start: Pfn(256).phys(),
-    ///     end: Pfn(300).phys(),
-    ///     what: Reserved::KernelData,
-    /// };
-    /// let (host, ram) = Host::small(16384)?;
-    /// let config = Config { reserved: &[INIT], ..Config::default() };
-    /// let mm = Mm::new(host, &config, &ram)?;
-    /// assert!(matches!(mm.lookup(Pfn(270)).2, Memory::Reserved(Reserved::KernelData)));
-    /// // SAFETY: there was nothing in it.
-    /// assert_eq!(unsafe { mm.free_reserved(Pfn(256), 44)? }, 44);
-    /// assert!(mm.ledger().balanced);
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    pub unsafe fn free_reserved(&self, start: Pfn, pages: u32) -> Result<u32, AllocError> {
-        let end = start.0.checked_add(pages).ok_or(AllocError::Busy)?;
-        let home = self.boot.reserved.iter().map(ReservedRange::frames);
-        if pages == 0 || !{ home }.any(|(s, e)| s <= start.0 && end <= e) {
-            return Err(AllocError::Busy);
-        }
-        let start = start.0.max(1);
-        // The block here, if it is reserved and ends by the end.
-        let block = |at: u32| {
-            let found = self.pages.map.lookup(Pfn(at))?;
-            let is_whole = found.head == Pfn(at) && at + (1 << found.word.order()) <= end;
-            let reserved = matches!(found.word.inline_facts(), Some(Facts::Reserved(_)));
-            (is_whole && reserved).then_some(found.word.order())
-        };
-        let (mut at, mut n) = (start, 0);
-        while at < end {
-            at += 1 << block(at).ok_or(AllocError::Busy)?;
-            n += 1;
-        }
-        let mut spare = self.get(n)?;
-        let mut at = start;
-        while at < end {
-            let (Some(order), Some(desc)) = (block(at), spare.pop(&self.pages.map)) else {
-                unreachable!("all were looked at, and there are as many as there are blocks")
-            };
-            let pfn = Pfn(at);
-            let zone = self
-                .pages
-                .map
-                .region(pfn)
-                .map(|region| region.zone as usize);
-            if let Some(zone) = zone {
-                let given_back = &self.pages.zones[zone].given_back;
-                given_back.fetch_add(1 << order, Ordering::Relaxed);
-            }
-            self.pages.platform.pages_allocated(pfn, order);
-            self.inline_to_bare(pfn, desc);
-            // SAFETY: bare pages that nobody uses, by the caller's promise.
-            unsafe { self.free_pages(pfn) };
-            at += 1 << order;
-        }
-        self.put(spare);
-        Ok(end - start)
     }
 
     /// Takes the largest free block that starts here and ends by `end`; says of which order.

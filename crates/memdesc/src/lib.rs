@@ -155,6 +155,8 @@ mod reserve {
     mod wait;
 }
 #[cfg(not(loom))]
+mod reserved;
+#[cfg(not(loom))]
 mod shrinker;
 #[cfg(not(loom))]
 pub mod slab;
@@ -177,7 +179,7 @@ pub use {
     balloon::Balloon,
     census::{Census, CensusKind, CensusStep, KindCensus},
     compaction::Obstacle,
-    config::{Config, MemRange, ReservedRange},
+    config::{Config, MemRange},
     desc::{Folio, FolioFlags, Held, PtDesc, Slab, VmArea, VmAreaKind, ZsDesc},
     device::{DeviceError, DevicePages},
     error::{AllocError, InitError},
@@ -203,6 +205,7 @@ pub use {
         Recorded, Report, Stack, StackId, Track, Validation,
     },
     reserve::{Bound, Demand, DestroyReserveError, Reserve, ReserveView, Unbalanced},
+    reserved::ReservedRange,
     shrinker::Shrinker,
     slab::{
         Cache, CacheFlags, CacheView, DestroyError, KfenceFault, KfenceInfo, KfenceObject,

@@ -86,7 +86,7 @@ pub struct ReclaimRequest {
 /// 1. [`direct_map`](Self::direct_map) is at the start of a page, the same pointer for the life of the platform, and for every byte of every
 ///    range given to [`Mm::new`](crate::Mm::new) that [`maps`](Self::maps) says yes to, `direct_map + physical
 ///    address` may be read and written through it while the allocator, or the owner it handed the page to, has it.
-///    Nobody else touches that memory.
+///    Nobody else touches that memory, but what is [reserved](crate::Config::reserved) in it until it is given back.
 /// 2. Between [`pin`](Self::pin) and the matching [`unpin`](Self::unpin) no other thread of execution gets the same CPU
 ///    number from `pin` or [`try_pin`](Self::try_pin): no preemption, no migration. Pins nest and then give the same
 ///    number, which is under [`nr_cpus`](Self::nr_cpus). Interrupts, NMIs and signal handlers may strike at any instruction
