@@ -244,7 +244,7 @@ proptest! {
     #[test]
     fn requests_are_within_red_zones(ops in prop::collection::vec((contexts(), op()), 1..if cfg!(miri) { 12 } else { 120 })) {
         let config = Config {
-            slab_debug: CacheFlags::RED_ZONE | CacheFlags::POISON,
+            slab_debug: CacheFlags::RED_ZONE | CacheFlags::POISON | CacheFlags::STORE_USER,
             ..Config::default()
         };
         run(&config, ops);
