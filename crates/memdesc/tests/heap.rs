@@ -359,3 +359,25 @@ fn a_node_beyond_all_others_is_the_last() {
     mm.shrink();
     assert!(mm.ledger().balanced);
 }
+
+/// What grows where it is takes its red zone with it: by `kvrealloc` as by `krealloc`.
+#[test]
+fn the_red_zone_moves_with_the_end() {
+    let config = Config {
+        slab_debug: CacheFlags::RED_ZONE | CacheFlags::STORE_USER,
+        ..Config::default()
+    };
+    let (_, mm) = heap(8, &config);
+    let ptr = mm.kmalloc(4976, GFP_KERNEL).unwrap();
+    // SAFETY: ours, and not used after it moved.
+    unsafe {
+        ptr.write_bytes(7, 4976);
+        let grown = mm.kvrealloc(ptr, 8000, GFP_KERNEL).unwrap();
+        assert_eq!(grown, ptr, "the class has room");
+        grown.write_bytes(8, 8000);
+        let moved = mm.kvrealloc(grown, 100, GFP_KERNEL).unwrap();
+        assert_eq!(moved.add(99).read(), 8);
+        mm.kvfree(moved);
+    }
+    assert!(mm.ledger().balanced);
+}

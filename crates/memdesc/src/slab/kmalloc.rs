@@ -384,37 +384,53 @@ impl<P: Platform> Mm<P> {
         gfp: Flags,
     ) -> Result<NonNull<u8>, AllocError> {
         // SAFETY: the caller's promise.
-        let old = unsafe { self.ksize(ptr) };
-        let fits = size != 0 && size <= old && (size > old / 2 || old <= 8);
-        if fits {
-            if let Ok(Where::Object(core)) = self.where_is(ptr.as_ptr())
-                && core.is_debug()
-                && !self.kfence.contains(ptr.as_ptr())
-            {
-                // What lies between was red zone, not what the caller left there.
-                let had = debug::asked(core, ptr).unwrap_or(size);
-                debug::on_resize(core, ptr, size);
-                if gfp.contains(gfp::__GFP_ZERO) && had < size {
-                    // SAFETY: within the object, which is the caller's.
-                    unsafe { ptr.add(had).write_bytes(0, size - had) };
-                }
-            }
-            return Ok(ptr);
-        }
-        let new = self.kmalloc(size, gfp)?;
-        // Of a debug cache's object what was asked for: behind it is red zone.
-        let had = match self.where_is(ptr.as_ptr()) {
-            Ok(Where::Object(core)) if core.is_debug() && !self.kfence.contains(ptr.as_ptr()) => {
-                debug::asked(core, ptr).unwrap_or(old)
-            }
-            _ => old,
+        let had = match unsafe { self.resize_in_place(ptr, size, gfp) } {
+            Ok(()) => return Ok(ptr),
+            Err(had) => had,
         };
+        let new = self.kmalloc(size, gfp)?;
         // SAFETY: both are live, distinct, and at least this long; the old one is the caller's to give up.
         unsafe {
             ptr.copy_to_nonoverlapping(new, had.min(size));
             self.kfree(ptr);
         }
         Ok(new)
+    }
+
+    /// Makes an allocation larger or smaller where it is; if it has no room there, or far too much, how many of its bytes are the caller's.
+    ///
+    /// # Safety
+    ///
+    /// As [`krealloc`](Self::krealloc).
+    pub(crate) unsafe fn resize_in_place(
+        &self,
+        ptr: NonNull<u8>,
+        size: usize,
+        gfp: Flags,
+    ) -> Result<(), usize> {
+        // SAFETY: the caller's promise.
+        let old = unsafe { self.ksize(ptr) };
+        // Of a debug cache's object what was asked for: behind it is red zone, not what the caller left there.
+        let debug = match self.where_is(ptr.as_ptr()) {
+            Ok(Where::Object(core)) if core.is_debug() && !self.kfence.contains(ptr.as_ptr()) => {
+                Some(core)
+            }
+            _ => None,
+        };
+        let asked = debug.and_then(|core| debug::asked(core, ptr));
+        let fits = size != 0 && size <= old && (size > old / 2 || old <= 8);
+        if !fits {
+            return Err(asked.unwrap_or(old));
+        }
+        if let Some(core) = debug {
+            let had = asked.unwrap_or(size);
+            debug::on_resize(core, ptr, size);
+            if gfp.contains(gfp::__GFP_ZERO) && had < size {
+                // SAFETY: within the object, which is the caller's.
+                unsafe { ptr.add(had).write_bytes(0, size - had) };
+            }
+        }
+        Ok(())
     }
 }
 

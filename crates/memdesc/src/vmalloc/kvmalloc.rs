@@ -112,18 +112,19 @@ impl<P: Platform> Mm<P> {
         size: usize,
         gfp: Flags,
     ) -> Result<NonNull<u8>, AllocError> {
-        let old = match self.find_vm_area(ptr.addr().get()) {
+        let had = match self.find_vm_area(ptr.addr().get()) {
+            Some(area) if size != 0 && size <= area.size && size > area.size / 2 => return Ok(ptr),
             Some(area) => area.size,
             // SAFETY: the caller's promise.
-            None => unsafe { self.ksize(ptr) },
+            None => match unsafe { self.resize_in_place(ptr, size, gfp) } {
+                Ok(()) => return Ok(ptr),
+                Err(had) => had,
+            },
         };
-        if size != 0 && size <= old && (size > old / 2 || old <= 8) {
-            return Ok(ptr);
-        }
         let new = self.kvmalloc(size, gfp)?;
         // SAFETY: both are live, distinct, and at least this long; the old one is the caller's to give up.
         unsafe {
-            ptr.copy_to_nonoverlapping(new, old.min(size));
+            ptr.copy_to_nonoverlapping(new, had.min(size));
             self.kvfree(ptr);
         }
         Ok(new)
