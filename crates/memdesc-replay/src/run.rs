@@ -6,8 +6,10 @@
 //! - Not to be too far ahead: a call is made at most [`WINDOW`] calls before the slowest CPU's next. Otherwise one CPU might allocate all that the others are
 //!   going to free later, and the memory that the recording took would not do.
 //!
-//! That ends: of all calls that are not made look at the first. What it waits for comes before it, and is made; and the CPU that makes it is the slowest one.
-//! So it is made.
+//! Who has to wait for one of the two waits on until the slowest CPU is [`NEAR`].
+//!
+//! That ends: of all calls that are not made look at the first. What it waits for comes before it, and is made; and the CPU that makes it is the slowest one,
+//! which is near itself. So it is made.
 //!
 //! A slot's values: [`EMPTY`] until its allocation is made and after its free is, [`FAILED`], or what was got.
 
@@ -25,6 +27,8 @@ use crate::plan::{Call, Op, Plan};
 
 /// Calls that a CPU may be ahead of the slowest.
 const WINDOW: usize = 4096;
+/// Who waits goes on when the slowest CPU's next call is not so many calls behind: a wait may cost a sleep, so it should not be one for every call.
+const NEAR: usize = WINDOW / 4;
 /// Calls between two looks at the bytes of descriptors, by the first CPU.
 const SAMPLE: u64 = 1024;
 /// Calls between two times that a CPU does what else it has to do.
@@ -241,11 +245,11 @@ impl<'m, 'p, P: Platform> Run<'m, 'p, P> {
                 allowed = self.slowest() + WINDOW;
                 if i >= allowed {
                     done.waited_for_others += 1;
-                    wait(&|| self.slowest() + WINDOW > i);
+                    wait(&|| self.slowest() + NEAR > i);
                     allowed = self.slowest() + WINDOW;
                 }
             }
-            self.call(op, &mut done, &wait);
+            self.call(i, op, &mut done, &wait);
             done.calls += 1;
             if done.calls.is_multiple_of(UPKEEP) {
                 upkeep();
@@ -268,7 +272,7 @@ impl<'m, 'p, P: Platform> Run<'m, 'p, P> {
     }
 
     #[inline]
-    fn call(&self, op: &Op, done: &mut Done, wait: &impl Fn(&dyn Fn() -> bool)) {
+    fn call(&self, i: usize, op: &Op, done: &mut Done, wait: &impl Fn(&dyn Fn() -> bool)) {
         let order = usize::from(op.order);
         let object =
             |result: Result<OwnedObject, AllocError>, done: &mut Done, size: u64| match result {
@@ -311,21 +315,21 @@ impl<'m, 'p, P: Platform> Run<'m, 'p, P> {
                 done.cache_alloc += u64::from(object(result, done, size));
             }
             Call::Free => {
-                if let Some(block) = self.take_block(op, done, wait) {
+                if let Some(block) = self.take_block(i, op, done, wait) {
                     self.handles.free(block);
                     done.freed += 1;
                     done.freed_pages += 1 << order;
                 }
             }
             Call::FreeObject => {
-                if let Some(object) = self.take_object(op, done, wait) {
+                if let Some(object) = self.take_object(i, op, done, wait) {
                     let cache = object.cache().map(|n| &self.caches[n]);
                     self.handles.free_object(object, cache);
                     done.objects_freed += 1;
                 }
             }
             Call::FreeObjectLater => {
-                if let Some(object) = self.take_object(op, done, wait) {
+                if let Some(object) = self.take_object(i, op, done, wait) {
                     let size = object.cache().map(|n| self.caches[n].object_size());
                     let deferred = self.handles.free_object_later(object, size);
                     done.deferred += u64::from(deferred);
@@ -343,13 +347,19 @@ impl<'m, 'p, P: Platform> Run<'m, 'p, P> {
 
     /// What the slot got, as soon as it has got it. It has one free in the plan.
     #[inline]
-    fn take(&self, op: &Op, done: &mut Done, wait: &impl Fn(&dyn Fn() -> bool)) -> Option<u64> {
+    fn take(
+        &self,
+        i: usize,
+        op: &Op,
+        done: &mut Done,
+        wait: &impl Fn(&dyn Fn() -> bool),
+    ) -> Option<u64> {
         let slot = &self.slots[op.slot as usize];
         // Whoever else might come for it, by a mistake, finds nothing.
         let mut value = slot.swap(EMPTY, Ordering::Acquire);
         if value == EMPTY {
             done.waited_for_allocation += 1;
-            wait(&|| slot.load(Ordering::Relaxed) != EMPTY);
+            wait(&|| slot.load(Ordering::Relaxed) != EMPTY && self.slowest() + NEAR > i);
             value = slot.swap(EMPTY, Ordering::Acquire);
         }
         if value == FAILED || value == EMPTY {
@@ -361,22 +371,24 @@ impl<'m, 'p, P: Platform> Run<'m, 'p, P> {
 
     fn take_block(
         &self,
+        i: usize,
         op: &Op,
         done: &mut Done,
         wait: &impl Fn(&dyn Fn() -> bool),
     ) -> Option<OwnedBlock> {
-        let value = self.take(op, done, wait)?;
+        let value = self.take(i, op, done, wait)?;
         // SAFETY: a plan frees pages by the slots that it allocated pages into, each once, and `take` has emptied it in one step: `call` put the block in.
         Some(unsafe { OwnedBlock::from_raw((value - BLOCK) as u32) })
     }
 
     fn take_object(
         &self,
+        i: usize,
         op: &Op,
         done: &mut Done,
         wait: &impl Fn(&dyn Fn() -> bool),
     ) -> Option<OwnedObject> {
-        let value = self.take(op, done, wait)?;
+        let value = self.take(i, op, done, wait)?;
         // SAFETY: as in `take_block`, of an object.
         unsafe { OwnedObject::from_raw(value) }
     }
@@ -401,13 +413,13 @@ impl<'m, 'p, P: Platform> Run<'m, 'p, P> {
                 continue;
             }
             if matches!(op.call, Call::Alloc(_)) {
-                let block = self.take_block(op, &mut unused, &|_| {});
+                let block = self.take_block(0, op, &mut unused, &|_| {});
                 left.blocks += block.map_or(0, |block| {
                     self.handles.free(block);
                     1
                 });
             } else {
-                let object = self.take_object(op, &mut unused, &|_| {});
+                let object = self.take_object(0, op, &mut unused, &|_| {});
                 left.objects += object.map_or(0, |object| {
                     let cache = object.cache().map(|n| &self.caches[n]);
                     self.handles.free_object(object, cache);
@@ -418,7 +430,7 @@ impl<'m, 'p, P: Platform> Run<'m, 'p, P> {
         for cache in self.caches {
             if let Err(stuck) = self.handles.destroy(cache) {
                 left.stuck
-                    .push((String::from(stuck.cache.name()), stuck.live as u64));
+                    .push((String::from(stuck.cache.name()), stuck.live));
             }
         }
         left
