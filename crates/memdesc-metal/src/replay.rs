@@ -162,6 +162,14 @@ fn replay(machine: &Machine, module: Module) -> Result<Vec<String>, String> {
     let handles: Handles<'_, Metal> = unsafe { Handles::new(mm) };
     let run = Run::new(handles, &plan, &recording.caches).map_err(|why| format!("{why}"))?;
     let before = tests::ledger(machine);
+    let free = before.free + before.untouched + before.pcp;
+    if plan.peak_pages > free {
+        return Err(format!(
+            "{} MiB of pages are out at its peak, and {} MiB are free: give the machine more memory, or cut the recording",
+            (plan.peak_pages * PAGE_SIZE as u64) >> 20,
+            (free * PAGE_SIZE as u64) >> 20
+        ));
+    }
     let all = Mutex::new(Done::default());
     let start = time::now();
     smp::on_all_cpus(&|cpu| {

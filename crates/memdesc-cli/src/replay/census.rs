@@ -323,6 +323,8 @@ mod tests {
     use memdesc_trace::{Event, EventKind};
 
     use super::*;
+    use crate::handles::OwnedBlock;
+    use memdesc_replay::handles::Token;
 
     fn block(pfn: u32, pages: u32, kind: LayoutKind) -> LayoutBlock {
         LayoutBlock { pfn, pages, kind }
@@ -379,7 +381,7 @@ mod tests {
             (5, Holder::Anon),
         ] {
             // SAFETY: nothing is ever done with it here.
-            let ours = unsafe { crate::handles::OwnedBlock::from_pfn(100 + pfn) };
+            let ours = unsafe { OwnedBlock::from_raw(100 + pfn) };
             pages.put(pfn, 0, holder, ours);
         }
         let alloc = |pfn| EventKind::PageAlloc {
