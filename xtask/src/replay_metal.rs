@@ -110,7 +110,7 @@ impl Machine {
 
 /// The machines: memory is what the built-in recording needs, or what others may need.
 pub(crate) fn machines(built_in: bool, memory: Option<&str>) -> Vec<Machine> {
-    let memory = memory.unwrap_or(if built_in { "512M" } else { "4G" });
+    let memory = memory.unwrap_or(if built_in { "512M" } else { "8G" });
     let machine = |cpus, cmdline| Machine {
         cpus,
         memory: memory.to_owned(),
