@@ -1,12 +1,19 @@
 //! memdesc as the memory manager of a bare-metal x86-64 machine.
 //!
 //! An image that a PVH loader starts (`qemu-system-x86_64 -kernel`), that takes over all memory, starts all CPUs, and tests itself on them. It prints to the
-//! first serial port and ends the machine through `isa-debug-exit`. Command line: `memory=fresh` says that the machine's memory is zero where the firmware was not;
-//! `rt` has the locks of the memory manager sleep; `init_on_free=1` and `page_poison=1` fill free pages; `tests=WORD` runs the tests with the word in their
-//! names; `soak=SECONDS` does everything at once for so long instead (see [`soak`]); `balloon` goes through what a hypervisor's balloon does, step by step with who
-//! looks at it from outside (`cargo xtask metal`); `crash=stack` runs over the end of a stack, `crash=thread` has a thread do so on its own, `crash=double-free`
-//! frees an object twice, and `crash=hang` has a CPU hang, to see what is reported. With a module (`-initrd`) it replays that instead: a recording of a Linux
-//! kernel's allocators. Then `rcu=PERCENT` defers that share of the frees of objects.
+//! first serial port and ends the machine through `isa-debug-exit`. With a module (`-initrd`) it replays that instead: a recording of a Linux kernel's allocators.
+//!
+//! | command line | what |
+//! |---|---|
+//! | `memory=fresh` | the machine's memory is zero where the firmware was not |
+//! | `words=count` | the words written at boot are counted, however large the machine is |
+//! | `rt` | the locks of the memory manager sleep (`PREEMPT_RT`) |
+//! | `init_on_free=1`, `page_poison=1` | free pages are filled |
+//! | `tests=WORD`, `suite=none` | only the tests with the word in their names; without the core's own |
+//! | `soak=SECONDS`, `seed=NUMBER` | everything at once for so long ([`soak`]) |
+//! | `balloon` | what a hypervisor's balloon does, step by step with who looks at it from outside |
+//! | `rcu=PERCENT` | a replay defers that share of the frees of objects |
+//! | `crash=stack`, `thread`, `double-free`, `hang` | what is reported when a stack overflows, a thread's does, an object is freed twice, a CPU hangs |
 //!
 //! What happens in order is in [`metal_start`]; each step is a room.
 #![no_std]
