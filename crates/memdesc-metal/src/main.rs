@@ -27,7 +27,6 @@ mod balloon;
 mod boot;
 mod exit;
 mod gdt;
-mod heap;
 mod ioapic;
 mod log;
 mod memory;
@@ -60,6 +59,7 @@ use core::sync::atomic::Ordering;
 
 use crate::boot::KERNEL_BASE;
 use crate::exit::{Exit, exit};
+use crate::module::Module;
 use crate::ranges::Ranges;
 
 /// Where `boot.s` comes out: 64 bits, interrupts off, the first GiB mapped.
@@ -86,18 +86,17 @@ extern "C" fn metal_start(start_info: u32) -> ! {
         Err(why) => panic!("the machine's memory cannot be mapped: {why:?}"),
     };
     memory::log_ranges(&ranges);
-    // SAFETY: its memory has not been taken over yet, and what is in use lies below the end of boot memory.
-    let module = unsafe { module::settle(boot, tables_end) };
+    let module = module::find(boot);
 
     platform::init();
     let before = time::tsc();
-    let mm = match memory::init(boot, &ranges, tables_end) {
+    let mm = match memory::init(boot, &ranges, tables_end, module.as_ref()) {
         Ok(mm) => mm,
         Err(why) => panic!("memory cannot be taken over: {why}"),
     };
     let cycles = time::tsc() - before;
-    // Before anybody can be given its memory.
-    let module = module.map(|module| module.hold(mm));
+    // SAFETY: `find` has it from the loader, and memory was taken over with it in use.
+    let module = module.map(|bytes| unsafe { Module::new(mm, bytes) });
     // From here on this is a thread, which may sleep for locks.
     percpu::this().online.store(true, Ordering::SeqCst);
     apic::start_timer();

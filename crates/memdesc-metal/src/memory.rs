@@ -1,13 +1,14 @@
 //! The memory manager of this machine: how it comes up, its periodic work, and what its log says about memory.
 
 use core::fmt;
+use core::ops::Range;
 use core::sync::atomic::{AtomicBool, Ordering};
 
 use arrayvec::ArrayVec;
 use memdesc::rcu::Rcu;
 use memdesc::{
-    AddressInfo, Config, InitError, MAX_ORDER, MemRange, Mm, PAGE_SIZE, Pfn, PhysAddr, Reserved,
-    ReservedRange, TAIL_WORDS_ORDER,
+    AddressInfo, Config, Heap, InitError, MAX_ORDER, MemRange, Mm, PAGE_SIZE, Pfn, PhysAddr,
+    Reserved, ReservedRange, TAIL_WORDS_ORDER,
 };
 use spin::Once;
 
@@ -21,11 +22,13 @@ use crate::pvh::{BootInfo, Kind};
 use crate::ranges::Ranges;
 use crate::{balloon, soak, worker};
 
-static MM: Once<Mm<Metal>> = Once::new();
+/// The memory manager, and with it `alloc`'s collections.
+#[global_allocator]
+static HEAP: Heap<Metal> = Heap::new();
 
 /// It, once it is there.
 pub(crate) fn mm() -> Option<&'static Mm<Metal>> {
-    MM.get()
+    HEAP.get()
 }
 
 /// Where the firmware has been before us: below this, memory may hold anything.
@@ -42,11 +45,13 @@ fn is_zeroed(boot: &BootInfo, ranges: &[MemRange]) -> bool {
 /// What is in use when memory is taken over.
 static IN_USE: Once<ArrayVec<ReservedRange, 8>> = Once::new();
 
-/// What is in use when memory is taken over: the page that other CPUs start in, the image by its pieces, and the page tables behind it, up to here.
+/// What is in use when memory is taken over: the page that other CPUs start in, the image by its pieces, the page tables behind it, up to here, and the
+/// module.
 #[unsafe(link_section = ".init.text")]
-fn in_use(tables_end: u64) -> &'static [ReservedRange] {
+fn in_use(tables_end: u64, module: Option<&Range<u64>>) -> &'static [ReservedRange] {
     let image = image();
     let phys = |virt: u64| virt - KERNEL_BASE;
+    let (module_start, module_end) = module.map_or((0, 0), |module| (module.start, module.end));
     let pieces = [
         (AP_BASE, AP_BASE + PAGE_SIZE as u64, Reserved::Other),
         (
@@ -61,6 +66,7 @@ fn in_use(tables_end: u64) -> &'static [ReservedRange] {
         ),
         (phys(image.init_start), phys(image.end), Reserved::Other),
         (phys(image.end), tables_end, Reserved::KernelData),
+        (module_start, module_end, Reserved::Other),
     ];
     let ranges = pieces.into_iter().filter(|(start, end, _)| start < end);
     let ranges = ranges.map(|(start, end, what)| ReservedRange {
@@ -96,16 +102,19 @@ pub(crate) unsafe fn free_init(mm: &Mm<Metal>) {
         let first = Pfn((start / PAGE_SIZE as u64) as u32);
         // SAFETY: the caller's promise.
         match unsafe { mm.free_reserved(first, pages) } {
-            Ok(pages) => log!(
-                "Freeing {what} memory: {}K",
-                pages as usize * PAGE_SIZE / 1024
-            ),
+            Ok(pages) => log_freed(what, pages),
             Err(why) => log!("{what} memory is kept: {why}"),
         }
     }
 }
 
-/// Takes over memory, of which that up to `tables_end` behind the image is in use.
+/// As Linux says it (`free_reserved_area`).
+pub(crate) fn log_freed(what: &str, pages: u32) {
+    let kib = pages as usize * PAGE_SIZE / 1024;
+    log!("Freeing {what} memory: {kib}K");
+}
+
+/// Takes over memory, of which that up to `tables_end` behind the image is in use, and the module.
 ///
 /// # Errors
 ///
@@ -115,6 +124,7 @@ pub(crate) fn init(
     boot: &BootInfo,
     ranges: &[MemRange],
     tables_end: u64,
+    module: Option<&Range<u64>>,
 ) -> Result<&'static Mm<Metal>, InitError> {
     let is_on = |name| boot.value(name) == Some("1");
     let config = Config {
@@ -122,7 +132,7 @@ pub(crate) fn init(
         preempt_rt: boot.has("rt"),
         init_on_free: is_on("init_on_free"),
         page_poison: is_on("page_poison"),
-        reserved: in_use(tables_end),
+        reserved: in_use(tables_end, module),
         ..soak::config(
             boot,
             Config {
@@ -132,7 +142,7 @@ pub(crate) fn init(
             },
         )
     };
-    let mm = Mm::new(Metal, &config, ranges)?;
+    let mm = HEAP.init(Metal, &config, ranges)?;
     log!(
         "memory map: {}",
         if config.memory_is_zeroed {
@@ -141,7 +151,7 @@ pub(crate) fn init(
             "cleared, since the firmware may have used the memory"
         }
     );
-    Ok(MM.call_once(|| mm))
+    Ok(mm)
 }
 
 /// What free pages are filled with, if they are: four bytes of it (`virtio_balloon_config.poison_val`).
