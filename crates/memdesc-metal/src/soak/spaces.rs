@@ -304,34 +304,36 @@ impl Worker {
             }
             return;
         }
-        for _ in 0..1 + self.dice.below(16) {
-            let page = self.dice.below(share);
-            let at = start + page as u64 * PAGE;
-            let known = self.common[page];
-            let wanted = if known == 0 { 0 } else { pattern(at, known) };
-            let turn = known % (UNKNOWN - 1) + 1;
-            let (seen, written) = with_space(&soak.common, || {
-                (
-                    user_load(at as usize),
-                    user_store(at as usize, pattern(at, turn)),
-                )
-            });
-            match seen {
-                Some(seen) if seen != wanted => {
-                    wrong!(
-                        soak,
-                        "page {page} of worker {} in the common space holds {seen:#x}, not {wanted:#x}",
-                        self.me
-                    );
-                }
-                Some(_) => {}
-                None => not_let(soak, &soak.common, at, Access::Read),
+        // All of it in one stay, so that what this CPU remembers of pages that others move meanwhile would show.
+        with_space(&soak.common, || {
+            for _ in 0..1 + self.dice.below(64) {
+                self.touch_common_page(soak, start, share);
             }
-            if written {
-                self.common[page] = turn;
-            } else {
-                not_let(soak, &soak.common, at, Access::Write);
+        });
+    }
+
+    /// A page of this worker's in the common address space, which this CPU runs.
+    fn touch_common_page(&mut self, soak: &Soak, start: u64, share: usize) {
+        let page = self.dice.below(share);
+        let at = start + page as u64 * PAGE;
+        let known = self.common[page];
+        let wanted = if known == 0 { 0 } else { pattern(at, known) };
+        let turn = known % (UNKNOWN - 1) + 1;
+        match user_load(at as usize) {
+            Some(seen) if seen != wanted => {
+                wrong!(
+                    soak,
+                    "page {page} of worker {} in the common space holds {seen:#x}, not {wanted:#x}",
+                    self.me
+                );
             }
+            Some(_) => {}
+            None => not_let(soak, &soak.common, at, Access::Read),
+        }
+        if user_store(at as usize, pattern(at, turn)) {
+            self.common[page] = turn;
+        } else {
+            not_let(soak, &soak.common, at, Access::Write);
         }
     }
 
@@ -411,6 +413,10 @@ impl Worker {
 
     /// A page that some address space has.
     pub(super) fn a_users_page(&mut self, soak: &Soak) -> Option<memdesc::Pfn> {
+        if self.one_in(2) {
+            let at = COMMON + self.dice.below(COMMON_PAGES) as u64 * PAGE;
+            return Some(soak.common.page_at(at)?.1);
+        }
         let place = soak.places[self.dice.below(PLACES)].try_lock()?;
         let (_, at) = self.somewhere(&place)?;
         Some(place.space.page_at(at)?.1)
