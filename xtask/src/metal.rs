@@ -17,8 +17,8 @@ pub(crate) const SUCCESS: i32 = 33;
 pub(crate) const FAILURE: i32 = 35;
 /// No machine takes that long, on a busy host and emulated, nor is silent for so long.
 pub(crate) const LIMITS: Limits = Limits {
-    total: Duration::from_secs(150),
-    silence: Duration::from_secs(60),
+    total: Duration::from_secs(400),
+    silence: Duration::from_secs(120),
 };
 
 /// Why nothing could be booted.
