@@ -120,6 +120,9 @@ impl PerCpu {
     }
 }
 
+/// Where `trap_return` finds whether it is in an NMI.
+pub(crate) const NMIS_IN: usize = core::mem::offset_of!(PerCpu, nmis_in);
+
 static CPUS: [PerCpu; MAX_CPUS] = [const { PerCpu::new() }; MAX_CPUS];
 static NR_CPUS: AtomicUsize = AtomicUsize::new(1);
 

@@ -12,8 +12,9 @@ use x86_64::registers::control::Cr2;
 use x86_64::structures::idt::InterruptDescriptorTable;
 
 use crate::exit::{Exit, exit};
+use crate::paging::{VMALLOC_SIZE, VMALLOC_START};
 use crate::percpu::{self, Irq, Nmi, PerCpu};
-use crate::{apic, gdt, log, memory, process, remote, sched, thread, users, whereabouts};
+use crate::{apic, boot, gdt, log, memory, process, remote, sched, thread, users, whereabouts};
 
 // In one piece, since they know each other's places.
 global_asm!(
@@ -21,7 +22,13 @@ global_asm!(
     ".set PERCPU_TRAP_SP, {trap_sp}",
     ".set PERCPU_USER_SP, {user_sp}",
     ".set PERCPU_TSS_SP, {tss_sp}",
+    ".set PERCPU_NMIS_IN, {nmis_in}",
     ".set THREAD_USER_TRAPS, {user_traps}",
+    ".set FRAME_VECTOR, {frame_vector}",
+    ".set FRAME_RIP, {frame_rip}",
+    ".set FRAME_CS, {frame_cs}",
+    ".set FRAME_RFLAGS, {frame_rflags}",
+    ".set FRAME_RSP, {frame_rsp}",
     ".set USER_DATA, {user_data}",
     ".set USER_CODE, {user_code}",
     ".set SYSCALL, {syscall}",
@@ -31,7 +38,13 @@ global_asm!(
     trap_sp = const offset_of!(PerCpu, trap_sp),
     user_sp = const offset_of!(PerCpu, user_sp),
     tss_sp = const offset_of!(PerCpu, tss_sp),
+    nmis_in = const percpu::NMIS_IN,
     user_traps = const thread::USER_TRAPS,
+    frame_vector = const offset_of!(Frame, vector),
+    frame_rip = const offset_of!(Frame, rip),
+    frame_cs = const offset_of!(Frame, cs),
+    frame_rflags = const offset_of!(Frame, rflags),
+    frame_rsp = const offset_of!(Frame, rsp),
     user_data = const gdt::USER_DATA,
     user_code = const gdt::USER_CODE,
     syscall = const SYSCALL,
@@ -119,6 +132,11 @@ impl Frame {
     /// Was it user mode that it struck?
     fn is_user(&self) -> bool {
         self.cs & 3 == 3
+    }
+
+    /// Where a walk of the stack begins that it struck: nowhere, if that is a user's.
+    fn frame_pointer(&self) -> usize {
+        if self.is_user() { 0 } else { self.rbp as usize }
     }
 }
 
@@ -271,13 +289,21 @@ extern "C" fn trap(frame: &mut Frame) {
 
 fn nmi(frame: &Frame) {
     let _nmi = Nmi::enter();
+    // It may have struck a page fault's first instructions, and fault itself: the other one finds its address all the same.
+    let address = Cr2::read_raw();
     if STOPPING.load(Ordering::SeqCst) != 0 {
         loop {
             x86_64::instructions::hlt();
         }
     }
-    whereabouts::say_if_asked(frame.rip, frame.rbp);
+    whereabouts::say_if_asked(frame.rip, frame.frame_pointer());
     call_hook(&ON_NMI);
+    if Cr2::read_raw() != address {
+        // SAFETY: nothing but a page fault's handler looks there.
+        unsafe {
+            core::arch::asm!("mov cr2, {}", in(reg) address, options(nostack, preserves_flags))
+        };
+    }
 }
 
 fn page_fault(frame: &mut Frame) {
@@ -354,9 +380,12 @@ pub(crate) fn strike_with_users_gs() {
     });
 }
 
-/// The word at an address of users, if it can be read (`get_user`). In a thread that may sleep.
+/// The word at an address of users, if it can be read (`get_user`). In a thread that may sleep. What is at other addresses is the kernel's, and is not read.
 pub(crate) fn user_load(address: usize) -> Option<u64> {
     let mut word = 0;
+    if address >= users::TOP as usize {
+        return None;
+    }
     // SAFETY: the word is only given on; if there is nothing, the fault handler says so, and nothing is stored.
     (unsafe { load_word(address, &raw mut word) } == 0).then_some(word)
 }
@@ -463,7 +492,7 @@ fn fatal(frame: &Frame, address: Option<u64>) -> ! {
         frame.r15,
         frame.ss
     );
-    log_callers(frame.rbp as usize);
+    log_callers(frame.frame_pointer());
     exit(Exit::Failure)
 }
 
@@ -487,10 +516,22 @@ pub(crate) fn frame_pointer() -> usize {
     rbp
 }
 
-/// The return addresses from this frame pointer on, as far as it can be followed.
+/// May there be a stack at this address? In vmalloc's range or in the image; not where reading could change something, as a device's registers do.
+fn may_be_stack(address: usize) -> bool {
+    let (address, image) = (address as u64, boot::image());
+    let in_vmalloc = (VMALLOC_START..VMALLOC_START + VMALLOC_SIZE - 16).contains(&address);
+    in_vmalloc || (image.start..image.end - 16).contains(&address)
+}
+
+/// The return addresses from this frame pointer on, as far as it can be followed. Any context: who was struck may have anything in that register.
 pub(crate) fn backtrace(mut rbp: usize, frames: &mut [usize]) -> usize {
     let mut n = 0;
-    while n < frames.len() && rbp.is_multiple_of(8) && rbp != 0 && probe(rbp) && probe(rbp + 15) {
+    while n < frames.len()
+        && rbp.is_multiple_of(8)
+        && may_be_stack(rbp)
+        && probe(rbp)
+        && probe(rbp + 15)
+    {
         let at: *const [usize; 2] = core::ptr::with_exposed_provenance(rbp);
         // SAFETY: both words can be read, as `probe` has just seen; what is there is only printed or probed in turn.
         let [next, ret] = unsafe { at.read() };

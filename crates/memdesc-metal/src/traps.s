@@ -50,7 +50,15 @@ trap_stubs:
 1:
 .endm
 
-.macro pop_registers
+# Who walks the stack ends where users begin: what they have in %rbp is no place of ours.
+.macro end_walk_at_user
+    testb $3, FRAME_CS(%rsp)
+    jz 1f
+    xorl %ebp, %ebp
+1:
+.endm
+
+.macro pop_general
     popq %r15
     popq %r14
     popq %r13
@@ -66,6 +74,10 @@ trap_stubs:
     popq %rcx
     popq %rbx
     popq %rax
+.endm
+
+.macro pop_registers
+    pop_general
     addq $16, %rsp
 .endm
 
@@ -76,11 +88,17 @@ trap_common:
     swapgs
 2:
     push_registers
+    end_walk_at_user
     movq %rsp, %rdi
     call trap
 # %rsp: a `Frame`. Interrupts are off.
 .global trap_return
 trap_return:
+    testb $3, FRAME_CS(%rsp)
+    jnz 1f
+    cmpl $0, %gs:PERCPU_NMIS_IN
+    jne trap_return_in_nmi
+1:
     pop_registers
     testb $3, 8(%rsp)
     jz 2f
@@ -88,9 +106,36 @@ trap_return:
 2:
     iretq
 
+# The same from a fault in an NMI's handler. `iretq` would let the next NMI come, which begins at the top of the very stack that this one is on. So what it would
+# do between two places of the kernel on one stack is done without it.
+    .balign 16
+trap_return_in_nmi:
+    movq FRAME_RSP(%rsp), %rax
+    movq FRAME_RIP(%rsp), %rcx
+    movq FRAME_RFLAGS(%rsp), %rdx
+    # Below what the fault struck. The last words of the frame may be there, which have been read.
+    subq $16, %rax
+    movq %rdx, (%rax)
+    movq %rcx, 8(%rax)
+    movq %rax, FRAME_VECTOR(%rsp)
+    pop_general
+    movq (%rsp), %rsp
+    popfq
+    ret
+
     .balign 16
 trap_paranoid:
     push_registers
+    end_walk_at_user
+    # In the kernel's first and last instructions, all of them here, it is the user's still or again.
+    leaq trap_stubs(%rip), %rax
+    cmpq %rax, FRAME_RIP(%rsp)
+    jb 1f
+    leaq trap_code_end(%rip), %rax
+    cmpq %rax, FRAME_RIP(%rsp)
+    jae 1f
+    xorl %ebp, %ebp
+1:
     movl $0xc0000101, %ecx      # IA32_GS_BASE
     rdmsr
     xorl %ebx, %ebx
@@ -123,9 +168,11 @@ syscall_entry:
     pushq $0
     pushq $SYSCALL
     push_registers
+    xorl %ebp, %ebp
     movq %rsp, %rdi
     call trap
     jmp trap_return
+trap_code_end:
 
 # u64 probe_load(u64 address): the fault handler sends it to probe_failed if there is nothing.
 .global probe_load

@@ -218,6 +218,18 @@ tree_leaf:
     movl $1, %edi
     jmp exit
 
+# Has %rdi where a function has its frame, and calls %rdx times.
+.global user_lead
+user_lead:
+    movq %rdi, %rbp
+    movq %rdx, %r12
+1:  movl $SYS_YIELD, %eax
+    syscall
+    decq %r12
+    jnz 1b
+    movl $42, %edi
+    jmp exit
+
 # Counts to %rdi without a system call, and has the same registers afterwards, and the same stack.
 .global user_spin
 user_spin:

@@ -15,7 +15,7 @@ const DATA_READY: u8 = 1;
 static SAID: AtomicU32 = AtomicU32::new(0);
 
 /// In an NMI's handler, which struck what was here: says so if somebody wants to know.
-pub(crate) fn say_if_asked(rip: u64, rbp: u64) {
+pub(crate) fn say_if_asked(rip: u64, frame_pointer: usize) {
     // SAFETY: reading it changes nothing but the error bits, which nobody looks at.
     let status: u8 = unsafe { Port::new(LINE_STATUS).read() };
     let cpu = percpu::this().cpu();
@@ -23,7 +23,7 @@ pub(crate) fn say_if_asked(rip: u64, rbp: u64) {
         return;
     }
     let mut frames = [0; 16];
-    let n = traps::backtrace(rbp as usize, &mut frames);
+    let n = traps::backtrace(frame_pointer, &mut frames);
     log::insist(format_args!("CPU {cpu}: at {rip:#018x}"));
     for at in &frames[..n] {
         log::insist(format_args!("CPU {cpu}: called from {at:#018x}"));

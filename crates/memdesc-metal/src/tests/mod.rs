@@ -146,6 +146,10 @@ const TESTS: &[(&str, Test)] = &[
         usermode::the_kernel_keeps_to_its_own,
     ),
     ("nmis_strike_users", usermode::nmis_strike_users),
+    (
+        "users_lead_no_walk_of_the_stack",
+        usermode::users_lead_no_walk_of_the_stack,
+    ),
     ("groups_limit_processes", pressure::groups_limit_processes),
     (
         "forks_fail_when_memory_is_gone",
@@ -157,6 +161,7 @@ const TESTS: &[(&str, Test)] = &[
     ),
     ("interrupts_allocate", nmi::interrupts_allocate),
     ("an_nmi_leaves_pins_alone", nmi::an_nmi_leaves_pins_alone),
+    ("faults_in_an_nmi", nmi::faults_in_an_nmi),
     ("nmi_storm", nmi::nmi_storm),
     ("nothing_is_left", memory::nothing_is_left),
 ];

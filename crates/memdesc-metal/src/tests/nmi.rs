@@ -122,6 +122,60 @@ pub(super) fn an_nmi_leaves_pins_alone(_machine: &Machine) -> Outcome {
     Ok(Passed::Ok)
 }
 
+/// What is nowhere: a null pointer's page.
+const NOWHERE: [usize; 2] = [8, 16];
+/// Of each CPU: how deep it is in NMIs, how deep it was at most, and how many came.
+static DEPTHS: [[AtomicU32; 3]; MAX_CPUS] = [const { [const { AtomicU32::new(0) }; 3] }; MAX_CPUS];
+
+/// A handler that faults, with the next NMI waiting for it to be over.
+fn on_nmi_that_faults() {
+    let me = percpu::this();
+    let [depth, deepest, count] = &DEPTHS[me.cpu()];
+    deepest.fetch_max(depth.fetch_add(1, Ordering::Relaxed) + 1, Ordering::Relaxed);
+    if count.fetch_add(1, Ordering::Relaxed) == 0 {
+        apic::send_nmi(me);
+    }
+    if traps::probe(NOWHERE[0]) {
+        WRONG.fetch_add(1, Ordering::Relaxed);
+    }
+    time::delay_us(100);
+    depth.fetch_sub(1, Ordering::Relaxed);
+}
+
+/// An NMI whose handler faults, as one does that follows frames which are none, is over before the next one comes, and who was struck with a page fault of its own sees its address.
+pub(super) fn faults_in_an_nmi(_machine: &Machine) -> Outcome {
+    traps::set_on_nmi(Some(on_nmi_that_faults));
+    let result = on_all(|cpu| {
+        let [_, deepest, count] = &DEPTHS[cpu];
+        count.store(0, Ordering::Relaxed);
+        let address = x86_64::instructions::interrupts::without_interrupts(|| {
+            traps::probe(NOWHERE[1]);
+            apic::send_nmi(percpu::this());
+            let start = time::now();
+            while count.load(Ordering::Relaxed) < 2 && time::now() - start < TOO_LONG_NS {
+                core::hint::spin_loop();
+            }
+            x86_64::registers::control::Cr2::read_raw()
+        });
+        let (count, deepest) = (
+            count.load(Ordering::Relaxed),
+            deepest.load(Ordering::Relaxed),
+        );
+        check!(count == 2, "{count} NMIs");
+        check!(deepest == 1, "{deepest} NMIs, one in the other");
+        check!(
+            address == NOWHERE[1] as u64,
+            "a page fault at {:#x} became one at {address:#x}",
+            NOWHERE[1]
+        );
+        Ok(())
+    });
+    traps::set_on_nmi(None);
+    result?;
+    check!(WRONG.load(Ordering::Relaxed) == 0);
+    Ok(Passed::Ok)
+}
+
 /// One CPU strikes all with NMIs that allocate, while they allocate; where there is one only, the interval timer does.
 pub(super) fn nmi_storm(machine: &Machine) -> Outcome {
     let mm = machine.mm;

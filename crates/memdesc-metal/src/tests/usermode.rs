@@ -3,7 +3,7 @@
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
-use core::sync::atomic::Ordering;
+use core::sync::atomic::{AtomicU64, Ordering};
 
 use memdesc::filemap::Mapping;
 use memdesc::mmap::{Map, VmFlags};
@@ -23,6 +23,7 @@ unsafe extern "C" {
     safe static user_spin: u8;
     safe static user_forever: u8;
     safe static user_map: u8;
+    safe static user_lead: u8;
     safe static user_bad: u8;
     safe static user_bad_kinds: u8;
 }
@@ -260,6 +261,9 @@ pub(super) fn the_kernel_keeps_to_its_own(machine: &Machine) -> Outcome {
     });
     drop(space);
     check!(said == (true, !users::are_guarded()), "{said:?}");
+    // What is the kernel's is nothing that users have.
+    let own = (&raw const LURE).addr();
+    check!(traps::probe(own) && traps::user_load(own).is_none() && !traps::user_store(own, 0));
     check!(ledger(machine).balanced);
     if !users::are_guarded() {
         return Ok(Passed::Says(
@@ -326,4 +330,55 @@ pub(super) fn nmis_strike_users(machine: &Machine) -> Outcome {
     drop(file);
     nothing_is_left(machine, before)?;
     Ok(Passed::Says(format!("{nmis} NMIs, {rounds} rounds")))
+}
+
+/// What a process would lead a walk of the kernel's stack to: the last frame, which was called from where nothing is.
+static LURE: [usize; 2] = [0, 0x5eed_5eed];
+
+/// A process has in its frame pointer what it likes: who walks the stack in a trap that struck it does not follow that.
+pub(super) fn users_lead_no_walk_of_the_stack(machine: &Machine) -> Outcome {
+    static WALKS: AtomicU64 = AtomicU64::new(0);
+    static LED: AtomicU64 = AtomicU64::new(0);
+    fn on_nmi() {
+        let mut frames = [0; 16];
+        let n = traps::backtrace(traps::frame_pointer(), &mut frames);
+        WALKS.fetch_add(1, Ordering::Relaxed);
+        LED.fetch_add(u64::from(frames[..n].contains(&LURE[1])), Ordering::Relaxed);
+    }
+    let before = rest(machine);
+    let file = text_file(machine)?;
+    let lure = (&raw const LURE).expose_provenance() as u64;
+    let mut frames = [0; 2];
+    check!(
+        traps::backtrace(lure as usize, &mut frames) == 1 && frames[0] == LURE[1],
+        "there is nothing to be led to"
+    );
+    traps::set_on_nmi(Some(on_nmi));
+    let mut handles = Vec::with_capacity(machine.cpus);
+    for _ in 0..machine.cpus {
+        let led = process::start(&file, machine.mm, &program(&user_lead, [lure, 5000], 1));
+        handles.extend(led.ok());
+    }
+    let (started, mut turn) = (handles.len(), 0);
+    while !handles.iter().all(JoinHandle::is_done) {
+        apic::send_nmi(percpu::of(turn % machine.cpus));
+        turn += 1;
+        time::delay_us(50);
+        sched::yield_now();
+    }
+    let said: Vec<u64> = handles.into_iter().map(JoinHandle::join).collect();
+    time::delay_us(20_000);
+    traps::set_on_nmi(None);
+    check!(
+        started == machine.cpus && said.iter().all(|said| *said == 42),
+        "{said:x?}"
+    );
+    let (walks, led) = (WALKS.load(Ordering::Relaxed), LED.load(Ordering::Relaxed));
+    check!(
+        walks > 0 && led == 0,
+        "{led} of {walks} walks went where a process led them"
+    );
+    drop((file, said));
+    nothing_is_left(machine, before)?;
+    Ok(Passed::Says(format!("{walks} walks")))
 }
