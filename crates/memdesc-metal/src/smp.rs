@@ -19,6 +19,14 @@ pub(crate) const STACK_PAGES: usize = 8;
 /// The tops of trap stacks that are nobody's yet, handed to the CPU that starts.
 static TRAP_STACKS: Mutex<[u64; gdt::TRAP_STACKS]> = Mutex::new([0; gdt::TRAP_STACKS]);
 
+/// The CPU that is being started; 0 once it has come, or is waited for no longer. Whoever of the two takes it out decides.
+static AWAITED: AtomicUsize = AtomicUsize::new(0);
+
+fn take_awaited(cpu: usize) -> bool {
+    let taken = AWAITED.compare_exchange(cpu, 0, Ordering::AcqRel, Ordering::Relaxed);
+    taken.is_ok()
+}
+
 /// Starts all other CPUs. Says how many run then, this one included.
 ///
 /// # Errors
@@ -46,6 +54,7 @@ pub(crate) fn start(mm: &'static Mm<Metal>, topology: &Topology) -> Result<usize
         new.node.store(usize::from(cpu.node), Ordering::Relaxed);
         boot::ap_start_stack.store(stack.top().addr() as u64, Ordering::Relaxed);
         boot::ap_start_cpu.store(number as u64, Ordering::Relaxed);
+        AWAITED.store(number, Ordering::Relaxed);
         fence(Ordering::SeqCst);
         // Intel SDM, volume 3, "Typical BSP Initialization Sequence".
         apic::send_init(cpu.apic_id);
@@ -58,17 +67,16 @@ pub(crate) fn start(mm: &'static Mm<Metal>, topology: &Topology) -> Result<usize
             }
         }
         let until = time::now() + 5_000_000_000;
-        while !new.online.load(Ordering::SeqCst) && time::now() < until {
+        while !new.online.load(Ordering::SeqCst) {
+            if time::now() >= until && take_awaited(number) {
+                // It may still come, and would find another's stack: no more are started.
+                log!("smp: CPU {number} (APIC {}) did not start", cpu.apic_id);
+                return Ok(running);
+            }
             remote::serve();
             core::hint::spin_loop();
         }
-        if new.online.load(Ordering::SeqCst) {
-            running += 1;
-        } else {
-            // It may still come, and would find another's stack: no more are started.
-            log!("smp: CPU {number} (APIC {}) did not start", cpu.apic_id);
-            break;
-        }
+        running += 1;
     }
     Ok(running)
 }
@@ -78,6 +86,12 @@ pub(crate) fn start(mm: &'static Mm<Metal>, topology: &Topology) -> Result<usize
 extern "C" fn metal_ap_start(cpu: usize) -> ! {
     // SAFETY: these are the tables that it runs on already.
     unsafe { paging::activate() };
+    // Whoever comes when nobody counts on it any more is not told what all must be told, nor has it a worker.
+    if !take_awaited(cpu) {
+        loop {
+            x86_64::instructions::hlt();
+        }
+    }
     percpu::init(cpu);
     gdt::init(*TRAP_STACKS.lock());
     traps::init();
@@ -88,6 +102,8 @@ extern "C" fn metal_ap_start(cpu: usize) -> ! {
     // SeqCst: whoever asks all CPUs from now on asks this one too; who asked before has stored what this one sees after the fence.
     me.online.store(true, Ordering::SeqCst);
     fence(Ordering::SeqCst);
+    // It was not asked to forget what was unmapped since it loaded its tables.
+    paging::flush_local(0, u64::MAX);
     x86_64::instructions::interrupts::enable();
     let mut seen = 0;
     loop {
