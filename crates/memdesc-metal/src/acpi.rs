@@ -59,6 +59,8 @@ pub(crate) enum Unreadable {
     Checksum,
     /// It is too short for what it should hold, or longer than any table is.
     Length,
+    /// It is where no memory can be.
+    Address,
     /// No memory for the page tables of where it lies.
     Unmapped,
 }
@@ -69,7 +71,9 @@ pub(crate) enum Unreadable {
 ///
 /// There is memory, which nobody writes to as long as the tables are read.
 unsafe fn bytes(at: u64, length: usize) -> Result<&'static [u8], Unreadable> {
-    paging::map_direct(at, at + length as u64).map_err(|_| Unreadable::Unmapped)?;
+    let end = at.checked_add(length as u64);
+    let end = end.filter(|&end| end <= paging::direct_map_end());
+    paging::map_direct(at, end.ok_or(Unreadable::Address)?).map_err(|_| Unreadable::Unmapped)?;
     // SAFETY: mapped, and the caller's promise.
     Ok(unsafe { core::slice::from_raw_parts(phys_to_virt(at), length) })
 }
@@ -187,8 +191,12 @@ fn read_madt(bytes: &[u8], found: &mut Topology) {
             (9, 16..) => (u32_at(entry, 4), u32_at(entry, 8)),
             _ => return,
         };
-        // Enabled, and reachable with the eight bits that our interrupts have.
-        if flags & 1 != 0 && apic_id < 255 && found.cpus.try_push(Cpu { apic_id, node: 0 }).is_err()
+        // Enabled, and reachable with the eight bits that our interrupts have. Once: what starts a CPU would reset one that runs.
+        let is_known = found.cpus.iter().any(|cpu| cpu.apic_id == apic_id);
+        if flags & 1 != 0
+            && apic_id < 255
+            && !is_known
+            && found.cpus.try_push(Cpu { apic_id, node: 0 }).is_err()
         {
             found.dropped += 1;
         }
@@ -224,6 +232,19 @@ fn read_srat(bytes: &[u8], found: &mut Topology) {
 }
 
 impl Topology {
+    /// This CPU runs, so it is one of them, whatever the tables say.
+    pub(crate) fn include(&mut self, apic_id: u32) {
+        if self.cpus.iter().any(|cpu| cpu.apic_id == apic_id) {
+            return;
+        }
+        if self.cpus.is_full() {
+            self.cpus.pop();
+            self.dropped += 1;
+        }
+        self.cpus.insert(0, Cpu { apic_id, node: 0 });
+        self.set_nodes();
+    }
+
     fn set_node(&mut self, apic_id: u32, node: u32) {
         let node = node.min(255) as u8;
         // The SRAT may come before the MADT.

@@ -265,7 +265,8 @@ impl Device {
             unsafe { transact(&mut self.transport, index, queue, &[bytes], &mut [])? };
             match op {
                 BalloonOp::Inflate => self.actual += n as u32,
-                BalloonOp::Deflate => self.actual -= n as u32,
+                // Fewer than went in, if the device did not take some.
+                BalloonOp::Deflate => self.actual = self.actual.saturating_sub(n as u32),
             }
         }
         self.transport

@@ -198,11 +198,12 @@ fn take_stock(boot: &pvh::BootInfo) -> Result<(acpi::Topology, Ranges, u64), pag
         timer_hz / 1_000_000
     );
 
-    let topology = acpi::read(boot.rsdp);
+    let mut topology = acpi::read(boot.rsdp);
+    topology.include(apic::id());
     if let Some(at) = topology.ioapic {
         ioapic::init(at)?;
     }
-    percpu::set_nr_cpus(topology.cpus.len().max(1));
+    percpu::set_nr_cpus(topology.cpus.len());
     let me = apic::id();
     for cpu in topology.cpus.iter().filter(|cpu| cpu.apic_id == me) {
         percpu::this()

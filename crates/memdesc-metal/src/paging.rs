@@ -67,6 +67,11 @@ pub(crate) fn features() -> Features {
     }
 }
 
+/// Where physical addresses end that the direct map has room for, and the CPU.
+pub(crate) fn direct_map_end() -> u64 {
+    (VMALLOC_START - DIRECT_MAP).min(1 << features().phys_bits.min(52))
+}
+
 /// The memory behind the image, as far as it is used before the memory manager is there.
 #[derive(Debug)]
 pub(crate) struct BootMemory {

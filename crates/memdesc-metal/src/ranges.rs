@@ -76,7 +76,8 @@ pub(crate) fn usable(memory: &[Entry], nodes: &[Affinity]) -> Ranges {
 /// An entry in whole pages: memory rounded inwards, all else outwards.
 fn pages(entry: &Entry) -> (u64, u64) {
     if entry.kind.is_memory() {
-        let start = entry.start.next_multiple_of(PAGE);
+        let start = entry.start.checked_next_multiple_of(PAGE);
+        let start = start.unwrap_or(!(PAGE - 1));
         (start, (entry.end & !(PAGE - 1)).max(start))
     } else {
         let end = entry
