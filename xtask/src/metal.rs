@@ -42,6 +42,10 @@ pub(crate) struct Machine {
     crashes: &'static [&'static str],
     /// It does not end, and `crashes` is what is found out about it.
     hangs: bool,
+    /// All of the core's own tests pass on it, and none is skipped.
+    suite: bool,
+    /// Its firmware lists each CPU three times.
+    listed_again: bool,
     /// What is in the line that sums it up.
     says: &'static str,
     limits: Limits,
@@ -58,6 +62,8 @@ impl Machine {
             lockdep: false,
             crashes: &[],
             hangs: false,
+            suite: false,
+            listed_again: false,
             says: "passed, ",
             limits: LIMITS,
         }
@@ -67,6 +73,7 @@ impl Machine {
     fn with_suite(self) -> Machine {
         Machine {
             cmdline: String::new(),
+            suite: true,
             limits: Limits {
                 total: 4 * LIMITS.total,
                 ..LIMITS
@@ -163,6 +170,12 @@ pub(crate) fn machines(all: bool) -> Vec<Machine> {
     machines.push(Machine {
         name: "2 CPUs, 64M, locks sleep".into(),
         cmdline: "rt".into(),
+        ..Machine::new(2, "64M")
+    });
+    machines.push(Machine {
+        name: "2 CPUs, 64M, each listed again and again".into(),
+        cmdline: "suite=none tests=cpu".into(),
+        listed_again: true,
         ..Machine::new(2, "64M")
     });
     if all {
@@ -318,6 +331,28 @@ fn cargo(target: &str, args: &[&str]) -> Result<PathBuf, Missing> {
     }
 }
 
+/// The body of one more MADT (ACPI 6.5, 5.2.12): each CPU as one with a number of 8 bits, and as one with 32.
+fn madt(cpus: u32) -> Vec<u8> {
+    const LOCAL_APIC: u32 = 0xfee0_0000;
+    let mut table = [LOCAL_APIC.to_le_bytes(), 1u32.to_le_bytes()].concat();
+    for cpu in 0..cpus {
+        table.extend([0, 8, cpu as u8, cpu as u8, 1, 0, 0, 0]);
+        table.extend([9, 16, 0, 0]);
+        table.extend([cpu, 1, cpu].map(u32::to_le_bytes).concat());
+    }
+    table
+}
+
+/// What is wrong with the core's own tests in a log, if anything is: all that it says there are have passed.
+fn wrong_with_suite(log: &str) -> Option<String> {
+    let of = |line: &str, start: &str| line.split_once(start)?.1.parse::<usize>().ok();
+    let Some(planned) = log.lines().find_map(|line| of(line, "] 1..")) else {
+        return Some("the core's own tests did not run".into());
+    };
+    let all = format!("# the core's tests: {planned} ok, 0 skipped");
+    (planned == 0 || !log.contains(&all)).then(|| format!("no line {all:?}"))
+}
+
 /// Boots a machine and waits for its end: the line that sums it up, and what is worth saying besides. `on_line` sees each of its lines as it comes.
 pub(crate) fn boot(
     images: &Images,
@@ -343,6 +378,13 @@ pub(crate) fn boot(
         .args(machine.more)
         .args(["-append", &machine.cmdline, "-kernel"])
         .arg(image);
+    let table = std::env::temp_dir().join(format!("memdesc-{}.madt", std::process::id()));
+    let table = qemu::Removed(table);
+    if machine.listed_again {
+        std::fs::write(&table.0, madt(machine.cpus))?;
+        command.arg("-acpitable");
+        command.arg(format!("sig=APIC,data={}", table.0.display()));
+    }
     let ended = qemu::run(command, image, machine.limits, &mut on_line)?;
     let (log, errors) = (&ended.log, &ended.errors);
     let is_wrong =
@@ -365,6 +407,9 @@ pub(crate) fn boot(
     let said = |text: &str| log.contains(text) || places.contains(text);
     if let Some(lacks) = machine.crashes.iter().find(|text| !said(text)) {
         return is_wrong(&format!("its report does not say {lacks:?}\n{places}"));
+    }
+    if let Some(what) = wrong_with_suite(log).filter(|_| machine.suite) {
+        return is_wrong(&what);
     }
     let line = |text: &str| {
         let mut lines = log.lines().chain(places.lines());
@@ -394,4 +439,25 @@ pub(crate) fn boot(
         machine.name,
         parts.join("; ")
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_suite_that_did_not_run_is_no_success() {
+        let log = |planned: &str, end: &str| format!("[ 1.0] {planned}\n[ 2.0] {end}\n");
+        let all = log("1..54", "# the core's tests: 54 ok, 0 skipped");
+        assert_eq!(wrong_with_suite(&all), None);
+        for wrong in [
+            String::new(),
+            log("1..54", "# the core's tests: 53 ok, 1 skipped"),
+            log("1..54", "# the core's tests: 4 ok, 0 skipped"),
+            log("1..54", ""),
+            log("1..0", "# the core's tests: 0 ok, 0 skipped"),
+        ] {
+            assert!(wrong_with_suite(&wrong).is_some(), "{wrong}");
+        }
+    }
 }

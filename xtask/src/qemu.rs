@@ -109,7 +109,7 @@ pub(crate) fn run(
 }
 
 /// A file that goes with this.
-struct Removed(PathBuf);
+pub(crate) struct Removed(pub(crate) PathBuf);
 
 impl Drop for Removed {
     fn drop(&mut self) {

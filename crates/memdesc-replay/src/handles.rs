@@ -150,7 +150,8 @@ impl<'m, P: Platform> Handles<'m, P> {
     ///
     /// # Safety
     ///
-    /// What these handles hand out goes back through handles of the same memory manager, and an object with no other cache than its own.
+    /// What these handles hand out goes back through handles of the same memory manager, and an object with no other cache than its own, nor with a size
+    /// larger than it has.
     #[inline]
     pub unsafe fn new(mm: &'m Mm<P>) -> Handles<'m, P> {
         Handles { mm }

@@ -79,7 +79,7 @@ impl<P: Platform> Mm<P> {
     ///
     /// # Safety
     ///
-    /// Nobody uses the memory any more.
+    /// Nobody uses the memory any more, nor gives any of it back at the same time.
     ///
     /// # Context
     ///
