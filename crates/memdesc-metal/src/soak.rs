@@ -14,6 +14,8 @@
 //! | [`work`] | pages, objects, vmalloc areas, kernel stacks with their guards; frees by other CPUs |
 //! | [`spaces`] | address spaces: faults, forks, copy on write, munmap, migration |
 //! | [`file`](mod@file) | pages of a file, which reclaim takes |
+//! | [`vigil`] | CPUs that stay with a few pages, which others move meanwhile |
+//! | [`children`] | processes in trees, and threads, that come and go |
 //! | [`readers`] | what readers find under RCU, and what is replaced meanwhile |
 //! | [`promises`] | reserves and mempools when all else is gone |
 //! | [`house`] | the ballast, the shrinker, compaction, pages that go bad |
@@ -25,6 +27,7 @@
 //! Command line: `soak=SECONDS`, and `seed=NUMBER` for dice that were thrown before.
 
 pub(crate) mod books;
+mod children;
 mod file;
 mod house;
 mod nmi;
@@ -33,6 +36,7 @@ mod readers;
 pub(crate) mod report;
 mod spaces;
 mod things;
+mod vigil;
 mod work;
 
 use alloc::boxed::Box;
@@ -43,11 +47,12 @@ use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use arrayvec::ArrayVec;
 use memdesc::filemap::Mapping;
 use memdesc::{
-    AllocError, Cache, CacheFlags, Config, Demand, Mempool, MempoolKind, Mm, PAGEBLOCK_ORDER, Pfn,
-    Reserve,
+    AllocError, Cache, CacheFlags, Config, Demand, MemCgroup, Mempool, MempoolKind, Mm, PAGE_SIZE,
+    PAGEBLOCK_ORDER, Pfn, Reserve,
 };
 use spin::Mutex;
 
+use self::children::Children;
 use self::file::Disk;
 use self::readers::Nodes;
 use self::spaces::{COMMON_PAGES, Place};
@@ -57,7 +62,7 @@ use crate::platform::Metal;
 use crate::pvh::BootInfo;
 use crate::tests::{Machine, Random};
 use crate::users::Space;
-use crate::{log, memory, percpu, smp, time};
+use crate::{log, memory, percpu, process, smp, thread, time, worker};
 
 /// From one line to the next, and from one look at the books to the next.
 const LINE_NS: u64 = 5_000_000_000;
@@ -105,6 +110,11 @@ counts! {
     Replaced,
     /// Blocks that were zeroed or written over when they were reported.
     Scribbled,
+    /// Vigils; times that the disk was compared; children that were started.
+    Vigils,
+    Synced,
+    Processes,
+    Threads,
 }
 
 /// What all workers have.
@@ -115,6 +125,11 @@ pub(crate) struct Soak {
     pub(crate) ram: u64,
     pub(crate) disk: &'static Disk,
     pub(crate) file: Mapping<'static, Metal>,
+    /// A group with little room.
+    pub(crate) group: MemCgroup<'static, Metal>,
+    /// Programs for users, and the threads that there are without them.
+    pub(crate) text: Mapping<'static, Metal>,
+    threads: u64,
     pub(crate) caches: ArrayVec<Cache<'static>, 4>,
     pub(crate) reserve: Reserve<'static, Metal>,
     /// One worker at a time takes what was promised.
@@ -148,7 +163,10 @@ pub(crate) struct Worker {
     pub(crate) written: Vec<u32>,
     /// And to its pages of the common address space.
     pub(crate) common: Vec<u32>,
-    /// Room to look at bytes.
+    /// Room to look at a page.
+    pub(crate) bytes: Vec<u8>,
+    /// What it started that may still run.
+    pub(crate) children: Children,
     pub(crate) serial: u64,
 }
 
@@ -188,12 +206,18 @@ impl Soak {
     }
 
     /// Stands still as long as that is wanted.
-    fn stand_still(&self) {
+    fn stand_still(&self, worker: &mut Worker) {
         if self.still.load(Ordering::Acquire) {
+            worker.join_children(self);
             self.standing.fetch_add(1, Ordering::AcqRel);
             smp::wait_until(|| !self.still.load(Ordering::Acquire));
             self.standing.fetch_sub(1, Ordering::AcqRel);
         }
+    }
+
+    /// Waits for those whose parents did not.
+    fn wait_for_orphans(&self) {
+        smp::wait_until(|| process::alive() == 0 && thread::alive() == self.threads);
     }
 
     /// Runs `f` while nobody else does anything.
@@ -201,8 +225,11 @@ impl Soak {
         self.still.store(true, Ordering::Release);
         let others = || self.standing.load(Ordering::Acquire) + self.ended.load(Ordering::Acquire);
         smp::wait_until(|| others() >= self.workers - 1);
+        self.wait_for_orphans();
         nmi::quiet(true);
+        let pause = worker::pause();
         f();
+        drop(pause);
         nmi::quiet(false);
         self.still.store(false, Ordering::Release);
         smp::wait_until(|| self.standing.load(Ordering::Acquire) == 0);
@@ -237,6 +264,8 @@ impl Worker {
             weight: 0,
             written: alloc::vec![0; disk.pages() as usize],
             common: alloc::vec![0; COMMON_PAGES],
+            bytes: alloc::vec![0; PAGE_SIZE],
+            children: Children::new(),
             serial: 0,
         }
     }
@@ -253,11 +282,13 @@ impl Worker {
 
     fn step(&mut self, soak: &Soak) {
         match self.dice.below(100) {
-            0..=34 => self.work(soak),
-            35..=54 => self.spaces(soak),
-            55..=74 => self.file(soak),
-            75..=84 => self.readers(soak),
-            85..=89 => self.promises(soak),
+            0..=33 => self.work(soak),
+            34..=51 => self.spaces(soak),
+            52..=70 => self.file(soak),
+            71..=80 => self.readers(soak),
+            81..=84 => self.promises(soak),
+            85..=87 => self.vigil(soak),
+            88 => self.children(soak),
             _ => self.keep_house(soak),
         }
         if self.one_in(16) {
@@ -271,7 +302,7 @@ impl Worker {
         while !soak.stopped() {
             memory::work();
             self.step(soak);
-            soak.stand_still();
+            soak.stand_still(self);
             let now = time::now();
             if self.me != 0 {
                 continue;
@@ -282,6 +313,7 @@ impl Worker {
                 soak.line();
             }
             if now >= look {
+                self.join_children(soak);
                 soak.while_all_stand(|| books::look(soak));
                 look = time::now() + LOOK_NS;
             }
@@ -289,6 +321,7 @@ impl Worker {
                 soak.stop.store(true, Ordering::Release);
             }
         }
+        self.join_children(soak);
         // What it has goes where it is.
         while let Some(held) = self.mine.pop() {
             held.release(soak, &mut self.dice);
@@ -356,6 +389,22 @@ pub(crate) fn run(machine: &mut Machine, seconds: &str) -> Exit {
     nmi::end(soak.mm);
     soak.line();
     let totals = books::Totals::of(&soak);
+    soak.wait_for_orphans();
+    let workers: Vec<Worker> = workers.into_iter().map(Mutex::into_inner).collect();
+    if soak.file.writeback(0..=u64::MAX).is_ok() {
+        for worker in &workers {
+            let lost = soak
+                .disk
+                .lost(worker.me as u64, soak.workers, &worker.written);
+            if let Some((page, found)) = lost {
+                wrong!(
+                    soak,
+                    "page {page} was written {} times and written back, and the disk has {found:#x}",
+                    worker.written[page as usize]
+                );
+            }
+        }
+    }
     drop(workers);
     let found = give_back(soak);
     books::close(machine, &before, &totals, found)
@@ -365,8 +414,10 @@ pub(crate) fn run(machine: &mut Machine, seconds: &str) -> Exit {
 fn set_up(machine: &Machine) -> Result<Box<Soak>, AllocError> {
     let mm = machine.mm;
     let ram = mm.ledger().given;
-    let disk: &'static Disk = Box::leak(Box::new(Disk::new(ram * 3 / 5)));
+    let disk: &'static Disk = Box::leak(Box::new(Disk::new(ram * 2 / 5)));
     let file = Mapping::new(mm, disk, disk.pages())?;
+    let group = mm.memcg_create(None, "soak", ram / 100 * PAGE_SIZE as u64)?;
+    let text = process::text_file(mm)?;
     let mut caches = ArrayVec::new();
     let kinds = [
         ("soak-plain", 72, CacheFlags::EMPTY),
@@ -403,6 +454,9 @@ fn set_up(machine: &Machine) -> Result<Box<Soak>, AllocError> {
         ram,
         disk,
         file,
+        group,
+        text,
+        threads: thread::alive(),
         caches,
         reserve,
         exhausting: Mutex::new(Vec::with_capacity(1024)),
@@ -437,6 +491,8 @@ fn give_back(soak: Box<Soak>) -> u64 {
         mm,
         disk,
         file,
+        group,
+        text,
         caches,
         reserve,
         pool,
@@ -455,7 +511,7 @@ fn give_back(soak: Box<Soak>) -> u64 {
     if let Err(why) = file.writeback(0..=u64::MAX) {
         say(format_args!("what is dirty cannot be written: {why}"));
     }
-    drop(file);
+    drop((file, text, group));
     // SAFETY: leaked by `set_up`; nobody leads to it any more, since the file and who mapped it are gone.
     drop(unsafe { Box::from_raw(core::ptr::from_ref(disk).cast_mut()) });
     if let Err(busy) = pool.destroy() {

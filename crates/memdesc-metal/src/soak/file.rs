@@ -10,7 +10,7 @@ use memdesc::PAGE_SIZE;
 use memdesc::filemap::{FileError, MappingOps};
 
 use super::{Count, Soak, Worker};
-use crate::wrong;
+use crate::{thread, wrong};
 
 /// Pages that are read more often than others.
 const HOT: usize = 512;
@@ -18,11 +18,25 @@ const HOT: usize = 512;
 /// Remembers the first word of each page, and makes up the others.
 pub(crate) struct Disk {
     first: Vec<AtomicU64>,
+    /// Words written back that should have been others.
+    wrong: AtomicU64,
 }
 
-/// The word in the middle of a page.
-fn middle(page: u64) -> u64 {
-    page.wrapping_mul(0x2545_f491_4f6c_dd1d)
+/// Any other word of a page.
+fn word_of(page: u64, word: usize) -> u64 {
+    (page << 16 | word as u64).wrapping_mul(0x2545_f491_4f6c_dd1d)
+}
+
+/// The first word of a page, and the number of another that is wrong.
+fn look_at(page: u64, bytes: &[u8]) -> (u64, Option<usize>) {
+    let mut words = bytes
+        .chunks_exact(8)
+        .map(|word| word.try_into().map_or(0, u64::from_ne_bytes));
+    let first = words.next().unwrap_or(0);
+    let wrong = words
+        .zip(1..)
+        .find_map(|(found, word)| (found != word_of(page, word)).then_some(word));
+    (first, wrong)
 }
 
 /// The first word of a page to which this was written last.
@@ -35,7 +49,26 @@ impl Disk {
         let first = (0..pages).map(|page| AtomicU64::new(first(page, 0)));
         Disk {
             first: first.collect(),
+            wrong: AtomicU64::new(0),
         }
+    }
+
+    /// The first word of a page, as the disk has it.
+    fn first(&self, page: u64) -> u64 {
+        self.first[page as usize].load(Ordering::Acquire)
+    }
+
+    /// Pages that came with other words than they should have.
+    pub(super) fn wrong(&self) -> u64 {
+        self.wrong.load(Ordering::Relaxed)
+    }
+
+    /// Pages, from this one on, each `step`-th, that it has not as they were written.
+    pub(super) fn lost(&self, from: u64, step: usize, written: &[u32]) -> Option<(u64, u64)> {
+        (from..self.pages())
+            .step_by(step)
+            .find(|&page| self.first(page) != first(page, written[page as usize]))
+            .map(|page| (page, self.first(page)))
     }
 
     pub(super) fn pages(&self) -> u64 {
@@ -43,16 +76,14 @@ impl Disk {
     }
 }
 
-const WORDS: usize = PAGE_SIZE / 8;
-
 impl MappingOps for Disk {
     fn read_folio(&self, index: u64, pages: &mut [u8]) -> Result<(), FileError> {
         for (nth, page) in (index..).zip(pages.chunks_mut(PAGE_SIZE)) {
             let first = self.first.get(nth as usize).ok_or(FileError::End)?;
-            page.fill(0);
+            for (word, bytes) in page.chunks_exact_mut(8).enumerate() {
+                bytes.copy_from_slice(&word_of(nth, word).to_ne_bytes());
+            }
             page[..8].copy_from_slice(&first.load(Ordering::Acquire).to_ne_bytes());
-            page[WORDS * 4..][..8].copy_from_slice(&middle(nth).to_ne_bytes());
-            page[WORDS * 8 - 8..].copy_from_slice(&middle(!nth).to_ne_bytes());
         }
         Ok(())
     }
@@ -62,6 +93,10 @@ impl MappingOps for Disk {
             let first = self.first.get(nth as usize).ok_or(FileError::End)?;
             // SAFETY: the page's first eight bytes, aligned; users may write to them at this moment, eight at once.
             let value = unsafe { page.as_ptr().cast::<u64>().read_volatile() };
+            // Users write to no other word of the file's own pages.
+            if look_at(nth, page).1.is_some() {
+                self.wrong.fetch_add(1, Ordering::Relaxed);
+            }
             first.store(value, Ordering::Release);
         }
         Ok(())
@@ -70,6 +105,18 @@ impl MappingOps for Disk {
 
 impl Worker {
     pub(super) fn file(&mut self, soak: &Soak) {
+        // Most of what is read is charged to a group with little room, so pages go and come again however much memory there is.
+        let group = if self.one_in(4) { 0 } else { soak.group.id() };
+        let charged = &thread::current().memcg;
+        charged.store(group, Ordering::Relaxed);
+        self.file_step(soak);
+        charged.store(0, Ordering::Relaxed);
+        if soak.disk.wrong() > 0 {
+            wrong!(soak, "{} pages were written back wrong", soak.disk.wrong());
+        }
+    }
+
+    fn file_step(&mut self, soak: &Soak) {
         match self.dice.below(16) {
             0..=9 => self.read_run(soak),
             10..=13 => self.write_page(soak),
@@ -80,9 +127,26 @@ impl Worker {
             }
             _ => {
                 let page = self.a_page(soak);
-                if soak.file.writeback(page..=page + 512).is_err() {
-                    soak.count(Count::Refused);
-                }
+                self.write_back(soak, page);
+            }
+        }
+    }
+
+    /// Writes some pages back. The disk has what this worker wrote to them, then.
+    fn write_back(&mut self, soak: &Soak, from: u64) {
+        let end = (from + 512).min(soak.disk.pages());
+        if soak.file.writeback(from..=end - 1).is_err() {
+            return soak.count(Count::Refused);
+        }
+        soak.count(Count::Synced);
+        let own = (from..end).filter(|&page| self.writes_to(soak, page));
+        for page in own {
+            let (found, turn) = (soak.disk.first(page), self.written[page as usize]);
+            if found != first(page, turn) {
+                return wrong!(
+                    soak,
+                    "page {page} was written {turn} times and written back, and the disk has {found:#x}"
+                );
             }
         }
     }
@@ -110,34 +174,24 @@ impl Worker {
     fn read_run(&mut self, soak: &Soak) {
         let from = self.a_page(soak);
         let to = (from + 1 + self.dice.below(48) as u64).min(soak.disk.pages());
+        let mut bytes = core::mem::take(&mut self.bytes);
         for page in from..to {
-            let word = |at: usize| {
-                let mut bytes = [0; 8];
-                let offset = page * PAGE_SIZE as u64 + at as u64;
-                let read = soak.file.read(offset, &mut bytes);
-                read.map(|()| u64::from_ne_bytes(bytes))
-            };
-            let found = (word(0), word(WORDS * 4), word(WORDS * 8 - 8));
             soak.count(Count::Reads);
-            match found {
-                (Ok(a), Ok(b), Ok(c)) => {
-                    if !self.is_first(soak, page, a) || b != middle(page) || c != middle(!page) {
-                        let mine = self.writes_to(soak, page);
-                        let turn = self.written[page as usize];
-                        wrong!(
-                            soak,
-                            "page {page} of the file reads {a:#x}, {b:#x}, {c:#x}, written last: {turn} (by this worker: {mine})"
-                        );
-                    }
-                }
-                (a, b, c) => {
-                    for found in [a, b, c] {
-                        self.not_read(soak, page, found.err());
-                    }
-                    break;
-                }
+            if let Err(why) = soak.file.read(page * PAGE_SIZE as u64, &mut bytes) {
+                self.not_read(soak, page, Some(why));
+                break;
+            }
+            let (found, wrong) = look_at(page, &bytes);
+            if !self.is_first(soak, page, found) || wrong.is_some() {
+                let mine = self.writes_to(soak, page);
+                let turn = self.written[page as usize];
+                wrong!(
+                    soak,
+                    "page {page} of the file begins with {found:#x}, written last: {turn} (by this worker: {mine}); another word that is wrong: {wrong:?}"
+                );
             }
         }
+        self.bytes = bytes;
     }
 
     fn not_read(&self, soak: &Soak, page: u64, why: Option<FileError>) {

@@ -3,17 +3,18 @@
 
 use arrayvec::ArrayVec;
 use memdesc::gfp::{__GFP_NORETRY, __GFP_NOWARN, GFP_KERNEL};
-use memdesc::{MfResult, Mm, PAGEBLOCK_ORDER, Pfn, ReclaimRequest, Shrinker};
+use memdesc::{MfResult, Mm, PAGE_SIZE, PAGEBLOCK_ORDER, Pfn, ReclaimRequest, Shrinker};
 use spin::{Mutex, Once};
 
+use super::things::whose;
 use super::{Count, Soak, Worker};
 use crate::platform::Metal;
 use crate::{time, wrong};
 
 /// From one low water of the ballast to the next.
 const WAVE_NS: u64 = 8_000_000_000;
-/// Of RAM, at high water.
-const BALLAST_PERCENT: u64 = 60;
+/// Of RAM, at low and at high water: never so little that what is left would be enough.
+const BALLAST_PERCENT: [u64; 2] = [50, 80];
 
 /// Pages that the shrinker lets go of.
 struct Hoard {
@@ -65,6 +66,7 @@ pub(super) fn end(soak: &Soak) {
         unsafe { mm.free_pages(pfn) };
     }
     for pfn in soak.ballast.lock().drain(..) {
+        check(soak, pfn);
         // SAFETY: the same.
         unsafe { mm.free_pages(pfn) };
     }
@@ -77,6 +79,42 @@ pub(super) fn end(soak: &Soak) {
     }
     if mm.num_poisoned_pages() > 0 {
         wrong!(soak, "{} pages stay bad", mm.num_poisoned_pages());
+    }
+}
+
+/// The ends of each page of a block, and what is written there.
+fn ends(soak: &Soak, pfn: Pfn) -> impl Iterator<Item = (*mut u64, u64)> {
+    let at = soak.mm.page_address(pfn).cast::<u64>();
+    let words = PAGE_SIZE / 8;
+    let pages = 0..1usize << PAGEBLOCK_ORDER;
+    pages
+        .flat_map(move |page| [page * words, page * words + words - 1])
+        .map(move |word| {
+            let value = u64::from(pfn.0) << 32 ^ word as u64 ^ 0x5bd1_e995_0000_0000;
+            (at.wrapping_add(word), value)
+        })
+}
+
+/// Writes to a block of the ballast.
+fn mark(soak: &Soak, pfn: Pfn) {
+    for (at, value) in ends(soak, pfn) {
+        // SAFETY: in a block that is the ballast's.
+        unsafe { at.write(value) };
+    }
+}
+
+/// What was written there is there.
+fn check(soak: &Soak, pfn: Pfn) {
+    // SAFETY: in a block that is the ballast's, and was written to.
+    let wrong = ends(soak, pfn).find(|&(at, value)| unsafe { at.read() } != value);
+    if let Some((at, value)) = wrong {
+        // SAFETY: the same.
+        let found = unsafe { at.read() };
+        wrong!(
+            soak,
+            "the ballast's block {pfn:?} holds {found:#x} at {at:?}, not {value:#x}: {}",
+            whose(found)
+        );
     }
 }
 
@@ -112,18 +150,27 @@ impl Worker {
         };
         let phase = (time::now() - soak.start) % WAVE_NS * 200 / WAVE_NS;
         let height = if phase < 100 { phase } else { 200 - phase };
-        let most = (soak.ram >> PAGEBLOCK_ORDER) * BALLAST_PERCENT / 100;
-        let wanted = (most * height / 100) as usize;
+        let [low, high] = BALLAST_PERCENT;
+        let percent = low * 100 + (high - low) * height;
+        let wanted = ((soak.ram >> PAGEBLOCK_ORDER) * percent / 10_000) as usize;
+        if !ballast.is_empty() {
+            let at = self.dice.below(ballast.len());
+            check(soak, ballast[at]);
+        }
         for _ in 0..8 {
             if ballast.len() > wanted {
                 let at = self.dice.below(ballast.len());
                 let pfn = ballast.swap_remove(at);
+                check(soak, pfn);
                 // SAFETY: of the ballast, and freed once.
                 unsafe { soak.mm.free_pages(pfn) };
             } else if ballast.len() < wanted && ballast.len() < ballast.capacity() {
                 let gfp = GFP_KERNEL | __GFP_NORETRY | __GFP_NOWARN;
                 match soak.mm.alloc_pages(gfp, PAGEBLOCK_ORDER) {
-                    Ok(pfn) => ballast.push(pfn),
+                    Ok(pfn) => {
+                        mark(soak, pfn);
+                        ballast.push(pfn);
+                    }
                     Err(_) => return soak.count(Count::Refused),
                 }
             }

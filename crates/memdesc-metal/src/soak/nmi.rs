@@ -29,7 +29,7 @@ fn on_nmi() {
         nmi::on_nmi();
         let me = percpu::this();
         let n = me.nmis.load(Ordering::Relaxed) as usize;
-        if NODES.look(mm, n, 5).is_some() {
+        if NODES.look(mm, n, 50).is_some() {
             WRONG.fetch_add(1, Ordering::Relaxed);
         }
         if n.is_multiple_of(8) {

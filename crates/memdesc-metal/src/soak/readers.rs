@@ -8,11 +8,15 @@ use memdesc::gfp::{__GFP_NOWARN, Flags, GFP_KERNEL};
 use memdesc::rcu::{Rcu, RcuHead};
 use memdesc::{AllocError, Context, Mm, Platform};
 
+use super::things::SCRIBBLE;
 use super::{Count, NODES, Soak, Worker};
 use crate::platform::Metal;
 use crate::wrong;
 
-const PLACES: usize = 16;
+/// Few, so that what is read is what is replaced.
+const PLACES: usize = 4;
+/// Objects that are had and freed again right after one was replaced: if it had been freed, it would be one of them.
+const CHURN: usize = 6;
 
 /// What readers find.
 #[repr(C)]
@@ -36,13 +40,15 @@ impl Nodes {
         let node = self.0[which % PLACES].load(Ordering::Acquire);
         // SAFETY: found in a read section, so not freed before its end.
         let node = unsafe { node.as_ref() }?;
+        let stamp = node.stamp.load(Ordering::Relaxed);
+        // It is written before it is found, and never again.
         (0..turns).find_map(|_| {
             core::hint::spin_loop();
             let seen = (
                 node.stamp.load(Ordering::Relaxed),
                 node.check.load(Ordering::Relaxed),
             );
-            (seen.0 != !seen.1).then_some(seen)
+            (seen != (stamp, !stamp)).then_some(seen)
         })
     }
 
@@ -92,21 +98,43 @@ pub(super) fn end(soak: &Soak) {
     }
 }
 
+/// Writes over all objects of that size that come to hand.
+fn churn(soak: &Soak) {
+    let size = size_of::<Node>();
+    let had = [(); CHURN].map(|()| {
+        soak.mm
+            .kmalloc(size, GFP_KERNEL | __GFP_NOWARN)
+            .inspect(|object| {
+                // SAFETY: ours, and that large.
+                unsafe { object.write_bytes(SCRIBBLE, size) };
+            })
+    });
+    for object in had.into_iter().flatten() {
+        // SAFETY: ours, and freed once.
+        unsafe { soak.mm.kfree(object) };
+    }
+}
+
 impl Worker {
     pub(super) fn readers(&mut self, soak: &Soak) {
         let which = self.dice.below(PLACES);
         match self.dice.below(64) {
             0 => soak.mm.rcu().synchronize(),
-            1..=31 => {
+            1..=39 => {
                 let stamp = self.stamp();
                 match NODES.replace(soak.mm, which, stamp) {
-                    Ok(()) => soak.count(Count::Replaced),
+                    Ok(()) => {
+                        soak.count(Count::Replaced);
+                        churn(soak);
+                    }
                     Err(_) => soak.count(Count::Refused),
                 }
             }
             _ => {
                 soak.count(Count::Looked);
-                if let Some((stamp, check)) = NODES.look(soak.mm, which, 30) {
+                // Some look for a while: others replace it meanwhile.
+                let turns = if self.one_in(4) { 40 } else { 4000 };
+                if let Some((stamp, check)) = NODES.look(soak.mm, which, turns) {
                     wrong!(
                         soak,
                         "a node was written while it was read: {stamp:#x}, {check:#x}"

@@ -7,7 +7,6 @@ use alloc::boxed::Box;
 use alloc::vec;
 
 use memdesc::filemap::Mapping;
-use memdesc::gfp::{__GFP_NOWARN, GFP_HIGHUSER_MOVABLE};
 use memdesc::mmap::{Access, FaultError, Map, VmFlags};
 use memdesc::{AllocError, Mm, PAGE_SIZE};
 
@@ -23,7 +22,7 @@ const LAST: u64 = PAGE - 8;
 
 /// Pages of the common address space.
 pub(super) const COMMON_PAGES: usize = 512;
-const COMMON: u64 = 0x70_0000_0000;
+pub(super) const COMMON: u64 = 0x70_0000_0000;
 
 /// What is known of a page of which nothing is known.
 const UNKNOWN: u32 = u32::MAX;
@@ -78,6 +77,9 @@ const AREAS: [Area; 5] = [
         what: What::Private,
     },
 ];
+
+/// The area that maps the file to be read and written.
+pub(super) const SHARED: usize = 3;
 
 /// The areas' pages in one row.
 const PAGES: usize = {
@@ -136,6 +138,12 @@ impl Place {
         Ok(())
     }
 
+    /// Where it maps the file, from which of its pages, and how many.
+    pub(super) fn shared(&self) -> Option<(u64, u64, usize)> {
+        let Area { start, pages, .. } = AREAS[SHARED];
+        self.mapped[SHARED].then_some((start, self.window, pages))
+    }
+
     fn known(&mut self, area: usize) -> &mut [u32] {
         let before: usize = AREAS[..area].iter().map(|a| a.pages).sum();
         &mut self.known[before..][..AREAS[area].pages]
@@ -147,6 +155,11 @@ fn pattern(at: u64, turn: u32) -> u64 {
     u64::from(turn) << 32 ^ at
 }
 
+/// Can a page at this address begin with that?
+pub(super) fn is_pattern(at: u64, found: u64) -> bool {
+    found == 0 || found as u32 == at as u32
+}
+
 /// The address space of all.
 pub(super) fn common(mm: &'static Mm<Metal>, asid: u64) -> Result<Space, AllocError> {
     let space = Space::new(mm, asid)?;
@@ -155,7 +168,7 @@ pub(super) fn common(mm: &'static Mm<Metal>, asid: u64) -> Result<Space, AllocEr
 }
 
 /// Somebody was not let: it has to be for want of memory.
-fn not_let(soak: &Soak, space: &Space, at: u64, access: Access) {
+pub(super) fn not_let(soak: &Soak, space: &Space, at: u64, access: Access) {
     match space.handle_fault(at, access) {
         // It may have been short of memory, and is not any more.
         Ok(()) | Err(FaultError::Oom(_)) => soak.count(Count::Refused),
@@ -307,18 +320,29 @@ impl Worker {
         // All of it in one stay, so that what this CPU remembers of pages that others move meanwhile would show.
         with_space(&soak.common, || {
             for _ in 0..1 + self.dice.below(64) {
-                self.touch_common_page(soak, start, share);
+                let page = self.dice.below(share);
+                self.touch_common_page(soak, start, page);
             }
         });
     }
 
     /// A page of this worker's in the common address space, which this CPU runs.
-    fn touch_common_page(&mut self, soak: &Soak, start: u64, share: usize) {
-        let page = self.dice.below(share);
+    pub(super) fn touch_common_page(&mut self, soak: &Soak, start: u64, page: usize) {
+        let at = start + page as u64 * PAGE;
+        self.look_common_page(soak, start, page);
+        let turn = self.common[page] % (UNKNOWN - 1) + 1;
+        if user_store(at as usize, pattern(at, turn)) {
+            self.common[page] = turn;
+        } else {
+            not_let(soak, &soak.common, at, Access::Write);
+        }
+    }
+
+    /// The same, read only.
+    pub(super) fn look_common_page(&self, soak: &Soak, start: u64, page: usize) {
         let at = start + page as u64 * PAGE;
         let known = self.common[page];
         let wanted = if known == 0 { 0 } else { pattern(at, known) };
-        let turn = known % (UNKNOWN - 1) + 1;
         match user_load(at as usize) {
             Some(seen) if seen != wanted => {
                 wrong!(
@@ -329,11 +353,6 @@ impl Worker {
             }
             Some(_) => {}
             None => not_let(soak, &soak.common, at, Access::Read),
-        }
-        if user_store(at as usize, pattern(at, turn)) {
-            self.common[page] = turn;
-        } else {
-            not_let(soak, &soak.common, at, Access::Write);
         }
     }
 
@@ -393,22 +412,10 @@ impl Worker {
     }
 
     /// A page of somebody's goes elsewhere.
-    fn migrate(&mut self, soak: &Soak) {
-        let mm = soak.mm;
-        let Some(page) = self.a_users_page(soak) else {
-            return;
-        };
-        let order = mm.lookup(page).1;
-        let Ok(to) = mm.alloc_pages(GFP_HIGHUSER_MOVABLE | __GFP_NOWARN, order) else {
-            return soak.count(Count::Refused);
-        };
-        // SAFETY: bare pages of ours.
-        let moved = unsafe { mm.migrate_folio(page, to) };
-        if moved.is_ok() {
-            soak.count(Count::Migrated);
+    pub(super) fn migrate(&mut self, soak: &Soak) {
+        if let Some(page) = self.a_users_page(soak) {
+            self.move_page(soak, page);
         }
-        // SAFETY: the pages that are not used are ours.
-        unsafe { mm.free_pages(moved.unwrap_or(to)) };
     }
 
     /// A page that some address space has.
