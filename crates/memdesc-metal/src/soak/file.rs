@@ -105,8 +105,8 @@ impl MappingOps for Disk {
 
 impl Worker {
     pub(super) fn file(&mut self, soak: &Soak) {
-        // Most of what is read is charged to a group with little room, so pages go and come again however much memory there is.
-        let group = if self.one_in(4) { 0 } else { soak.group.id() };
+        // Some of what is read is charged to a group with little room, which takes what it has from its own pages; for that it looks at all there are, so this is slow.
+        let group = if self.one_in(16) { soak.group.id() } else { 0 };
         let charged = &thread::current().memcg;
         charged.store(group, Ordering::Relaxed);
         self.file_step(soak);
