@@ -65,7 +65,7 @@ impl Before {
 pub(super) struct Totals {
     seconds: u64,
     counted: Counted,
-    counts: [u64; 7],
+    counts: [u64; 11],
 }
 
 impl Totals {
@@ -81,6 +81,10 @@ impl Totals {
                 Count::Exchanged,
                 Count::Deferred,
                 Count::Replaced,
+                Count::Vigils,
+                Count::Synced,
+                Count::Processes,
+                Count::Threads,
             ]
             .map(|count| soak.counted(count)),
         }
@@ -190,6 +194,10 @@ pub(super) fn close(machine: &Machine, before: &Before, totals: &Totals, wrong: 
         exchanged,
         deferred,
         replaced,
+        vigils,
+        synced,
+        processes,
+        threads,
     ] = totals.counts;
     let Counted {
         allocations,
@@ -207,6 +215,9 @@ pub(super) fn close(machine: &Machine, before: &Before, totals: &Totals, wrong: 
         "soak: {nmis} NMIs with {} allocations, {exhausted} times all memory was gone, {elements} elements of a mempool, {exchanged} freed by others, {deferred} after a grace period, {replaced} replaced under readers",
         nmi::got()
     );
+    log!(
+        "soak: {vigils} vigils, {synced} times the disk was compared, {processes} processes and {threads} threads were started"
+    );
     // A soak that did nothing found nothing.
     let idle = [
         allocations,
@@ -218,6 +229,10 @@ pub(super) fn close(machine: &Machine, before: &Before, totals: &Totals, wrong: 
         nmis,
         exhausted,
         deferred,
+        vigils,
+        synced,
+        processes,
+        threads,
     ];
     if totals.seconds >= 15 && idle.contains(&0) {
         say(format_args!("some of this was never done"));

@@ -2,7 +2,7 @@
 //! reports of free memory.
 
 use arrayvec::ArrayVec;
-use memdesc::gfp::{__GFP_NORETRY, __GFP_NOWARN, GFP_KERNEL};
+use memdesc::gfp::{__GFP_NORETRY, __GFP_NOWARN, GFP_KERNEL, GFP_NOWAIT};
 use memdesc::{MfResult, Mm, PAGE_SIZE, PAGEBLOCK_ORDER, Pfn, ReclaimRequest, Shrinker};
 use spin::{Mutex, Once};
 
@@ -157,7 +157,13 @@ impl Worker {
             let at = self.dice.below(ballast.len());
             check(soak, ballast[at]);
         }
-        for _ in 0..8 {
+        // Most of the time without much ado: who moves all memory about for a block does nothing else for long.
+        let gfp = if self.one_in(8) {
+            GFP_KERNEL | __GFP_NORETRY | __GFP_NOWARN
+        } else {
+            GFP_NOWAIT | __GFP_NOWARN
+        };
+        for _ in 0..4 {
             if ballast.len() > wanted {
                 let at = self.dice.below(ballast.len());
                 let pfn = ballast.swap_remove(at);
@@ -165,7 +171,6 @@ impl Worker {
                 // SAFETY: of the ballast, and freed once.
                 unsafe { soak.mm.free_pages(pfn) };
             } else if ballast.len() < wanted && ballast.len() < ballast.capacity() {
-                let gfp = GFP_KERNEL | __GFP_NORETRY | __GFP_NOWARN;
                 match soak.mm.alloc_pages(gfp, PAGEBLOCK_ORDER) {
                     Ok(pfn) => {
                         mark(soak, pfn);

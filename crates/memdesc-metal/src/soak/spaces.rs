@@ -412,7 +412,7 @@ impl Worker {
     }
 
     /// A page of somebody's goes elsewhere.
-    pub(super) fn migrate(&mut self, soak: &Soak) {
+    fn migrate(&mut self, soak: &Soak) {
         if let Some(page) = self.a_users_page(soak) {
             self.move_page(soak, page);
         }

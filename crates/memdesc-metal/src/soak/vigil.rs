@@ -121,9 +121,8 @@ impl Worker {
     }
 
     fn move_watched(&mut self, soak: &Soak) {
-        match self.a_watched_page(soak) {
-            Some(page) => self.move_page(soak, page),
-            None => self.migrate(soak),
+        if let Some(page) = self.a_watched_page(soak) {
+            self.move_page(soak, page);
         }
     }
 
