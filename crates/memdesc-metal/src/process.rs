@@ -64,6 +64,8 @@ const ENOSYS: u64 = -38i64 as u64;
 pub(crate) static STARTED: AtomicU64 = AtomicU64::new(0);
 pub(crate) static FORKS: AtomicU64 = AtomicU64::new(0);
 pub(crate) static KILLS: AtomicU64 = AtomicU64::new(0);
+/// Those of them that touched what is not theirs, whether there was memory or not.
+pub(crate) static STRAYS: AtomicU64 = AtomicU64::new(0);
 pub(crate) static CALLS: AtomicU64 = AtomicU64::new(0);
 pub(crate) static MOST_STACK: AtomicUsize = AtomicUsize::new(0);
 
@@ -234,6 +236,9 @@ pub(crate) fn killed_by_fault(
     what: &str,
     why: Option<FaultError>,
 ) -> ! {
+    if !matches!(why, Some(FaultError::Oom(_))) {
+        STRAYS.fetch_add(1, Ordering::Relaxed);
+    }
     match why {
         Some(why) => kill(frame, format_args!("{what} {address:#x}: {why}")),
         None => kill(

@@ -115,6 +115,8 @@ counts! {
     Synced,
     Processes,
     Threads,
+    /// That ended for want of memory.
+    Died,
 }
 
 /// What all workers have.
@@ -338,7 +340,7 @@ pub(crate) fn config(boot: &BootInfo, config: Config) -> Config {
     Config {
         page_reporting: true,
         page_reporting_order: 6,
-        page_reporting_delay_ns: 100_000_000,
+        page_reporting_delay_ns: 20_000_000,
         kvfree_drain_ns: 100_000_000,
         ..config
     }
@@ -416,7 +418,7 @@ fn set_up(machine: &Machine) -> Result<Box<Soak>, AllocError> {
     let ram = mm.ledger().given;
     let disk: &'static Disk = Box::leak(Box::new(Disk::new(ram * 2 / 5)));
     let file = Mapping::new(mm, disk, disk.pages())?;
-    let group = mm.memcg_create(None, "soak", ram / 100 * PAGE_SIZE as u64)?;
+    let group = mm.memcg_create(None, "soak", (ram / 400).max(128) * PAGE_SIZE as u64)?;
     let text = process::text_file(mm)?;
     let mut caches = ArrayVec::new();
     let kinds = [

@@ -9,7 +9,7 @@ use super::{Count, Soak, nmi, nmis};
 use crate::exit::Exit;
 use crate::platform::Metal;
 use crate::tests::{Machine, ledger, settled};
-use crate::{log, time, users, wrong};
+use crate::{log, process, time, users, wrong};
 
 /// What the counters say.
 pub(super) struct Counted {
@@ -65,7 +65,7 @@ impl Before {
 pub(super) struct Totals {
     seconds: u64,
     counted: Counted,
-    counts: [u64; 11],
+    counts: [u64; 12],
 }
 
 impl Totals {
@@ -85,6 +85,7 @@ impl Totals {
                 Count::Synced,
                 Count::Processes,
                 Count::Threads,
+                Count::Died,
             ]
             .map(|count| soak.counted(count)),
         }
@@ -113,6 +114,10 @@ pub(super) fn look(soak: &Soak) {
             "{pages} of {} pages in the census, {torn} of them torn",
             soak.ram
         );
+    }
+    let strays = process::STRAYS.load(Ordering::Relaxed);
+    if strays > 0 {
+        wrong!(soak, "{strays} processes were not let touch what is theirs");
     }
     if let Err(why) = mm.check_vm_areas() {
         wrong!(soak, "vmalloc areas: {why}");
@@ -172,6 +177,12 @@ pub(super) fn close(machine: &Machine, before: &Before, totals: &Totals, wrong: 
             census.torn
         ));
     }
+    let strays = process::STRAYS.load(Ordering::Relaxed);
+    if strays > 0 {
+        say(format_args!(
+            "{strays} processes were not let touch what is theirs"
+        ));
+    }
     if let Err(why) = mm.check_vm_areas() {
         say(format_args!("vmalloc areas: {why}"));
     }
@@ -198,6 +209,7 @@ pub(super) fn close(machine: &Machine, before: &Before, totals: &Totals, wrong: 
         synced,
         processes,
         threads,
+        died,
     ] = totals.counts;
     let Counted {
         allocations,
@@ -216,7 +228,7 @@ pub(super) fn close(machine: &Machine, before: &Before, totals: &Totals, wrong: 
         nmi::got()
     );
     log!(
-        "soak: {vigils} vigils, {synced} times the disk was compared, {processes} processes and {threads} threads were started"
+        "soak: {vigils} vigils, {synced} times the disk was compared, {processes} processes and {threads} threads were started, {died} of them found no memory"
     );
     // A soak that did nothing found nothing.
     let idle = [

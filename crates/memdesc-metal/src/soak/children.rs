@@ -62,7 +62,7 @@ impl Worker {
     }
 
     fn process(&mut self, soak: &Soak, kind: usize) -> Option<(JoinHandle, u64)> {
-        let pages = 1 + self.dice.below(40) as u64;
+        let pages = 1 + self.dice.below(64) as u64;
         let (entry, arguments, wanted): (&'static u8, _, _) = match kind {
             3..=4 => {
                 let depth = 1 + self.dice.below(3) as u64;
@@ -80,8 +80,8 @@ impl Worker {
             arguments,
             pages,
         };
-        // One of them now and then has to do with what its group has.
-        let group = if self.one_in(8) { soak.group.id() } else { 0 };
+        // Some of them have to do with what their group has.
+        let group = if self.one_in(3) { soak.group.id() } else { 0 };
         let charged = &thread::current().memcg;
         charged.store(group, Ordering::Relaxed);
         let started = process::start(&soak.text, soak.mm, &program);
@@ -123,7 +123,7 @@ fn said(soak: &Soak, said: u64, wanted: u64) {
     match (said == wanted, low) {
         (true, _) => {}
         // Who is killed says so himself, and his parent that a child said something else.
-        (false, ENOMEM | PAGE_FAULT) if high != 0 => soak.count(Count::Refused),
+        (false, ENOMEM | PAGE_FAULT) if high != 0 => soak.count(Count::Died),
         _ => wrong!(
             soak,
             "a child said {said:#x}, not {wanted:#x}{}",
