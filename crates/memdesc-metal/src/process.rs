@@ -202,6 +202,7 @@ fn run(space: Space, frame: &Frame) -> u64 {
     // SAFETY: it lives until after the thread has left it, below.
     unsafe { users::enter(Some(&running.space)) };
     interrupts::disable();
+    users::forget_segments();
     // SAFETY: the frame is of user mode, interrupts are off; what comes back comes by `leave_user`.
     let value = unsafe { enter_user(frame) };
     interrupts::enable();

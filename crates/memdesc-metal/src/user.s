@@ -218,6 +218,34 @@ tree_leaf:
     movl $1, %edi
     jmp exit
 
+# Has %rdi in all segment registers, and calls %rdx times: finds nothing else in them at first nor afterwards, or nothing at all.
+.macro look_at segment
+    movl \segment, %eax
+    testl %eax, %eax
+    jz 2f
+    cmpl %r13d, %eax
+    jne wrong
+2:
+.endm
+.global user_segments
+user_segments:
+    movl %edi, %r13d
+    movq %rdx, %r12
+1:  look_at %ds
+    look_at %es
+    look_at %fs
+    look_at %gs
+    movl %r13d, %ds
+    movl %r13d, %es
+    movl %r13d, %fs
+    movl %r13d, %gs
+    movl $SYS_YIELD, %eax
+    syscall
+    decq %r12
+    jnz 1b
+    movl $42, %edi
+    jmp exit
+
 # Has %rdi where a function has its frame, and calls %rdx times.
 .global user_lead
 user_lead:

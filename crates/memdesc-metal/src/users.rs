@@ -85,6 +85,20 @@ pub(crate) fn init() {
     }
 }
 
+/// Users have no segments of their own: nothing of another's is left. With interrupts off, before a CPU goes to another thread's user mode.
+pub(crate) fn forget_segments() {
+    // SAFETY: in 64 bits the kernel uses none of these but its own `gs`, which is put aside meanwhile; whoever takes an NMI finds its area itself.
+    unsafe {
+        core::arch::asm!(
+            "mov ds, {0:e}", "mov es, {0:e}", "mov fs, {0:e}",
+            "swapgs", "mov gs, {0:e}", "swapgs",
+            in(reg) 0, options(nostack, preserves_flags)
+        );
+    }
+    KernelGsBase::write(x86_64::VirtAddr::zero());
+    FsBase::write(x86_64::VirtAddr::zero());
+}
+
 /// Loads what a thread runs with: its address space, and where traps from user mode push. With interrupts off.
 pub(crate) fn install(me: &PerCpu, next: &Thread) {
     let traps = next.user_traps.load(Ordering::Relaxed);
@@ -94,9 +108,7 @@ pub(crate) fn install(me: &PerCpu, next: &Thread) {
             core::ptr::with_exposed_provenance_mut(me.tss_sp.load(Ordering::Relaxed));
         // SAFETY: in this CPU's task state, which it reads at a trap from user mode and nobody else at all.
         unsafe { at.write_unaligned(traps as u64) };
-        // Users have no segments of their own: nothing of another's is left.
-        KernelGsBase::write(x86_64::VirtAddr::zero());
-        FsBase::write(x86_64::VirtAddr::zero());
+        forget_segments();
     }
     // SAFETY: the thread has it as long as it says so.
     let space = unsafe { next.space.load(Ordering::Relaxed).as_ref() };

@@ -150,6 +150,10 @@ const TESTS: &[(&str, Test)] = &[
         "users_lead_no_walk_of_the_stack",
         usermode::users_lead_no_walk_of_the_stack,
     ),
+    (
+        "users_see_no_segments_of_others",
+        usermode::users_see_no_segments_of_others,
+    ),
     ("groups_limit_processes", pressure::groups_limit_processes),
     (
         "forks_fail_when_memory_is_gone",

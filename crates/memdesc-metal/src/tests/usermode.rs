@@ -13,7 +13,7 @@ use crate::platform::Metal;
 use crate::process::{self, KILLED, Program};
 use crate::thread::{self, JoinHandle};
 use crate::users::Space;
-use crate::{apic, check, memory, percpu, sched, smp, time, traps, users};
+use crate::{apic, check, gdt, memory, percpu, sched, smp, time, traps, users};
 
 unsafe extern "C" {
     safe static user_hello: u8;
@@ -24,6 +24,7 @@ unsafe extern "C" {
     safe static user_forever: u8;
     safe static user_map: u8;
     safe static user_lead: u8;
+    safe static user_segments: u8;
     safe static user_bad: u8;
     safe static user_bad_kinds: u8;
 }
@@ -381,4 +382,21 @@ pub(super) fn users_lead_no_walk_of_the_stack(machine: &Machine) -> Outcome {
     drop((file, said));
     nothing_is_left(machine, before)?;
     Ok(Passed::Says(format!("{walks} walks")))
+}
+
+/// What a process has in its segment registers no other sees.
+pub(super) fn users_see_no_segments_of_others(machine: &Machine) -> Outcome {
+    let before = rest(machine);
+    let file = text_file(machine)?;
+    // The users' data, as asked for with more rights or less.
+    let selectors = (0..4).map(|rights| u64::from(gdt::USER_DATA & !3 | rights));
+    let programs: Vec<Program> = (0..machine.cpus)
+        .flat_map(|_| selectors.clone())
+        .map(|selector| program(&user_segments, [selector, 200], 1))
+        .collect();
+    let said = run_all(&file, machine, &programs)?;
+    check!(said.iter().all(|said| *said == 42), "{said:x?}");
+    drop((file, programs, said));
+    nothing_is_left(machine, before)?;
+    Ok(Passed::Ok)
 }
