@@ -180,7 +180,10 @@ fn take_stock(boot: &pvh::BootInfo) -> Result<(acpi::Topology, Ranges, u64), pag
     let Some(home) = home else {
         panic!("the image lies in what the firmware says is no memory");
     };
-    paging::init_boot_memory(home.end);
+    // Up to the module, if the loader has put it behind the image.
+    let module = boot.module.map(|(start, _)| start);
+    let module = module.filter(|&module| module >= end);
+    paging::init_boot_memory(module.map_or(home.end, |module| home.end.min(module)));
     paging::map_image()?;
     for entry in boot.memory.iter().filter(|e| e.kind.is_memory()) {
         paging::map_direct(entry.start, entry.end)?;
