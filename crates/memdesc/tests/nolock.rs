@@ -13,6 +13,10 @@ const FAST: Flags = gfp::__GFP_FAST_TRY;
 const KERNEL: Flags = gfp::GFP_KERNEL;
 
 fn machine(rt: bool) -> Mm<Hooked> {
+    debugged(rt, CacheFlags::EMPTY)
+}
+
+fn debugged(rt: bool, slab_debug: CacheFlags) -> Mm<Hooked> {
     let ranges = [range(0, 16_384, 0)];
     let host = Host::builder()
         .memory(&ranges)
@@ -23,6 +27,7 @@ fn machine(rt: bool) -> Mm<Hooked> {
     let config = Config {
         memory_is_zeroed: true,
         preempt_rt: rt,
+        slab_debug,
         ..common::base_config()
     };
     Mm::new(Hooked::new(host), &config, &ranges).unwrap()
@@ -431,6 +436,29 @@ fn what_a_constructor_made_stays() {
     }
     assert!(mm.event(Event::NolockKfreeDeferred) >= 900);
     mm.kmem_cache_destroy(cache).unwrap();
+}
+
+/// An object that waits to be freed is linked with others, and not in bytes that its owner did not ask for: those are looked at.
+#[test]
+fn a_dead_object_has_its_red_zone() {
+    for flags in [
+        CacheFlags::RED_ZONE,
+        CacheFlags::RED_ZONE | CacheFlags::POISON | CacheFlags::STORE_USER,
+    ] {
+        let mm = debugged(false, flags);
+        let _cpu = mm.platform().host.claim(0).unwrap();
+        for size in 1..=16 {
+            let objects: Vec<_> = (0..20).map(|_| mm.kmalloc(size, KERNEL).unwrap()).collect();
+            objects.iter().for_each(|o| fill(*o, size, 0x5a));
+            // SAFETY: each once.
+            objects
+                .into_iter()
+                .for_each(|o| unsafe { mm.kfree_nolock(o) });
+            mm.tick();
+        }
+        assert!(mm.event(Event::NolockKfreeDeferred) >= 320);
+        assert!(mm.ledger().balanced);
+    }
 }
 
 /// Folios, page tables and objects by fast try: this CPU's descriptors, or nothing.

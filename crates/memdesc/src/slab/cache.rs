@@ -188,6 +188,8 @@ impl Geometry {
                 8
             });
         let (lead, tail) = super::debug::slot_extra(object_size, align, flags);
+        // Of an object as long as its link fewer bytes may have been asked for; the others are red zone.
+        let keeps = keeps || flags.contains(CacheFlags::RED_ZONE) && object_size <= 8;
         let link = if keeps { 8 } else { 0 };
         let size = (lead + object_size.next_multiple_of(8) + tail + link).next_multiple_of(align);
         let order = if flags.contains(CacheFlags::SINGLE_PAGES) {
