@@ -1,7 +1,7 @@
 //! RCU for a kernel that has none: the readers are its CPUs, which stay where they are while they read.
 //!
 //! As Linux's without preemption in read sections: a section pins its CPU. [`CpuRcu`] is a static of the kernel's, and its
-//! [`Platform::Rcu`](crate::Platform::Rcu). [`PlatformRcu`] is the same with nothing more to implement: it asks the platform.
+//! [`Platform::Rcu`]. [`PlatformRcu`] is the same with nothing more to implement: it asks the platform.
 
 use super::domain::Domain;
 use super::engine::{Engine, Readers, Slot, Stall};
@@ -11,7 +11,7 @@ use crate::platform::Platform;
 ///
 /// # Safety
 ///
-/// Promises 2 and 3 of [`Platform`](crate::Platform), for these functions of the same names.
+/// Promises 2 and 3 of [`Platform`], for these functions of the same names.
 pub unsafe trait Cpus: Sync {
     /// Keeps the caller on its CPU and says which it is. Nests. Any context.
     fn pin(&self) -> usize;
