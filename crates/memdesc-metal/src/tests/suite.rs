@@ -6,6 +6,7 @@
 //! What a test finds wrong is a panic: its line says so, and the machine ends.
 
 use alloc::boxed::Box;
+use core::fmt;
 use core::ops::Deref;
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
@@ -250,15 +251,23 @@ pub(super) fn run(machine: &Machine, wanted: &str) -> Tally {
                 // Until another one gives its arena back.
                 smp::wait_until(|| arenas.try_lock().is_some_and(|had| *had < others));
             };
-            let stack = machine.mm.alloc_kernel_stack(STACK_PAGES, cpu as u64);
-            let (Some(start), Ok(stack)) = (start, stack) else {
+            let skip = |why: fmt::Arguments<'_>| {
                 skipped.fetch_add(1, Ordering::Relaxed);
-                log!(
-                    "ok {number} {} # SKIP no {} MiB in a row",
-                    case.name,
-                    case.mib
-                );
+                log!("ok {number} {} # SKIP {why}", case.name);
+            };
+            let Some(start) = start else {
+                skip(format_args!("no {} MiB in a row", case.mib));
                 continue;
+            };
+            let stack = match machine.mm.alloc_kernel_stack(STACK_PAGES, cpu as u64) {
+                Ok(stack) => stack,
+                Err(why) => {
+                    // SAFETY: nobody's but ours.
+                    unsafe { machine.mm.free_contig_range(start, pages) };
+                    *arenas.lock() -= 1;
+                    skip(format_args!("no stack: {why}"));
+                    continue;
+                }
             };
             let arena = Arena {
                 platform: Small { window },

@@ -40,11 +40,9 @@ impl<P: Platform> Mm<P> {
             }
             let mut gather = Gather::new();
             let hit = {
-                let _read = self.rcu_read_lock();
-                let Some(slot) = self.walk_to(space.root, at, 1) else {
+                let Some((slot, _lock, _read)) = self.walk_and_lock(space.root, at) else {
                     return;
                 };
-                let _lock = self.ptl(slot.table);
                 let seen = slot.entry.load();
                 let hit = seen.is_present() && !seen.is_special() && seen.pfn() == page;
                 if hit {

@@ -126,13 +126,11 @@ impl<P: Platform> Mm<P> {
             while done < pages {
                 let at = addr + done * PAGE;
                 // Tables may go while we are here, but not before this.
-                let read = self.rcu_read_lock();
-                let Some(slot) = self.walk_to(space.root, at, 1) else {
+                let Some((slot, lock, read)) = self.walk_and_lock(space.root, at) else {
                     // No table of pages here: on with the next.
                     done += (PMD - at % PMD) / PAGE;
                     continue;
                 };
-                let lock = self.ptl(slot.table);
                 let here = ((PMD - at % PMD) / PAGE).min(pages - done);
                 let entries = &self.table(slot.table)[index_of(at, 1)..][..here as usize];
                 for entry in entries {
@@ -207,12 +205,10 @@ impl<P: Platform> Mm<P> {
             let mut done = 0;
             while done < pages {
                 let at = addr + done * PAGE;
-                let _read = self.rcu_read_lock();
-                let Some(slot) = self.walk_to(space.root, at, 1) else {
+                let Some((slot, _lock, _read)) = self.walk_and_lock(space.root, at) else {
                     done += (PMD - at % PMD) / PAGE;
                     continue;
                 };
-                let _lock = self.ptl(slot.table);
                 let here = ((PMD - at % PMD) / PAGE).min(pages - done);
                 for entry in &self.table(slot.table)[index_of(at, 1)..][..here as usize] {
                     let which = (nth + done) as u32;
@@ -266,9 +262,7 @@ impl<P: Platform> Mm<P> {
                     }
                 }
                 let here = ((PMD - at % PMD) / PAGE).min(pages - done);
-                let _read = self.rcu_read_lock();
-                if let Some(slot) = self.walk_to(space.root, at, 1) {
-                    let _lock = self.ptl(slot.table);
+                if let Some((slot, _lock, _read)) = self.walk_and_lock(space.root, at) {
                     let entries = &self.table(slot.table)[index_of(at, 1)..][..here as usize];
                     for (entry, page) in entries.iter().zip(nth + done..) {
                         let seen = entry.load();

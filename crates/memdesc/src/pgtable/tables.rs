@@ -9,6 +9,7 @@ use crate::lockdep::classes;
 use crate::memmap::PageType;
 use crate::mm::Mm;
 use crate::platform::{Holder, Platform};
+use crate::rcu::ReadGuard;
 use crate::sync::SpinGuard;
 
 /// The lock of a table's entries.
@@ -64,6 +65,34 @@ impl<P: Platform> Mm<P> {
         let platform = &self.pages.platform;
         let holder = Holder::new(platform, self.pages.rt, &classes::PTL);
         self.ptdesc(table).lock.lock(holder)
+    }
+
+    /// Where pages of 4 KiB are mapped at this address, with the lock of that table's entries, and a read section in which the table stays; `None` if there is no
+    /// such table.
+    ///
+    /// A read section may be a pin, in which nobody sleeps. So where locks sleep this one is tried, and who does not get it waits outside of the section.
+    pub(crate) fn walk_and_lock(
+        &self,
+        root: Pfn,
+        addr: u64,
+    ) -> Option<(Slot<'_>, Ptl<'_, P>, ReadGuard<'_, P::Rcu>)> {
+        let platform = &self.pages.platform;
+        let mut round = 0;
+        loop {
+            let read = self.rcu_read_lock();
+            let slot = self.walk_to(root, addr, 1)?;
+            if !self.pages.rt {
+                let lock = self.ptl(slot.table);
+                return Some((slot, lock, read));
+            }
+            let holder = Holder::trying(platform, true, &classes::PTL);
+            if let Some(lock) = self.ptdesc(slot.table).lock.try_lock(holder) {
+                return Some((slot, lock, read));
+            }
+            drop(read);
+            platform.relax(round);
+            round += 1;
+        }
     }
 
     /// The lock of a level-1 table while that of its level-2 table is held.
