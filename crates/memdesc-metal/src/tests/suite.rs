@@ -174,9 +174,10 @@ impl Lab for Arena {
             end: start.add(pages).phys(),
             node: 0,
         };
-        // The pages were somebody's before.
+        // The pages were somebody's before. Locks sleep as the machine's do: one checker looks at all of them.
         let config = Config {
             memory_is_zeroed: false,
+            preempt_rt: config.preempt_rt || crate::pvh::info().is_some_and(|boot| boot.has("rt")),
             ..*config
         };
         match Mm::new(self.platform, &config, &[range]) {
