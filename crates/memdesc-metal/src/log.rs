@@ -4,7 +4,7 @@
 
 use core::fmt::{self, Write};
 
-use spin::Mutex;
+use spin::{Mutex, MutexGuard};
 use uart_16550::Uart16550;
 use uart_16550::backend::PioBackend;
 use x86_64::instructions::interrupts;
@@ -47,10 +47,8 @@ pub(crate) fn init() {
 
 /// Writes a line.
 pub(crate) fn line(what: fmt::Arguments<'_>) {
-    let us = time::now() / 1000;
-    let (s, us) = (us / 1_000_000, us % 1_000_000);
     interrupts::without_interrupts(|| {
-        let mut serial = if percpu::in_nmi() {
+        let serial = if percpu::in_nmi() {
             let Some(serial) = SERIAL.try_lock() else {
                 return;
             };
@@ -64,22 +62,26 @@ pub(crate) fn line(what: fmt::Arguments<'_>) {
                 core::hint::spin_loop();
             }
         };
-        // The port cannot fail.
-        let _ = writeln!(serial, "[{s:5}.{us:06}] {what}");
+        write_to(serial, what);
     });
+}
+
+fn write_to(mut serial: MutexGuard<'_, Serial>, what: fmt::Arguments<'_>) {
+    let us = time::now() / 1000;
+    let (s, us) = (us / 1_000_000, us % 1_000_000);
+    // The port cannot fail.
+    let _ = writeln!(serial, "[{s:5}.{us:06}] {what}");
 }
 
 /// Writes a line of a machine that hangs, in an NMI: whoever holds the port's lock for long will not give it back.
 pub(crate) fn insist(what: fmt::Arguments<'_>) {
     for _ in 0..10_000_000 {
-        if !SERIAL.is_locked() {
-            break;
+        if let Some(serial) = SERIAL.try_lock() {
+            return write_to(serial, what);
         }
         core::hint::spin_loop();
     }
-    if SERIAL.is_locked() {
-        take_over();
-    }
+    take_over();
     line(what);
 }
 
