@@ -5,11 +5,9 @@
 //! give: it must leave reported memory alone, and nothing may fall.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::io::Write;
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -17,6 +15,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::metal::{Images, QEMU, SUCCESS};
+use crate::qemu::{self, Monitor, Removed};
 
 /// The guest's memory.
 const GUEST_MIB: u64 = 1024;
@@ -72,8 +71,8 @@ struct Machine {
     stdin: ChildStdin,
     lines: Receiver<String>,
     log: String,
-    socket: PathBuf,
-    qmp: Option<BufReader<UnixStream>>,
+    socket: Removed,
+    monitor: Option<Monitor>,
 }
 
 impl Drop for Machine {
@@ -81,7 +80,6 @@ impl Drop for Machine {
         // It may be gone already.
         let _ = self.child.kill();
         let _ = self.child.wait();
-        let _ = fs::remove_file(&self.socket);
     }
 }
 
@@ -119,22 +117,14 @@ impl Machine {
             .context("cannot run QEMU")?;
         let stdin = child.stdin.take().context("no input")?;
         let stdout = child.stdout.take().context("no output")?;
-        let (send, lines) = channel();
-        thread::spawn(move || {
-            for line in BufReader::new(stdout).split(b'\n').map_while(Result::ok) {
-                let line = String::from_utf8_lossy(&line).trim_end().to_owned();
-                if send.send(line).is_err() {
-                    break;
-                }
-            }
-        });
+        let lines = qemu::lines(stdout);
         Ok(Machine {
             child,
             stdin,
             lines,
             log: String::new(),
-            socket,
-            qmp: None,
+            socket: Removed(socket),
+            monitor: None,
         })
     }
 
@@ -204,29 +194,13 @@ impl Machine {
         found.context("no mapping is the guest's memory")
     }
 
-    /// Has QEMU do something (QEMU Machine Protocol); what it answers.
+    /// Has QEMU do something; what it answers.
     fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
-        if self.qmp.is_none() {
-            let stream = UnixStream::connect(&self.socket).context("no QMP")?;
-            stream.set_read_timeout(Some(STEP))?;
-            self.qmp = Some(BufReader::new(stream));
-            // The greeting is an answer too: it is passed over as none.
-            self.execute("qmp_capabilities", json!({}))?;
-        }
-        let qmp = self.qmp.as_mut().context("no QMP")?;
-        let request = json!({"execute": command, "arguments": arguments});
-        qmp.get_mut().write_all(format!("{request}\n").as_bytes())?;
-        loop {
-            let mut line = String::new();
-            ensure!(qmp.read_line(&mut line)? > 0, "QMP ends at {command:?}");
-            let mut answer: Value = serde_json::from_str(&line)?;
-            if let Some(why) = answer.get("error") {
-                bail!("QMP {command:?}: {why}");
-            }
-            if let Some(result) = answer.get_mut("return") {
-                return Ok(result.take());
-            }
-        }
+        let monitor = match &mut self.monitor {
+            Some(monitor) => monitor,
+            None => self.monitor.insert(Monitor::connect(&self.socket.0, STEP)?),
+        };
+        monitor.ask(command, arguments)
     }
 
     /// Has the guest be of this size.

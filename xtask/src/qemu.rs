@@ -118,7 +118,8 @@ impl Drop for Removed {
     }
 }
 
-fn lines(pipe: impl Read + Send + 'static) -> Receiver<String> {
+/// The lines that come out of a pipe, each as it comes.
+pub(crate) fn lines(pipe: impl Read + Send + 'static) -> Receiver<String> {
     let (send, receive) = mpsc::channel();
     thread::spawn(move || {
         let mut pipe = BufReader::new(pipe);
@@ -142,7 +143,7 @@ fn whereabouts(
     image: &Path,
 ) -> Result<String> {
     let symbols = Symbols::of(image);
-    let mut monitor = Monitor::connect(socket)?;
+    let mut monitor = Monitor::connect(socket, LAST_WORDS * 2)?;
     let registers = json!({ "command-line": "info registers -a" });
     let registers = monitor.ask("human-monitor-command", registers)?;
     let mut places = String::new();
@@ -170,16 +171,17 @@ fn whereabouts(
     Ok(places)
 }
 
-/// Talks to QEMU.
-struct Monitor {
+/// Talks to QEMU (QEMU Machine Protocol).
+pub(crate) struct Monitor {
     to: UnixStream,
     from: BufReader<UnixStream>,
 }
 
 impl Monitor {
-    fn connect(socket: &Path) -> Result<Monitor> {
+    /// An answer is waited for so long.
+    pub(crate) fn connect(socket: &Path, patience: Duration) -> Result<Monitor> {
         let to = UnixStream::connect(socket).context("QEMU's monitor")?;
-        to.set_read_timeout(Some(Duration::from_secs(10)))?;
+        to.set_read_timeout(Some(patience))?;
         let from = BufReader::new(to.try_clone()?);
         let mut monitor = Monitor { to, from };
         monitor.line()?;
@@ -195,7 +197,8 @@ impl Monitor {
         Ok(serde_json::from_str(&line)?)
     }
 
-    fn ask(&mut self, what: &str, arguments: Value) -> Result<Value> {
+    /// Has QEMU do something; what it answers.
+    pub(crate) fn ask(&mut self, what: &str, arguments: Value) -> Result<Value> {
         let request = json!({ "execute": what, "arguments": arguments });
         writeln!(self.to, "{request}")?;
         loop {
@@ -213,7 +216,7 @@ impl Monitor {
 
 /// The end of a path, from the folder of crates, registry or library on.
 fn shortened(path: &str) -> &str {
-    let from = ["/crates/", "/library/", "/src/index.crates.io-"]
+    let from = ["/crates/", "/library/", "/registry/"]
         .iter()
         .find_map(|folder| path.find(folder));
     from.map_or(path, |at| &path[at + 1..])
