@@ -353,6 +353,22 @@ fn wrong_with_suite(log: &str) -> Option<String> {
     (planned == 0 || !log.contains(&all)).then(|| format!("no line {all:?}"))
 }
 
+/// QEMU with so many CPUs and so much memory, the first serial port on standard input and output, and a way for the image to end it.
+pub(crate) fn qemu_for(cpus: &str, memory: &str) -> Command {
+    let mut command = Command::new(QEMU);
+    command
+        .args([
+            "-accel", "tcg", "-display", "none", "-monitor", "none", "-serial", "stdio",
+        ])
+        .args([
+            "-no-reboot",
+            "-device",
+            "isa-debug-exit,iobase=0xf4,iosize=0x04",
+        ])
+        .args(["-smp", cpus, "-m", memory]);
+    command
+}
+
 /// Boots a machine and waits for its end: the line that sums it up, and what is worth saying besides. `on_line` sees each of its lines as it comes.
 pub(crate) fn boot(
     images: &Images,
@@ -364,17 +380,8 @@ pub(crate) fn boot(
     } else {
         &images.plain
     };
-    let mut command = Command::new(QEMU);
+    let mut command = qemu_for(&machine.cpus.to_string(), machine.memory);
     command
-        .args([
-            "-accel", "tcg", "-display", "none", "-monitor", "none", "-serial", "stdio",
-        ])
-        .args([
-            "-no-reboot",
-            "-device",
-            "isa-debug-exit,iobase=0xf4,iosize=0x04",
-        ])
-        .args(["-smp", &machine.cpus.to_string(), "-m", machine.memory])
         .args(machine.more)
         .args(["-append", &machine.cmdline, "-kernel"])
         .arg(image);

@@ -12,7 +12,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use crate::metal::{FAILURE, Images, LIMITS, QEMU, SUCCESS};
+use crate::metal::{FAILURE, Images, LIMITS, SUCCESS, qemu_for};
 use crate::qemu;
 
 /// The recording that `memdesc replay` replays if it is not told which.
@@ -123,24 +123,9 @@ pub(crate) fn machines(built_in: bool, memory: Option<&str>) -> Vec<Machine> {
 
 /// Boots the image with a module: how it ended, and its log.
 fn boot(images: &Images, machine: &Machine, module: &Path) -> Result<(Option<i32>, String)> {
-    let mut command = Command::new(QEMU);
+    let mut command = qemu_for(&machine.cpus.to_string(), &machine.memory);
     command
-        .args([
-            "-accel", "tcg", "-display", "none", "-monitor", "none", "-serial", "stdio",
-        ])
-        .args([
-            "-no-reboot",
-            "-device",
-            "isa-debug-exit,iobase=0xf4,iosize=0x04",
-        ])
-        .args([
-            "-cpu",
-            "max",
-            "-smp",
-            &machine.cpus.to_string(),
-            "-m",
-            &machine.memory,
-        ])
+        .args(["-cpu", "max"])
         .args(["-append", machine.cmdline, "-kernel"])
         .arg(&images.plain)
         .arg("-initrd")
