@@ -96,8 +96,8 @@ mod tests {
         for own in [
             "/home/me/memdesc/crates/memdesc/src/owner.rs",
             "crates/memdesc-host/src/slab/mod.rs",
-            "/root/.cargo/registry/src/index/memdesc-0.1.0/src/lib.rs",
-            "/root/.cargo/registry/src/index/backtrace-0.3.77/src/backtrace/mod.rs",
+            "/home/me/.cargo/registry/src/index/memdesc-0.1.0/src/lib.rs",
+            "/home/me/.cargo/registry/src/index/backtrace-0.3.77/src/backtrace/mod.rs",
         ] {
             assert!(is_own_file(Path::new(own)), "{own}");
         }
